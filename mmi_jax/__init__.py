@@ -1,0 +1,1 @@
+"""Modality-aware sparse prefill (MMInference) in JAX."""

@@ -1,0 +1,1 @@
+"""Flax NNX vision-language models, their configs, weight maps and processors."""

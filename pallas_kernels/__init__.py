@@ -1,0 +1,1 @@
+"""Block-sparse attention kernels: jax alone, no patterns, no modalities, no models."""

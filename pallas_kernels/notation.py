@@ -1,0 +1,25 @@
+"""The one key of axis letters; every annotation, einsum string and shape suffix in the project uses it.
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| `b` | batch | `i` | q blocks |
+| `h` | query heads | `j` | visited kv blocks of one q block |
+| `g` | kv heads | `l` | entries of a head's block list |
+| `t` | query tokens | `n` | images, videos, or rows of a small table |
+| `s` | kv tokens | `p` | vision patches |
+| `d` | head dim | `c` | colour channels |
+| `e` | model dim | `x` | kv rows gathered for one query head |
+
+`h` is always a whole multiple of `g`: query head `h` reads kv head `h // (num_q_heads // num_kv_heads)`.
+Lengths and positions are in tokens, int32. Kernels are head-major (`h t d`), models token-major (`t h d`).
+"""
+
+from jaxtyping import Array, Bool, Float, Int32
+
+PAD_KV_POS = 2**30
+"""Position of a kv row that no query reaches; every real position is smaller."""
+
+PAD_Q_POS = -1
+"""Position of a query row that reaches no key."""
+
+__all__ = ["PAD_KV_POS", "PAD_Q_POS", "Array", "Bool", "Float", "Int32"]
