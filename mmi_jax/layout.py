@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.notation import Array, Int32
+from pallas_kernels.notation import AnyArray, Int32
+from pallas_kernels.pytree import pytree
 
 TEXT, VISION, AUDIO = 0, 1, 2
 PADDING = -1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class TokenLayout:
     """Modality, place in the video and mask position of every token; -1 where a token has none.
 
@@ -33,12 +33,12 @@ class TokenLayout:
     the tokens that are not padding, and tokens that share one `pos` attend to each other. It is not the rope position.
     """
 
-    modality: Int32[Array, "*b t"]
-    video: Int32[Array, "*b t"]
-    frame: Int32[Array, "*b t"]
-    row: Int32[Array, "*b t"]
-    column: Int32[Array, "*b t"]
-    pos: Int32[Array, "*b t"]
+    modality: Int32[AnyArray, "*b t"]
+    video: Int32[AnyArray, "*b t"]
+    frame: Int32[AnyArray, "*b t"]
+    row: Int32[AnyArray, "*b t"]
+    column: Int32[AnyArray, "*b t"]
+    pos: Int32[AnyArray, "*b t"]
 
     @property
     def num_tokens(self) -> int:

@@ -14,7 +14,12 @@
 Lengths and positions are in tokens, int32. Kernels are head-major (`h t d`), models token-major (`t h d`).
 """
 
+import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
+
+AnyArray = jax.Array | np.ndarray
+"""Host or device: for values that are built on the host and later traced."""
 
 PAD_KV_POS = 2**30
 """Position of a kv row that no query reaches; every real position is smaller."""
@@ -22,4 +27,4 @@ PAD_KV_POS = 2**30
 PAD_Q_POS = -1
 """Position of a query row that reaches no key."""
 
-__all__ = ["PAD_KV_POS", "PAD_Q_POS", "Array", "Bool", "Float", "Int32"]
+__all__ = ["PAD_KV_POS", "PAD_Q_POS", "AnyArray", "Array", "Bool", "Float", "Int32"]
