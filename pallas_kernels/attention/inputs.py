@@ -1,0 +1,61 @@
+"""The arguments of block-sparse attention, checked once, as every backend receives them."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.pytree import pytree, static_field
+
+
+@pytree
+class AttentionInputs:
+    """Queries, the shared view of keys and values, rows gathered for one head, positions and the index.
+
+    Query head `h` reads kv head `h // (h_total // g)`. Its kv view is the `s` rows of `k`, `v` followed by the `x` rows
+    of `k_extra`, `v_extra`; block starts and `kv_pos` count along that view.
+    """
+
+    q: Float[Array, "h t d"]
+    k: Float[Array, "g s d"]
+    v: Float[Array, "g s d"]
+    k_extra: Float[Array, "h x d"]
+    v_extra: Float[Array, "h x d"]
+    q_pos: Int32[Array, "h t"]
+    kv_pos: Int32[Array, "n sx"]
+    index: BlockIndex
+    scale: float = static_field()
+
+    @property
+    def heads_per_kv_head(self) -> int:
+        """Query heads that share one kv head."""
+        return self.q.shape[0] // self.k.shape[0]
+
+    def keys_and_values_per_head(self):
+        """`k` and `v` as each query head sees them, `[h, s + x, d]`: a copy per head, for small inputs only."""
+        shared = (jnp.repeat(x, self.heads_per_kv_head, axis=0) for x in (self.k, self.v))
+        return tuple(
+            jnp.concatenate([x, extra], axis=1) for x, extra in zip(shared, (self.k_extra, self.v_extra), strict=True)
+        )
+
+
+def check_inputs(inputs: AttentionInputs) -> None:
+    """Raises ValueError, with rule, expected and got, for arguments that no backend could honour."""
+    (num_q_heads, t, d), (num_kv_heads, s, d_k), x = inputs.q.shape, inputs.k.shape, inputs.k_extra.shape[1]
+    index = inputs.index
+    rules = [
+        (num_q_heads % num_kv_heads == 0, f"{num_q_heads=} must be a multiple of {num_kv_heads=}"),
+        (d == d_k, f"q and k must have one head dim: q has {d}, k has {d_k}"),
+        (inputs.v.shape == inputs.k.shape, f"v must have k's shape {inputs.k.shape}, got {inputs.v.shape}"),
+        (inputs.k.dtype == inputs.q.dtype == inputs.v.dtype, "q, k and v must have one dtype: "
+         f"got {inputs.q.dtype}, {inputs.k.dtype}, {inputs.v.dtype}"),
+        (inputs.k_extra.shape == inputs.v_extra.shape == (num_q_heads, x, d),
+         f"k_extra and v_extra must be [{num_q_heads}, x, {d}], got {inputs.k_extra.shape}, {inputs.v_extra.shape}"),
+        (index.num_heads == num_q_heads, f"the index has {index.num_heads} heads, q has {num_q_heads}"),
+        (index.num_q_blocks * index.block_q == t,
+         f"q must have num_q_blocks * block_q = {index.num_q_blocks * index.block_q} tokens, got {t}"),
+        (inputs.q_pos.shape == (num_q_heads, t), f"q_pos must be [{num_q_heads}, {t}], got {inputs.q_pos.shape}"),
+        (inputs.kv_pos.shape[1] == s + x, f"kv_pos must have s + x = {s + x} positions, got {inputs.kv_pos.shape[1]}"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)

@@ -1,0 +1,146 @@
+"""Block-sparse attention in plain XLA: loops over visited blocks, never builds [t, s], differentiable, runs anywhere.
+
+Forward and backward walk the same lists with an online softmax (Dao et al. 2022, "FlashAttention", Algorithms 1 and 4).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.attention.reference import pair_is_attended
+from pallas_kernels.notation import PAD_KV_POS, Array, Float
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""A masked score: large and finite, so that a difference of two of them is 0 and not NaN."""
+
+
+def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
+    """Attention output in the query's dtype and log-sum-exp in float32; a query that attends nothing: zeros, -inf."""
+    return _attend(inputs)
+
+
+@jax.custom_vjp
+def _attend(inputs):
+    return jax.lax.map(lambda h: _head(inputs, h), jnp.arange(inputs.q.shape[0]))
+
+
+def _forward(inputs):
+    out, lse = _attend(inputs)
+    return (out, lse), (inputs, out, lse)
+
+
+def _head_view(inputs: AttentionInputs, h):
+    """The kv view of head `h`: k and v, `[s + x, d]`."""
+    kv_head = h // inputs.heads_per_kv_head
+    return tuple(
+        jnp.concatenate([shared[kv_head], extra[h]]) if extra.shape[1] else shared[kv_head]
+        for shared, extra in ((inputs.k, inputs.k_extra), (inputs.v, inputs.v_extra))
+    )
+
+
+def _visit(inputs: AttentionInputs, view, h, i, q_pos, j):
+    """The `j`-th block of q block `i`: its first row, keys, values and mask [block_q, block_kv]."""
+    index = inputs.index
+    k_sd, v_sd = view
+    entry = index.first[h, i] + j
+    start = index.start[h, entry]
+    block = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=index.block_kv)
+    pos = block(inputs.kv_pos[index.pos_row[h, i]])
+    interval = index.intervals[h, index.interval[h, entry]]
+    mask = (j < index.num_full[h, i]) | pair_is_attended(q_pos, pos, interval)
+    is_real = (pos != PAD_KV_POS)[:, None]  # 0 * NaN is NaN: what nobody attends must not be multiplied
+    return start, jnp.where(is_real, block(k_sd), 0), jnp.where(is_real, block(v_sd), 0), mask
+
+
+def _head(inputs: AttentionInputs, h):
+    index, dtype = inputs.index, inputs.q.dtype
+    view = _head_view(inputs, h)
+
+    def q_block(i):
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * index.block_q, slice_size=index.block_q)
+        q_td = rows(inputs.q[h]) * jnp.asarray(inputs.scale, dtype)
+        q_pos = rows(inputs.q_pos[h])
+
+        def step(j, carry):
+            acc, top, total = carry
+            _, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
+            scores = jnp.einsum("td,sd->ts", q_td, k_sd, preferred_element_type=jnp.float32)
+            scores = jnp.where(mask, scores, MASKED)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            weights = jnp.where(mask, jnp.exp(scores - new_top[:, None]), 0.0)
+            decay = jnp.exp(top - new_top)
+            added = jnp.einsum("ts,sd->td", weights.astype(dtype), v_sd, preferred_element_type=jnp.float32)
+            return acc * decay[:, None] + added, new_top, total * decay + jnp.sum(weights, axis=1)
+
+        empty = (jnp.zeros(q_td.shape), jnp.full(index.block_q, MASKED), jnp.zeros(index.block_q))
+        acc, top, total = jax.lax.fori_loop(0, index.count[h, i], step, empty)
+        total = jnp.where(total > 0, total, 1.0)
+        lse = jnp.where(top > MASKED, top + jnp.log(total), -jnp.inf)
+        return (acc / total[:, None]).astype(dtype), lse
+
+    out, lse = jax.lax.map(q_block, jnp.arange(index.num_q_blocks))
+    return out.reshape(inputs.q.shape[1:]), lse.reshape(-1)
+
+
+def _backward(residuals, cotangents):
+    inputs, out, lse = residuals
+    d_out, d_lse = cotangents
+    # d(loss)/d(score) = p * (dp - correction): the row sum of out * d_out, less what arrives through lse.
+    correction = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    s = inputs.k.shape[1]
+    head = functools.partial(_head_gradients, inputs, d_out, lse, correction)
+
+    def step(totals, h):
+        d_q, d_k_view, d_v_view = head(h)
+        kv_head = h // inputs.heads_per_kv_head
+        totals = tuple(
+            total.at[kv_head].add(view[:s]) for total, view in zip(totals, (d_k_view, d_v_view), strict=True)
+        )
+        return totals, (d_q, d_k_view[s:], d_v_view[s:])
+
+    zeros = (jnp.zeros(inputs.k.shape, jnp.float32), jnp.zeros(inputs.v.shape, jnp.float32))
+    (d_k, d_v), (d_q, d_k_extra, d_v_extra) = jax.lax.scan(step, zeros, jnp.arange(inputs.q.shape[0]))
+    gradients = [x.astype(inputs.q.dtype) for x in (d_q, d_k, d_v, d_k_extra, d_v_extra)]
+    leaves, tree = jax.tree.flatten(inputs)  # the five float arrays come first, then positions and the index
+    gradients += [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in leaves[len(gradients) :]]
+    return (jax.tree.unflatten(tree, gradients),)
+
+
+def _head_gradients(inputs: AttentionInputs, d_out, lse, correction, h):
+    """Gradients of head `h`: `d_q [t, d]`, `d_k` and `d_v [s + x, d]`, float32."""
+    index = inputs.index
+    view = tuple(x.astype(jnp.float32) for x in _head_view(inputs, h))
+
+    def q_block(carry, i):
+        rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * index.block_q, slice_size=index.block_q)
+        q_td, d_out_td = rows(inputs.q[h]).astype(jnp.float32), rows(d_out[h]).astype(jnp.float32)
+        q_pos, lse_t, correction_t = rows(inputs.q_pos[h]), rows(lse[h]), rows(correction[h])
+
+        def step(j, carry):
+            d_q, d_k, d_v = carry
+            start, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
+            scores = jnp.where(mask, q_td @ k_sd.T * inputs.scale, MASKED)
+            weights = jnp.where(mask, jnp.exp(scores - lse_t[:, None]), 0.0)
+            d_scores = weights * (d_out_td @ v_sd.T - correction_t[:, None]) * inputs.scale
+            d_k, d_v = (
+                _add_rows(x, start, part) for x, part in ((d_k, d_scores.T @ q_td), (d_v, weights.T @ d_out_td))
+            )
+            return d_q + d_scores @ k_sd, d_k, d_v
+
+        d_q, *carry = jax.lax.fori_loop(0, index.count[h, i], step, (jnp.zeros_like(q_td), *carry))
+        return tuple(carry), d_q
+
+    zeros = tuple(jnp.zeros_like(x) for x in view)
+    (d_k, d_v), d_q = jax.lax.scan(q_block, zeros, jnp.arange(index.num_q_blocks))
+    return d_q.reshape(inputs.q.shape[1:]), d_k, d_v
+
+
+def _add_rows(array, start, rows):
+    old = jax.lax.dynamic_slice_in_dim(array, start, rows.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(array, old + rows, start, axis=0)
+
+
+_attend.defvjp(_forward, _backward)
