@@ -1,0 +1,218 @@
+"""Images and videos read from files: Pillow for images, PyAV (FFmpeg) for videos."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from jaxtyping import Int64, UInt8
+from PIL import Image as PillowImage
+from PIL import ImageOps, UnidentifiedImageError
+
+MAX_FRAMES = 768
+"""Frames that Qwen2-VL and Qwen2.5-VL sample from one video at most."""
+
+MIN_FRAMES = 4
+"""Frames sampled at least, if the video has as many."""
+
+TEMPORAL_PATCH_LEN = 2
+"""Frames that share one vision token; the number of sampled frames is a multiple of it."""
+
+Frame = UInt8[np.ndarray, "rows columns 3"]
+type FrameResize = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Image:
+    """One RGB image."""
+
+    pixels: Frame
+
+    def __post_init__(self):
+        """Checks that there are pixels."""
+        _check_pixels(self.pixels, "an image")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Video:
+    """The sampled RGB frames of one video.
+
+    Args:
+        frames: pixels of every sampled frame, all of one size.
+        fps: sampled frames per second of video, not the rate of the source.
+    """
+
+    frames: UInt8[np.ndarray, "frames rows columns 3"]
+    fps: float
+
+    def __post_init__(self):
+        """Checks that there are pixels and a rate."""
+        _check_pixels(self.frames, "a video")
+        _check_fps(self.fps)
+
+    @property
+    def num_frames(self) -> int:
+        """Sampled frames."""
+        return self.frames.shape[0]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of video that the sampled frames stand for."""
+        return self.num_frames / self.fps
+
+
+def read_image(path: str | os.PathLike) -> Image:
+    """The image in a file as RGB, turned upright as its EXIF orientation says; transparency is dropped."""
+    _check_file(path)
+    try:
+        with PillowImage.open(path) as image:
+            return Image(pixels=np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"an image must be in a format that Pillow reads, got path={str(path)!r}") from error
+    except (OSError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        raise ValueError(f"an image file must decode whole, got path={str(path)!r}: {error}") from error
+
+
+def sample_indices(
+    num_frames: int, *, source_fps: float, fps: float, max_frames: int = MAX_FRAMES
+) -> Int64[np.ndarray, " n"]:
+    """The source frames that Qwen2-VL looks at: evenly spaced, an even number of them.
+
+    10 frames at 4 per second, sampled at 2 per second: 10 / 4 * 2 = 5, made even: 4 frames, 2.5 apart:
+
+        frame    0 1 2 3 4 5 6 7 8 9
+        sampled  x   x     x   x
+
+    A video of a single frame is sampled once; the patches repeat it.
+
+    References: class Qwen2VLVideoProcessor of transformers, method sample_frames. Whole-number division here, float32
+    there: of 20,000 random cases up to 20,000 frames, 10 differ by rounding.
+    """
+    _check_fps(fps)
+    if num_frames < 1 or max_frames < TEMPORAL_PATCH_LEN:
+        raise ValueError(
+            f"sampling needs a frame and a limit of {TEMPORAL_PATCH_LEN} or more: {num_frames=}, {max_frames=}"
+        )
+    at_most = max(min(max_frames, num_frames) // TEMPORAL_PATCH_LEN * TEMPORAL_PATCH_LEN, 1)
+    wanted = min(max(num_frames / source_fps * fps, MIN_FRAMES), at_most)
+    num_sampled = max(math.floor(wanted / TEMPORAL_PATCH_LEN) * TEMPORAL_PATCH_LEN, 1)
+    return np.arange(num_sampled, dtype=np.int64) * num_frames // num_sampled
+
+
+def read_video(
+    path: str | os.PathLike,
+    *,
+    fps: float,
+    max_frames: int = MAX_FRAMES,
+    resize: FrameResize | None = None,
+    on_frame: Callable[[int, int], None] | None = None,
+) -> Video:
+    """The frames of a video file sampled at about `fps` per second; only sampled frames are ever kept in memory.
+
+    Frames are chosen by their number (`sample_indices`), so a source of variable rate is sampled evenly in frames,
+    not in time.
+
+    Args:
+        path: any file with a video stream that FFmpeg reads.
+        fps: sampled frames per second; positive.
+        max_frames: sampled frames at most.
+        resize: called with each sampled frame and the number of sampled frames, gives the frame to keep. With it an
+            hour of 1080p needs memory for the small frames only.
+        on_frame: called after each decoded frame with the frames decoded so far and the frames to decode.
+
+    Raises:
+        ValueError: the file is missing, empty, corrupt or without video frames, or a rate is not positive.
+    """
+    _check_fps(fps)
+    _check_file(path)
+    try:
+        num_frames = _count_frames(path)
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            source_fps = _source_fps(stream.average_rate, path)
+            indices = sample_indices(num_frames, source_fps=source_fps, fps=fps, max_frames=max_frames)
+            stream.thread_type = "AUTO"
+            decoded = _decode(container.decode(stream), indices, on_frame)
+            frames = _collect(decoded, len(indices), resize, path)
+    except FFmpegError as error:
+        raise ValueError(f"a video file must decode without errors, got path={str(path)!r}: {error}") from error
+    if len(frames) < len(indices):
+        last = int(indices[-1])
+        raise ValueError(
+            f"a video must decode to the frames that its container announces: {num_frames=}, frame {last} was to be "
+            f"sampled, and path={str(path)!r} ends before it"
+        )
+    return Video(frames=frames, fps=len(indices) / num_frames * source_fps)
+
+
+def _count_frames(path: str | os.PathLike) -> int:
+    """Frames in the file as its header says, or else packets counted without decoding them."""
+    with av.open(os.fspath(path)) as container:
+        stream = _video_stream(container, path)
+        num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    if num_frames == 0:
+        raise ValueError(f"a video must have one frame or more, got {num_frames=} in path={str(path)!r}")
+    return num_frames
+
+
+def _video_stream(container, path: str | os.PathLike):
+    if not container.streams.video:
+        kinds = sorted({stream.type for stream in container.streams})
+        raise ValueError(f"a video file must have a video stream, got streams={kinds} in path={str(path)!r}")
+    return container.streams.video[0]
+
+
+def _source_fps(average_rate, path: str | os.PathLike) -> float:
+    if not average_rate:
+        raise ValueError(f"a video must tell its frame rate, got {average_rate=} in path={str(path)!r}")
+    return float(average_rate)
+
+
+def _decode(decoded, indices: np.ndarray, on_frame: Callable[[int, int], None] | None) -> Iterator[np.ndarray]:
+    """The pixels of the frames numbered `indices`, in order; decoding stops after the last of them."""
+    wanted, last = set(indices.tolist()), int(indices[-1])
+    for index, frame in enumerate(decoded):
+        if on_frame is not None:
+            on_frame(index + 1, last + 1)
+        if index in wanted:
+            # The display matrix of a phone's video: rotation counts degrees counterclockwise, as rot90 does.
+            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+        if index == last:
+            return
+
+
+def _collect(frames: Iterator[np.ndarray], num_frames: int, resize: FrameResize | None, path) -> np.ndarray:
+    """The frames in one array, each resized as it comes; shorter than `num_frames` if the source ends early."""
+    kept, count = np.empty((0, 1, 1, 3), np.uint8), 0
+    for count, source in enumerate(frames, start=1):
+        frame = source if resize is None else resize(source, num_frames)
+        if count == 1:
+            kept = np.empty((num_frames, *frame.shape), np.uint8)
+        if frame.shape != kept.shape[1:]:
+            raise ValueError(
+                f"every frame of a video must have one size: expected {kept.shape[1:3]}, got {frame.shape[:2]} rows x "
+                f"columns at sampled frame {count - 1} of path={str(path)!r}"
+            )
+        kept[count - 1] = frame
+    return kept[:count]
+
+
+def _check_fps(fps: float) -> None:
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive finite number of frames per second, got {fps=}")
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"no such file: path={str(path)!r}")
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"a media file must not be empty, got 0 bytes in path={str(path)!r}")
+
+
+def _check_pixels(pixels: np.ndarray, kind: str) -> None:
+    if 0 in pixels.shape:
+        raise ValueError(f"{kind} needs at least one frame, row and column, got shape {pixels.shape}")
