@@ -1,0 +1,43 @@
+"""The pieces that the vision tower and the decoder share; `dtype` holds for parameters and computation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """An affine map with a kernel `[in, out]`."""
+    return nnx.Linear(in_dim, out_dim, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def rms_norm(num_features: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """A root-mean-square norm whose statistics are float32."""
+    return nnx.RMSNorm(num_features, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
+        """Random weights."""
+        self.gate = linear(embed_dim, mlp_dim, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.up = linear(embed_dim, mlp_dim, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.down = linear(mlp_dim, embed_dim, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b t e"]) -> Float[Array, "*b t e"]:
+        """The MLP output before the residual."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def stack_layers[T](make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:
+    """One module whose parameters carry a leading axis of `num_layers` independent draws of `make(rngs)`."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs):
+        return make(rngs)
+
+    return stacked(rngs)
