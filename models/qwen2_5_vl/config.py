@@ -25,7 +25,6 @@ class VisionConfig:
     merge_size: int = 2
     num_channels: int = 3
     rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
 
     def __post_init__(self):
         """Checks that heads, rotary axes and windows come out whole."""

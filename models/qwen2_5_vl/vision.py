@@ -16,6 +16,8 @@ from models.qwen2_5_vl.layers import GatedMLP, linear, rms_norm, stack_layers
 from models.qwen2_5_vl.rope import rotate
 from pallas_kernels.notation import AnyArray
 
+RMS_NORM_EPS = 1e-6
+"""Fixed by the published code, in no configuration file."""
 FRAME_BATCH_PATCHES = 8192
 """Patches encoded by one call (at least one frame): large enough to fill a chip, small enough to bound memory."""
 SCORE_BYTES = 2**28
@@ -48,9 +50,9 @@ class VisionLayer(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
-        self.attention_norm = rms_norm(config.embed_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.attention_norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.attention = VisionAttention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = rms_norm(config.embed_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp_norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, use_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n w p e"], frame: "FrameTables", is_full: Array) -> Float[Array, "n w p e"]:
@@ -65,7 +67,7 @@ class Merger(nnx.Module):
     def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.block_dim = config.block_len * config.embed_dim
-        self.norm = rms_norm(config.embed_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.hidden = linear(self.block_dim, self.block_dim, dtype=dtype, rngs=rngs)
         self.out = linear(self.block_dim, config.out_dim, dtype=dtype, rngs=rngs)
 

@@ -1,0 +1,115 @@
+"""Weights from Hugging Face directories, tensor by tensor, and back."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from safetensors.numpy import save_file
+
+from models.atomic import new_directory
+from models.hub import locate
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.dialects import read_config, to_huggingface
+from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.qwen2_5_vl.weight_map import canonical_name, check, parameters, slots
+from models.safetensors_reader import SINGLE_FILE, SafetensorsReader
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def abstract_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Qwen2_5_VL:
+    """The model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def load(
+    name: str | Path, *, dtype: Any = jnp.bfloat16, on_tensor: Callable[[int, int, str], None] | None = None
+) -> Qwen2_5_VL:
+    """The model of a Hugging Face checkpoint, on the default device.
+
+    One tensor at a time is read and written in place into the parameter it belongs to: the host holds one tensor.
+
+    Args:
+        name: a directory with config.json and safetensors, or a repository name on the hub.
+        dtype: of parameters and computation.
+        on_tensor: called with (tensors done, tensors in all, name) after each tensor.
+
+    Raises:
+        ValueError: no checkpoint, an unknown config, a missing, truncated or contradicting shard, or a tensor that
+            is missing, unexpected or of another shape.
+    """
+    directory = locate(name)
+    config = read_config(directory)
+    graphdef, state = nnx.split(abstract_model(config, dtype=dtype))
+    reader = SafetensorsReader(directory)
+    expected = slots(state, config)
+    on_disk = _canonical_names(reader)
+    if config.tie_embeddings:
+        _drop_tied_head(reader, on_disk)
+    check(expected, on_disk, lambda name: reader.shape(on_disk[name]))
+
+    variables = parameters(state)
+    arrays: dict[tuple[str, ...], Array] = {}
+    for i, (tensor_name, disk_name) in enumerate(on_disk.items()):
+        slot = expected[tensor_name]
+        if slot.path not in arrays:
+            arrays[slot.path] = jnp.zeros(variables[slot.path].shape, dtype)
+        arrays[slot.path] = _put(arrays[slot.path], reader.read(disk_name), slot.layer, slot.is_transposed)
+        if on_tensor is not None:
+            on_tensor(i + 1, len(on_disk), disk_name)
+    filled = [(path, variable.replace(arrays[path])) for path, variable in variables.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+@functools.partial(jax.jit, static_argnames="is_transposed", donate_argnums=0)
+def _put(parameter: Array, tensor: Array, layer: Array | int | None, is_transposed: bool) -> Array:
+    """`parameter` with `tensor` written over it, or over one of its layers, in the parameter's own memory."""
+    tensor = tensor.astype(parameter.dtype)
+    if is_transposed:
+        tensor = tensor.reshape(tensor.shape[0], -1).T
+    return parameter.at[...].set(tensor) if layer is None else parameter.at[layer].set(tensor)
+
+
+def _canonical_names(reader: SafetensorsReader) -> dict[str, str]:
+    """Canonical name to name on disk."""
+    names: dict[str, str] = {}
+    for name in reader.names():
+        other = names.setdefault(canonical_name(name), name)
+        if other != name:
+            raise ValueError(f"the checkpoint holds one tensor under two names: {other!r} and {name!r}")
+    return names
+
+
+def _drop_tied_head(reader: SafetensorsReader, on_disk: dict[str, str]) -> None:
+    """Removes a copy of the embedding that some writers store as the head."""
+    if HEAD not in on_disk or EMBEDDING not in on_disk:
+        return
+    if not np.array_equal(reader.read(on_disk[HEAD]), reader.read(on_disk[EMBEDDING])):
+        raise ValueError(f"unexpected tensor: config.json ties the head to the embedding, but {HEAD} differs from it")
+    del on_disk[HEAD]
+
+
+def save_huggingface(model: Qwen2_5_VL, directory: str | Path) -> None:
+    """Writes config.json and model.safetensors, which `load` reads back; a failed save leaves nothing.
+
+    Raises:
+        ValueError: `directory` exists and is not empty.
+    """
+    state = nnx.state(model, nnx.Param)
+    arrays = {path: variable[...] for path, variable in parameters(state).items()}
+    tensors = {}
+    for name, slot in slots(state, model.config).items():
+        tensor = np.asarray(arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer])
+        tensor = tensor.T.reshape(slot.shape) if slot.is_transposed else tensor
+        tensors[name] = np.ascontiguousarray(tensor)
+    fields = to_huggingface(model.config) | {"torch_dtype": jnp.dtype(model.dtype).name}
+    with new_directory(Path(directory)) as temporary:
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(tensors, temporary / SINGLE_FILE, metadata={"format": "pt"})
