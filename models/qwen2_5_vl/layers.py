@@ -7,6 +7,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+State = Any
+"""An `nnx.State`; named so because runtime checks trip over that class's own annotations."""
+
 
 def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     """An affine map with a kernel `[in, out]`."""

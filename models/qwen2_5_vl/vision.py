@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.frames import Windows, rotary, windows
-from models.qwen2_5_vl.layers import GatedMLP, linear, rms_norm, stack_layers
+from models.qwen2_5_vl.layers import GatedMLP, State, linear, rms_norm, stack_layers
 from models.qwen2_5_vl.rope import rotate
 from pallas_kernels.notation import AnyArray
 
@@ -129,7 +129,7 @@ class VisionTower(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _encode_batch(
-    graphdef: nnx.GraphDef, state: nnx.State, frames: Float[Array, "n p c"], size: tuple[int, int]
+    graphdef: nnx.GraphDef, state: State, frames: Float[Array, "n p c"], size: tuple[int, int]
 ) -> Float[Array, "n t o"]:
     tower = nnx.merge(graphdef, state)
     config = tower.config

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from flax import nnx
 
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.layers import State
 
 Path = tuple[str, ...]
 
@@ -66,12 +67,12 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def parameters(state: nnx.State) -> dict[Path, nnx.Variable]:
+def parameters(state: State) -> dict[Path, nnx.Variable]:
     """Every parameter by its path."""
     return {tuple(str(key) for key in path): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def slots(state: nnx.State, config: Qwen2_5_VLConfig) -> dict[str, Slot]:
+def slots(state: State, config: Qwen2_5_VLConfig) -> dict[str, Slot]:
     """Every tensor that a checkpoint of this model must hold, by name; `state` may be abstract."""
     found = {}
     for path, variable in parameters(state).items():
