@@ -34,8 +34,9 @@ def coverage(index: BlockIndex, q_pos: Int32[Array, "h t"], kv_pos: Int32[Array,
         counts = jax.vmap(row)(first, num_full, count, q_pos.reshape(-1, index.block_q), kv_pos[pos_row])
         return counts.reshape(-1, kv_pos.shape[1])
 
-    fields = (index.first, index.num_full, index.count, index.start, index.interval, index.intervals, index.pos_row)
-    return jax.vmap(head)(*map(jnp.asarray, fields), q_pos)
+    index = jax.tree.map(jnp.asarray, index)
+    lists = (index.first, index.num_full, index.count, index.start, index.interval, index.intervals, index.pos_row)
+    return jax.vmap(head)(lists[0], lists[1], lists[2], lists[3], lists[4], lists[5], lists[6], q_pos)
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:

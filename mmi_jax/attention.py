@@ -1,0 +1,169 @@
+"""sparse_attention: plan, permute, attend, undo. The method on one page."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.layout import TokenLayout
+from mmi_jax.patterns.base import Pattern
+from mmi_jax.plan import Plan, plan_heads, prompt_geometry
+from mmi_jax.views import Geometry
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.attention.api import Implementation
+from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.pytree import pytree
+
+
+@pytree
+class SparseAttention:
+    """What attending by plan gives.
+
+    Args:
+      out: attention output in q's dtype.
+      lse: log-sum-exp of the scaled scores that were visited, float32; -inf for padding.
+      plan: the plan of each example, leading axis b on every array.
+    """
+
+    out: Float[Array, "b t h d"]
+    lse: Float[Array, "b h t"]
+    plan: Plan
+
+
+def sparse_attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    patterns: Pattern | Sequence[Pattern],
+    *,
+    layout: TokenLayout,
+    q_start: Int32[Array, ""] | int | None = None,
+    scale: float | None = None,
+    blocks: Blocks | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b t h d"]:
+    """Causal attention in which each head visits only what its pattern keeps, in q's dtype; zeros at padding.
+
+    Args:
+      q, k, v: as for `jax.nn.dot_product_attention`; query head `h` reads kv head `h // (num_q_heads // num_kv_heads)`.
+      patterns: one pattern for all heads, or one for each query head.
+      layout: of the `s` kv tokens; fields [s], or [b, s] when the examples differ.
+      q_start: the kv token that is the first query, for chunked prefill; `s - t` when None.
+      scale: factor on the scores, `d ** -0.5` when None.
+      blocks: tile sizes, 128 x 128 when None.
+      implementation: see `block_sparse_attention`.
+
+    Raises:
+      ValueError: shapes, number of patterns or layout do not fit.
+
+    References:
+      MMInference (arXiv 2504.16083), sections 3.1 and 3.2.
+    """
+    return attend_sparsely(
+        q, k, v, patterns, layout=layout, q_start=q_start, scale=scale, blocks=blocks, implementation=implementation
+    ).out
+
+
+def attend_sparsely(
+    q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
+    scale: float | None = None, blocks: Blocks | None = None, implementation: Implementation | None = None,
+) -> SparseAttention:  # fmt: skip
+    """`sparse_attention` with its plan and log-sum-exp.
+
+    Args:
+      geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
+    """
+    patterns = check_attention(q, k, v, patterns, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    blocks = blocks or Blocks()
+    if geometry is None:
+        geometry = batch_geometry(
+            layout, patterns, batch=q.shape[0], num_queries=q.shape[1], q_start=q_start, blocks=blocks
+        )
+
+    def example(q, k, geometry):
+        return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
+
+    with jax.named_scope("mmi.plan"):
+        plan = jax.vmap(example)(q, k, geometry)
+    with jax.named_scope("mmi.attend"):
+        out, lse = attend_by_plan(plan, q, k, v, scale=scale, implementation=implementation)
+    return SparseAttention(out=out, lse=lse, plan=plan)
+
+
+def batch_geometry(
+    layout: TokenLayout, patterns: Sequence[Pattern], *, batch: int, num_queries: int, q_start, blocks: Blocks
+) -> Geometry:
+    """The geometry of every example of a batch, leading axis b on every array."""
+    layout = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (batch, x.shape[-1])), layout)
+    q_start = jnp.int32(layout.num_tokens - num_queries if q_start is None else q_start)
+
+    def example(layout):
+        return prompt_geometry(layout, patterns, num_queries=num_queries, q_start=q_start, blocks=blocks)
+
+    return jax.vmap(example)(layout)
+
+
+def attend_by_plan(plan: Plan, q, k, v, *, scale: float, implementation: Implementation | None = None):
+    """Permute, attend, undo: output `[b, t, h, d]` and log-sum-exp `[b, h, t]`; batch is folded into the heads."""
+    batch, num_tokens, num_heads, head_dim = q.shape
+    q_rows = jax.vmap(lambda plan, q: plan.q_order.apply(q.transpose(1, 0, 2)))(plan, q)
+    k_view, v_view = (jax.vmap(_lay_out)(x, plan.kv_order) for x in (k, v))
+    k_extra, v_extra = (jax.vmap(_gather_extra)(x, plan.extra_order) for x in (k, v))
+    num_variants = plan.kv_pos.shape[1]
+    example = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    pos_row = plan.index.pos_row + example * num_variants
+    index = jax.tree.map(_fold, plan.index)
+    folded = [_fold(x) for x in (q_rows, k_view, v_view, k_extra, v_extra, plan.q_pos, plan.kv_pos)]
+    out, lse = block_sparse_attention(
+        folded[0],
+        folded[1],
+        folded[2],
+        dataclasses.replace(index, pos_row=pos_row.reshape(index.pos_row.shape)),
+        k_extra=folded[3],
+        v_extra=folded[4],
+        q_pos=folded[5],
+        kv_pos=folded[6],
+        scale=scale,
+        implementation=implementation,
+    )
+    out, lse = out.reshape(q_rows.shape), lse.reshape(q_rows.shape[:3])
+    out, lse = jax.vmap(lambda plan, out, lse: plan.q_order.merge(out, lse))(plan, out, lse)
+    return out.transpose(0, 2, 1, 3), lse
+
+
+def _fold(x):
+    """The batch folded into the head axis."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _lay_out(x, order):
+    """Keys or values `[s, g, d]` in the order of the kv view, head-major."""
+    if len(order) == x.shape[0]:  # only the prompt's own view, and it needs no padding
+        return x.transpose(1, 0, 2)
+    return jnp.take(x, jnp.maximum(order, 0), axis=0).transpose(1, 0, 2)
+
+
+def _gather_extra(x, order):
+    """The rows gathered for each query head, `[h, x, d]`."""
+    kv_head = jnp.arange(order.shape[0])[:, None] // (order.shape[0] // x.shape[1])
+    return x[jnp.maximum(order, 0), kv_head]
+
+
+def check_attention(q, k, v, patterns, layout: TokenLayout) -> tuple[Pattern, ...]:
+    """The patterns, one per query head; raises ValueError for arguments that do not fit each other."""
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_q_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"q, k, v must agree in batch and head dim: got {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"there are more queries than keys: q has {q.shape[1]} tokens, k has {k.shape[1]}")
+    if layout.num_tokens != k.shape[1]:
+        raise ValueError(f"the layout must describe every kv token: it has {layout.num_tokens}, k has {k.shape[1]}")
+    patterns = (patterns,) * num_heads if isinstance(patterns, Pattern) else tuple(patterns)
+    if len(patterns) != num_heads:
+        raise ValueError(f"patterns must name one pattern for each of the {num_heads} query heads, got {len(patterns)}")
+    return patterns

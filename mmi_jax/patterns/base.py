@@ -1,0 +1,117 @@
+"""Pattern: what every pattern of the method is, and the scope it plans in."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax import estimate
+from mmi_jax.blocks import Blocks
+from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
+from mmi_jax.views import Geometry, Group, KeyView, Prompt, View
+from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float
+from pallas_kernels.pytree import pytree, static_field
+
+SMALL_INDEX = 2**20
+"""Block entries below which a list is never worth bounding more tightly than by all pairs of blocks."""
+
+
+@pytree
+class Scope:
+    """One head's queries and keys, and which of them a pattern is asked to plan.
+
+    Args:
+      q, k: the head's queries and keys in prompt order.
+      geometry: views of the keys and places of the queries.
+      member: the queries to plan.
+      scale: factor on the scores.
+      group: the keys they may see.
+      blocks: tile sizes.
+    """
+
+    q: Float[Array, "t d"]
+    k: Float[Array, "s d"]
+    geometry: Geometry
+    member: Bool[Array, " t"]
+    scale: float = static_field()
+    blocks: Blocks = static_field()
+    group: Group = static_field(default=Prompt())
+
+    @property
+    def view(self) -> KeyView:
+        """The keys of the group in prompt order."""
+        return self.geometry.view(self.group)
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Most q blocks that the members can fill."""
+        return self.blocks.round_q(len(self.member)) // self.blocks.q
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Kv blocks of the group's view."""
+        return len(self.view.order) // self.blocks.kv
+
+    def restrict(self, member=None, group: Group | None = None) -> "Scope":
+        """The same head with fewer queries, or with the keys of another group."""
+        return dataclasses.replace(
+            self,
+            member=self.member if member is None else self.member & member,
+            group=self.group if group is None else group,
+        )
+
+    def all_keys(self):
+        """What a part visits that sees every key of the group."""
+        if self.group == Prompt():
+            return Everything()
+        return self._whole_group
+
+    def _whole_group(self, q_blocks: QBlocks) -> list[Runs]:
+        reach = self.view.rank(q_blocks.highest + 1)
+        return [blocks_between(self.view, jnp.zeros_like(reach), reach, self.blocks)]
+
+    def bound(self, blocks_per_q_block: int) -> int:
+        """A `Part.max_blocks`: so many per q block on average, within reason for small and for dense plans."""
+        most = self.num_q_blocks * self.num_kv_blocks
+        return max(1, min(most, max(SMALL_INDEX, self.num_q_blocks * blocks_per_q_block)))
+
+    @property
+    def group_pos(self):
+        """Position of every key token that the group holds, PAD_KV_POS elsewhere; int32 [s]."""
+        layout = self.geometry.keys
+        holds = layout.is_real if self.group == Prompt() else self.group.holds(layout)
+        return jnp.where(holds, layout.pos, PAD_KV_POS)
+
+    def last_attention(self, last_q: int):
+        """Attention of the last members over the group's keys, float32 [last_q, s], and their tokens."""
+        rows = estimate.last_queries(self.member, last_q)
+        q_pos = jnp.where(rows >= 0, self.geometry.q_pos[jnp.maximum(rows, 0)], -1)
+        q = self.q[jnp.maximum(rows, 0)]
+        return estimate.attention_rows(q, self.k, q_pos, self.group_pos, self.scale), rows
+
+
+def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> Columns:
+    """The chosen rows of the group's view as columns, ascending by position; at most `most` are chosen."""
+    view = scope.view
+    place = jnp.where(is_chosen, jnp.cumsum(is_chosen) - 1, len(is_chosen))
+    tokens = jnp.full(scope.blocks.round_kv(most), -1, jnp.int32).at[place].set(view.order, mode="drop")
+    num_rows = len(scope.geometry.order)
+    is_hidden = jnp.zeros(num_rows, bool)
+    is_hidden = jax.lax.dynamic_update_slice_in_dim(is_hidden, is_chosen, view.offset, axis=0)
+    return Columns(tokens=tokens, is_hidden=is_hidden)
+
+
+class Pattern(abc.ABC):
+    """What one head attends to. A subclass is a frozen dataclass, hashable, static under jit.
+
+    A new pattern is one file with `parts`, and `views` if it lays out keys in another order than the prompt's.
+    """
+
+    def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
+        """Key views that `parts` will ask the geometry for, when the keys are those of `group`."""
+        return ()
+
+    @abc.abstractmethod
+    def parts(self, scope: Scope) -> list[Part]:
+        """Parts of the scope's queries; those of view 0 hold each member once."""

@@ -1,0 +1,52 @@
+"""BlockTopK: the kv blocks whose pooled keys score best against pooled queries (MInference's block-sparse)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax.parts import Part, QBlocks, Runs
+from mmi_jax.patterns.base import Pattern, Scope
+from mmi_jax.patterns.checks import check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTopK(Pattern):
+    """For each q block, its `num_blocks` best kv blocks, the first one and the q block's own always among them.
+
+    Args:
+      num_blocks: kv blocks that a q block visits; blocks.
+    """
+
+    num_blocks: int = 100
+
+    def __post_init__(self):
+        """Raises ValueError for fewer than two blocks."""
+        check_at_least(self, num_blocks=2)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part in prompt order."""
+        num_chosen = min(self.num_blocks, scope.num_kv_blocks)
+        return [
+            Part(
+                member=scope.member,
+                visits=lambda q_blocks: [self._best_blocks(scope, q_blocks, num_chosen)],
+                max_blocks=scope.bound(num_chosen),
+            )
+        ]
+
+    def _best_blocks(self, scope: Scope, q_blocks: QBlocks, num_chosen: int) -> Runs:
+        view, size = scope.view, scope.blocks.kv
+        is_row = (view.order >= 0)[:, None]
+        rows = jnp.where(is_row, scope.k[jnp.maximum(view.order, 0)].astype(jnp.float32), 0.0)
+        pooled = rows.reshape(-1, size, rows.shape[1]).sum(axis=1)
+        pooled /= jnp.maximum(is_row.reshape(-1, size).sum(axis=1), 1)[:, None]
+        scores = q_blocks.mean(scope.q) @ pooled.T
+        block = jnp.arange(scope.num_kv_blocks)
+        begins = view.rank(q_blocks.lowest) // size
+        reach = -(-view.rank(q_blocks.highest + 1) // size)
+        is_forced = (block[None] == 0) | ((block[None] >= begins[:, None]) & (block[None] < reach[:, None]))
+        scores = jnp.where(block[None] < reach[:, None], jnp.where(is_forced, jnp.inf, scores), -jnp.inf)
+        best, chosen = jax.lax.top_k(scores, num_chosen)
+        is_seen = (best > -jnp.inf).astype(jnp.int32)
+        return Runs(start=view.offset + chosen.astype(jnp.int32) * size, num_blocks=is_seen)

@@ -1,0 +1,26 @@
+"""Dense: every query sees every key before it."""
+
+import dataclasses
+
+from mmi_jax.parts import Part
+from mmi_jax.patterns.base import Pattern, Scope
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Pattern):
+    """Causal attention, nothing left out.
+
+    1 0 0 0
+    1 1 0 0
+    1 1 1 0
+    1 1 1 1
+    """
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part that sees everything."""
+        return [all_keys_part(scope)]
+
+
+def all_keys_part(scope: Scope) -> Part:
+    """The scope's members, each seeing all keys of the group."""
+    return Part(member=scope.member, visits=scope.all_keys(), max_blocks=scope.bound(-(-scope.num_kv_blocks // 8)))

@@ -1,0 +1,103 @@
+"""Vertical-Slash: the columns and diagonals on which the last queries spend most attention (MInference 1.0, Alg. 2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax import estimate
+from mmi_jax.blocks import Blocks
+from mmi_jax.parts import Columns, Part, Runs
+from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
+from mmi_jax.patterns.checks import check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class VerticalSlash(Pattern):
+    """A few key columns that all queries see, and a few diagonals at fixed distances.
+
+    Columns {0, 2} and diagonals {0, 3} over 6 tokens:
+
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 0 1 0 0 0
+        1 0 1 1 0 0
+        1 1 1 0 1 0
+        1 0 1 0 0 1
+
+    Columns are exact to the token and gathered into kv blocks of their own; the first kv block of keys is always among
+    them. Diagonals are kept in bands one granule wide and computed in whole tiles that start at any granule, so
+    neighbours of a chosen diagonal inside a tile are attended too. Distance is counted in keys of the group, from the
+    last key at or before the query.
+
+    Args:
+      vertical: columns, the forced first block included; tokens.
+      slash: diagonals, the forced nearest ones included; tokens.
+      local: nearest diagonals that are always kept (100 in MInference); tokens.
+      last_q: queries that the estimate reads.
+    """
+
+    vertical: int = 1000
+    slash: int = 4096
+    local: int = 100
+    last_q: int = 64
+
+    def __post_init__(self):
+        """Raises ValueError for sizes below 1."""
+        check_at_least(self, vertical=1, slash=1, local=1, last_q=1)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part in prompt order, with gathered columns."""
+        view, blocks = scope.view, scope.blocks
+        weights, rows = scope.last_attention(self.last_q)
+        weights = jnp.where(view.order >= 0, weights[:, jnp.maximum(view.order, 0)], 0.0)
+        anchor = view.rank(scope.geometry.q_pos + 1) - 1
+        row_anchor = jnp.where(rows >= 0, anchor[jnp.maximum(rows, 0)], -1)
+        bands = self._bands(estimate.diagonal_mass(weights, row_anchor, blocks.granule), blocks)
+        return [
+            Part(
+                member=scope.member,
+                visits=lambda q_blocks: _slash_runs(bands, view.offset, *q_blocks.extent(anchor), blocks),
+                max_blocks=scope.bound(len(bands) + 2) + scope.num_kv_blocks,
+                columns=(self._columns(weights.sum(axis=0), scope),),
+            )
+        ]
+
+    def _columns(self, mass, scope: Scope) -> Columns:
+        """The heaviest columns, the first kv block forced, in order of position."""
+        view, blocks = scope.view, scope.blocks
+        num_columns = min(max(self.vertical, blocks.kv), len(view.order))
+        mass = jnp.where(jnp.arange(len(mass)) < blocks.kv, jnp.inf, mass)
+        _, chosen = jax.lax.top_k(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns)
+        is_chosen = jnp.zeros(len(mass), bool).at[chosen].set(True) & (view.order >= 0)
+        return gathered_columns(scope, is_chosen, num_columns)
+
+    def _bands(self, mass, blocks: Blocks):
+        """The heaviest bands of diagonals, the nearest forced, nearest first; int32 [n]."""
+        num_forced = -(-self.local // blocks.granule)
+        num_bands = min(max(-(-self.slash // blocks.granule), 1), len(mass))
+        mass = jnp.where(jnp.arange(len(mass)) < min(num_forced, num_bands), jnp.inf, mass)
+        _, bands = jax.lax.top_k(mass, num_bands)
+        return jnp.sort(bands).astype(jnp.int32)
+
+
+def _slash_runs(bands, offset, first_anchor, last_anchor, blocks: Blocks) -> list[Runs]:
+    """Tiles that cover the bands for queries whose anchors lie between two rows, from the nearest band to the farthest.
+
+    Each band needs the rows its diagonals cross; tiles are laid against the lower edge of what is covered already, so
+    they never overlap.
+    """
+    tile = blocks.kv // blocks.granule
+    first, end = first_anchor // blocks.granule, last_anchor // blocks.granule + 1
+
+    def cover(covered_from, band):
+        low, high = first - band, jnp.minimum(end - band, covered_from)
+        number = jnp.where(high > 0, jnp.maximum(-(-(high - low) // tile), 0), 0)
+        start = high - number * tile
+        return jnp.where(number > 0, start, covered_from), (start, number)
+
+    far = jnp.full_like(first, jnp.iinfo(jnp.int32).max)
+    _, (start, number) = jax.lax.scan(cover, far, bands)
+    num_below = jnp.clip(-(start // tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
+    rows = (start + num_below * tile) * blocks.granule
+    return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]

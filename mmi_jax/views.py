@@ -1,0 +1,185 @@
+"""Key views: the orders in which a plan lays the keys out, and where each group of keys lies in them.
+
+A view depends on the layout alone, so it is built once per prompt and shared by all heads and layers; kv heads are
+copied once per view, never once per query head. View 0 is the prompt itself, always.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.keys import NO_KEY, Key
+from mmi_jax.layout import TokenLayout
+from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS, Array, Int32
+from pallas_kernels.pytree import pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """All keys in prompt order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OfModality:
+    """The keys of one modality in prompt order; `None` holds those whose modality is not in `listed`."""
+
+    modality: int | None
+    listed: tuple[int, ...]
+
+    def holds(self, layout: TokenLayout):
+        """True for the tokens of this group."""
+        if self.modality is not None:
+            return layout.modality == self.modality
+        is_listed = jnp.isin(layout.modality, jnp.asarray(self.listed, jnp.int32))
+        return layout.is_real & ~is_listed
+
+
+type Group = Prompt | OfModality
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedBy:
+    """The keys of `group` sorted by `key`, prompt order within a key, without the group's first `skip` keys."""
+
+    key: Key
+    skip: int
+    group: Group = Prompt()
+
+
+type View = Prompt | OfModality | SortedBy
+
+
+@pytree
+class KeyView:
+    """One view of the keys, at a fixed place in the joint kv view.
+
+    Args:
+      order: token of each row, -1 for an empty row; rows of the group come first.
+      pos: position of each row, never decreasing within a key, `PAD_KV_POS` for an empty row.
+      key: sort key of each row, ascending; `NO_KEY` for an empty row. All 0 in a view that is not sorted by one.
+      offset: first row of the view in the joint kv view.
+    """
+
+    order: Int32[Array, " s"]
+    pos: Int32[Array, " s"]
+    key: Int32[Array, " s"]
+    offset: Int32[Array, ""]
+
+    def rank(self, pos):
+        """Rows with a position below `pos`, in a view that is not sorted by a key."""
+        return jnp.searchsorted(self.pos, pos, side="left").astype(jnp.int32)
+
+    def rows_of_key(self, low, high):
+        """First row of key `low` and one past the last row of key `high`; equal where no row has such a key."""
+        first = jnp.searchsorted(self.key, low, side="left")
+        end = jnp.searchsorted(self.key, jnp.minimum(high, NO_KEY - 1), side="right")
+        return first.astype(jnp.int32), jnp.maximum(first, end).astype(jnp.int32)
+
+
+@pytree
+class Geometry:
+    """All that planning reads of a prompt apart from q and k: views of the keys, and the queries' places.
+
+    Args:
+      views: the key views by their specification; `Prompt()` is always there and first.
+      kv_pos: position of every row of the joint kv view, `PAD_KV_POS` for empty rows.
+      order: token of every row of the joint kv view, -1 for empty rows.
+      keys: layout of the kv tokens.
+      queries: layout of the query tokens: a window of the keys' layout.
+      q_keys: per sort key of the views, the queries' keys and the order that sorts the queries by it.
+    """
+
+    views: dict[str, KeyView]
+    kv_pos: Int32[Array, " sx"]
+    order: Int32[Array, " sx"]
+    keys: TokenLayout
+    queries: TokenLayout
+    q_keys: dict[str, tuple[Int32[Array, " t"], Int32[Array, " t"]]]
+
+    def view(self, view: View) -> KeyView:
+        """The view that a pattern asked for in its `views`."""
+        return self.views[repr(view)]
+
+    def queries_by(self, key: Key):
+        """The queries' keys, and the token order that sorts them by it."""
+        return self.q_keys[repr(key)]
+
+    @property
+    def q_pos(self):
+        """Position of every query token, `PAD_Q_POS` for padding; int32 [t]."""
+        return jnp.where(self.queries.is_real, self.queries.pos, PAD_Q_POS)
+
+
+def build_geometry(
+    layout: TokenLayout, views: tuple[View, ...], blocks: Blocks, *, num_queries: int, q_start
+) -> Geometry:
+    """The geometry of a prompt of `s` tokens whose queries are tokens `q_start` to `q_start + num_queries`.
+
+    Args:
+      layout: one example, fields [s].
+      views: what the patterns ask for; duplicates and `Prompt()` are dropped.
+      q_start: first query token, an int32 scalar, traced or not.
+    """
+    layout = jax.tree.map(jnp.asarray, layout)
+    queries = layout.window(q_start, num_queries)
+    wanted = [Prompt(), *(view for view in dict.fromkeys(views) if view != Prompt())]
+    built, offset = {}, 0
+    for view in wanted:
+        order, pos, key = _build(view, layout, blocks)
+        built[repr(view)] = KeyView(order=order, pos=pos, key=key, offset=jnp.int32(offset))
+        offset += len(order)
+    kv_pos = jnp.concatenate([built[repr(view)].pos for view in wanted])
+    prompt = built[repr(Prompt())]
+    built[repr(Prompt())] = dataclasses.replace(prompt, pos=_searchable(prompt.pos))
+    sort_keys = dict.fromkeys(view.key for view in wanted if isinstance(view, SortedBy))
+    return Geometry(
+        views=built,
+        kv_pos=kv_pos,
+        order=jnp.concatenate([built[repr(view)].order for view in wanted]),
+        keys=layout,
+        queries=queries,
+        q_keys={repr(key): _sorted_queries(key, layout, q_start, num_queries) for key in sort_keys},
+    )
+
+
+def _searchable(pos):
+    """Positions that never decrease, also where padding stands before or between tokens."""
+    highest = jax.lax.cummax(jnp.where(pos == PAD_KV_POS, -1, pos))
+    is_after_all = jnp.cumsum(pos[::-1] != PAD_KV_POS)[::-1] == 0
+    return jnp.where(is_after_all, PAD_KV_POS, highest)
+
+
+def _sorted_queries(key: Key, layout: TokenLayout, q_start, num_queries: int):
+    keys = jax.lax.dynamic_slice_in_dim(key.of(layout), q_start, num_queries)
+    return keys, jnp.argsort(keys, stable=True).astype(jnp.int32)
+
+
+def _build(view: View, layout: TokenLayout, blocks: Blocks):
+    """Token, position and key of each row of a view, padded to whole kv blocks."""
+    num_tokens = layout.num_tokens
+    tokens = jnp.arange(num_tokens, dtype=jnp.int32)
+    match view:
+        case Prompt():
+            order, key = jnp.where(layout.is_real, tokens, -1), jnp.zeros(num_tokens, jnp.int32)
+        case OfModality():
+            order, key = _compact(view.holds(layout)), jnp.zeros(num_tokens, jnp.int32)
+        case SortedBy():
+            is_member = layout.is_real if view.group == Prompt() else view.group.holds(layout)
+            is_member &= jnp.cumsum(is_member) > view.skip
+            token_key = jnp.where(is_member, view.key.of(layout), NO_KEY)
+            by_key = jnp.argsort(token_key, stable=True).astype(jnp.int32)
+            key = token_key[by_key]
+            order = jnp.where(key == NO_KEY, -1, by_key)
+    empty = blocks.round_kv(num_tokens) - num_tokens
+    order, key = jnp.pad(order, (0, empty), constant_values=-1), jnp.pad(key, (0, empty), constant_values=NO_KEY)
+    pos = jnp.where(order >= 0, layout.pos[jnp.maximum(order, 0)], PAD_KV_POS)
+    return order, pos, key
+
+
+def _compact(is_member):
+    """The members' token indices, left-packed, then -1."""
+    row = jnp.where(is_member, jnp.cumsum(is_member) - 1, len(is_member))
+    tokens = jnp.arange(len(is_member), dtype=jnp.int32)
+    return jnp.full(len(is_member), -1, jnp.int32).at[row].set(tokens, mode="drop")
