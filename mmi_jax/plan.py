@@ -13,7 +13,7 @@ from mmi_jax.layout import TokenLayout
 from mmi_jax.parts import Everything, Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope
 from mmi_jax.permutation import Permutation
-from mmi_jax.views import Geometry, Prompt, build_geometry
+from mmi_jax.views import Geometry, AllKeys, build_geometry
 from pallas_kernels import BlockIndex, coverage
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
@@ -95,7 +95,7 @@ def prompt_geometry(
     layout: TokenLayout, patterns: Sequence[Pattern], *, num_queries: int, q_start, blocks: Blocks
 ) -> Geometry:
     """Everything the patterns ask of the prompt's layout: shared by all heads, and by all layers of these patterns."""
-    views = tuple(view for pattern in dict.fromkeys(patterns) for view in pattern.views(Prompt(), blocks))
+    views = tuple(view for pattern in dict.fromkeys(patterns) for view in pattern.views(AllKeys(), blocks))
     return build_geometry(layout, views, blocks, num_queries=num_queries, q_start=q_start)
 
 
@@ -149,7 +149,7 @@ def _plan_head(parts: list[Part], scope: Scope) -> tuple[HeadPlan, Array | None,
     geometry, blocks = scope.geometry, scope.blocks
     columns = list({id(c): c for part in parts for c in part.columns}.values())
     num_rows = len(geometry.kv_pos)
-    num_prompt_rows = len(geometry.view(Prompt()).order)
+    num_prompt_rows = len(geometry.view(AllKeys()).order)
     if not columns:
         plan = assemble(parts, [0] * len(parts), geometry.q_pos, geometry.kv_pos[None], num_prompt_rows, blocks)
         return plan, None, None

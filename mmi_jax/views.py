@@ -17,8 +17,12 @@ from pallas_kernels.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class AllKeys:
     """All keys in prompt order."""
+
+    def holds(self, layout: TokenLayout):
+        """True for the tokens of this group: all but padding."""
+        return layout.is_real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class OfModality:
         return layout.is_real & ~is_listed
 
 
-type Group = Prompt | OfModality
+type Group = AllKeys | OfModality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +49,10 @@ class SortedBy:
 
     key: Key
     skip: int
-    group: Group = Prompt()
+    group: Group = AllKeys()
 
 
-type View = Prompt | OfModality | SortedBy
+type View = AllKeys | OfModality | SortedBy
 
 
 @pytree
@@ -83,7 +87,7 @@ class Geometry:
     """All that planning reads of a prompt apart from q and k: views of the keys, and the queries' places.
 
     Args:
-      views: the key views by their specification; `Prompt()` is always there and first.
+      views: the key views by their specification; `AllKeys()` is always there and first.
       kv_pos: position of every row of the joint kv view, `PAD_KV_POS` for empty rows.
       order: token of every row of the joint kv view, -1 for empty rows.
       keys: layout of the kv tokens.
@@ -119,20 +123,20 @@ def build_geometry(
 
     Args:
       layout: one example, fields [s].
-      views: what the patterns ask for; duplicates and `Prompt()` are dropped.
+      views: what the patterns ask for; duplicates and `AllKeys()` are dropped.
       q_start: first query token, an int32 scalar, traced or not.
     """
     layout = jax.tree.map(jnp.asarray, layout)
     queries = layout.window(q_start, num_queries)
-    wanted = [Prompt(), *(view for view in dict.fromkeys(views) if view != Prompt())]
+    wanted = [AllKeys(), *(view for view in dict.fromkeys(views) if view != AllKeys())]
     built, offset = {}, 0
     for view in wanted:
         order, pos, key = _build(view, layout, blocks)
         built[repr(view)] = KeyView(order=order, pos=pos, key=key, offset=jnp.int32(offset))
         offset += len(order)
     kv_pos = jnp.concatenate([built[repr(view)].pos for view in wanted])
-    prompt = built[repr(Prompt())]
-    built[repr(Prompt())] = dataclasses.replace(prompt, pos=_searchable(prompt.pos))
+    prompt = built[repr(AllKeys())]
+    built[repr(AllKeys())] = dataclasses.replace(prompt, pos=_searchable(prompt.pos))
     sort_keys = dict.fromkeys(view.key for view in wanted if isinstance(view, SortedBy))
     return Geometry(
         views=built,
@@ -161,12 +165,12 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks):
     num_tokens = layout.num_tokens
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     match view:
-        case Prompt():
+        case AllKeys():
             order, key = jnp.where(layout.is_real, tokens, -1), jnp.zeros(num_tokens, jnp.int32)
         case OfModality():
             order, key = _compact(view.holds(layout)), jnp.zeros(num_tokens, jnp.int32)
         case SortedBy():
-            is_member = layout.is_real if view.group == Prompt() else view.group.holds(layout)
+            is_member = view.group.holds(layout)
             is_member &= jnp.cumsum(is_member) > view.skip
             token_key = jnp.where(is_member, view.key.of(layout), NO_KEY)
             by_key = jnp.argsort(token_key, stable=True).astype(jnp.int32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
-from mmi_jax.views import Geometry, Group, KeyView, Prompt, View
+from mmi_jax.views import Geometry, Group, KeyView, AllKeys, View
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float
 from pallas_kernels.pytree import pytree, static_field
 
@@ -36,7 +36,7 @@ class Scope:
     member: Bool[Array, " t"]
     scale: float = static_field()
     blocks: Blocks = static_field()
-    group: Group = static_field(default=Prompt())
+    group: Group = static_field(default=AllKeys())
 
     @property
     def view(self) -> KeyView:
@@ -63,7 +63,7 @@ class Scope:
 
     def all_keys(self):
         """What a part visits that sees every key of the group."""
-        if self.group == Prompt():
+        if self.group == AllKeys():
             return Everything()
         return self._whole_group
 
@@ -80,8 +80,7 @@ class Scope:
     def group_pos(self):
         """Position of every key token that the group holds, PAD_KV_POS elsewhere; int32 [s]."""
         layout = self.geometry.keys
-        holds = layout.is_real if self.group == Prompt() else self.group.holds(layout)
-        return jnp.where(holds, layout.pos, PAD_KV_POS)
+        return jnp.where(self.group.holds(layout), layout.pos, PAD_KV_POS)
 
     def last_attention(self, last_q: int):
         """Attention of the last members over the group's keys, float32 [last_q, s], and their tokens."""

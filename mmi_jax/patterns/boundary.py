@@ -13,7 +13,7 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Everything, Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope
 from mmi_jax.patterns.dense import Dense
-from mmi_jax.views import Group, OfModality, Prompt, View
+from mmi_jax.views import Group, OfModality, AllKeys, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Boundary2D(Pattern):
     def _pairs(self):
         groups, listed = self._modalities
         for q, k in itertools.product(groups, groups):
-            is_listed = q is not None and k is not None
-            yield q, OfModality(k, listed), self.inner.get((q, k), self.other) if is_listed else self.other
+            pattern = self.other if q is None or k is None else self.inner.get((q, k), self.other)
+            yield q, OfModality(k, listed), pattern
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""
-        if group != Prompt():
+        if group != AllKeys():
             raise ValueError("Boundary2D groups the keys itself and cannot stand inside another group of keys")
         return tuple(view for _, keys, pattern in self._pairs() for view in (keys, *pattern.views(keys, blocks)))
 
