@@ -13,7 +13,7 @@ from mmi_jax.layout import TokenLayout
 from mmi_jax.parts import Everything, Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope
 from mmi_jax.permutation import Permutation
-from mmi_jax.views import Geometry, AllKeys, build_geometry
+from mmi_jax.views import AllKeys, Geometry, build_geometry
 from pallas_kernels import BlockIndex, coverage
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
-from mmi_jax.views import Geometry, Group, KeyView, AllKeys, View
+from mmi_jax.views import AllKeys, Geometry, Group, KeyView, View
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float
 from pallas_kernels.pytree import pytree, static_field
 

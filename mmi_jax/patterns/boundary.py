@@ -13,7 +13,7 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Everything, Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope
 from mmi_jax.patterns.dense import Dense
-from mmi_jax.views import Group, OfModality, AllKeys, View
+from mmi_jax.views import AllKeys, Group, OfModality, View
 
 
 @dataclasses.dataclass(frozen=True)
