@@ -130,10 +130,9 @@ def read_video(
     _check_fps(fps)
     _check_file(path)
     try:
-        num_frames = _count_frames(path)
+        num_frames, source_fps = _probe(path)
         with av.open(os.fspath(path)) as container:
             stream = _video_stream(container, path)
-            source_fps = _source_fps(stream.average_rate, path)
             indices = sample_indices(num_frames, source_fps=source_fps, fps=fps, max_frames=max_frames)
             stream.thread_type = "AUTO"
             decoded = _decode(container.decode(stream), indices, on_frame)
@@ -149,14 +148,41 @@ def read_video(
     return Video(frames=frames, fps=len(indices) / num_frames * source_fps)
 
 
-def _count_frames(path: str | os.PathLike) -> int:
-    """Frames in the file as its header says, or else packets counted without decoding them."""
+def _probe(path: str | os.PathLike) -> tuple[int, float]:
+    """Frames in the file and frames per second, without decoding: as its header says, or packets counted.
+
+    A header counts all that is stored; where an edit list hides frames (a video trimmed on a phone), its duration is
+    shorter than that count, and only the packets tell.
+    """
     with av.open(os.fspath(path)) as container:
         stream = _video_stream(container, path)
-        num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        if not stream.average_rate:
+            raise ValueError(f"a video must tell its frame rate, got {stream.average_rate} in path={str(path)!r}")
+        fps, num_frames = float(stream.average_rate), stream.frames
+        seconds = float((stream.duration or 0) * (stream.time_base or 0)) or num_frames / fps
+        if num_frames == 0 or round(seconds * fps) != num_frames:
+            num_frames = _count_packets(container, stream, path)
     if num_frames == 0:
         raise ValueError(f"a video must have one frame or more, got {num_frames=} in path={str(path)!r}")
-    return num_frames
+    return num_frames, fps
+
+
+def _count_packets(container, stream, path: str | os.PathLike) -> int:
+    """Packets of the stream; each holds one frame."""
+    num_packets, seconds = 0, 0.0
+    for packet in container.demux():
+        if packet.size > 0:
+            num_packets += packet.stream_index == stream.index
+            seconds = max(seconds, float(((packet.pts or 0) + (packet.duration or 0)) * packet.time_base))
+    # Matroska and WebM count no frames, so that a file cut off would pass for a short one; their header has a duration.
+    announced = (container.duration or 0) / av.time_base if "matroska" in container.format.name else 0.0
+    # The last packet may lack a duration, and writers round.
+    if num_packets and seconds + 1 / float(stream.average_rate) < 0.95 * announced:
+        raise ValueError(
+            f"a video must last as long as its container announces: expected {announced:.2f} seconds, got "
+            f"{seconds:.2f} in path={str(path)!r}"
+        )
+    return num_packets
 
 
 def _video_stream(container, path: str | os.PathLike):
@@ -164,12 +190,6 @@ def _video_stream(container, path: str | os.PathLike):
         kinds = sorted({stream.type for stream in container.streams})
         raise ValueError(f"a video file must have a video stream, got streams={kinds} in path={str(path)!r}")
     return container.streams.video[0]
-
-
-def _source_fps(average_rate, path: str | os.PathLike) -> float:
-    if not average_rate:
-        raise ValueError(f"a video must tell its frame rate, got {average_rate=} in path={str(path)!r}")
-    return float(average_rate)
 
 
 def _decode(decoded, indices: np.ndarray, on_frame: Callable[[int, int], None] | None) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ ROWS, COLUMNS = 24, 32
 def encode(path, frames, *, codec: Any = "ffv1", pix_fmt="bgr0", rate: Any = 10, rotation=0, **options):
     """Writes `frames` (uint8 [n, rows, columns, 3]); ffv1 in bgr0 is lossless."""
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         if rotation:
@@ -81,6 +81,27 @@ def test_containers_without_a_frame_count_are_counted(tmp_path, frames, suffix):
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
     assert read_video(path, fps=10.0).num_frames == 40
+
+
+def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, frames):
+    path = tmp_path / "trimmed.mp4"
+    whole = encode_h264(tmp_path / "whole.mp4", frames, bf="0", g="5")
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container,
+    ):
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size and packet.pts is not None and packet.dts is not None and packet.duration is not None:
+                packet.pts -= 16 * packet.duration  # frames before time 0 are stored, and hidden
+                packet.dts -= 16 * packet.duration
+                packet.stream = stream
+                container.mux(packet)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 40
+    video = read_video(path, fps=10.0)
+    np.testing.assert_array_equal(video.frames, read_video(whole, fps=10.0).frames[16:])
+    assert video.seconds == pytest.approx(2.4)
 
 
 def test_frames_are_resized_one_by_one_as_they_come(tmp_path, frames):
@@ -154,6 +175,14 @@ def test_a_video_without_frames(tmp_path):
         container.start_encoding()
     with pytest.raises(ValueError, match="must have one frame or more, got num_frames=0"):
         read_video(path, fps=1.0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_video_whose_container_counts_no_frames(tmp_path, frames, share):
+    path = encode(tmp_path / "v.mkv", frames)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ValueError, match="must last as long as its container announces: expected 4.00 seconds, got"):
+        read_video(path, fps=2.0)
 
 
 def test_a_truncated_video(tmp_path, frames):
