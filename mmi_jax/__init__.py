@@ -1,6 +1,11 @@
 """Modality-aware sparse prefill (MMInference) in JAX."""
 
 from mmi_jax.attention import sparse_attention as sparse_attention
+from mmi_jax.blocks import Blocks as Blocks
+from mmi_jax.buckets import Buckets as Buckets
+from mmi_jax.decode import decode as decode
+from mmi_jax.engine import PrefillResult as PrefillResult
+from mmi_jax.engine import prefill as prefill
 from mmi_jax.layout import TokenLayout as TokenLayout
 from mmi_jax.patterns import AShape as AShape
 from mmi_jax.patterns import BlockTopK as BlockTopK
@@ -15,3 +20,4 @@ from mmi_jax.patterns import SwinWindow as SwinWindow
 from mmi_jax.patterns import TriShape as TriShape
 from mmi_jax.patterns import VerticalSlash as VerticalSlash
 from mmi_jax.plan import Plan as Plan
+from mmi_jax.table import PatternTable as PatternTable

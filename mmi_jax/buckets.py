@@ -1,0 +1,38 @@
+"""Buckets: the few padded lengths for which programs are compiled."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """Padded lengths, at most an eighth of an octave apart: 1024, 1152, 1280, ..., 2048, 2304, ...
+
+    Padding costs no attention work (empty lists) and at most one eighth more projection work.
+
+    Args:
+      smallest: shortest padded length, a multiple of `multiple`; tokens.
+      largest: longest prompt that is accepted; tokens.
+      multiple: every length is a whole number of these, the block size of the kernels; tokens.
+    """
+
+    smallest: int = 256
+    largest: int = 2**20
+    multiple: int = 128
+
+    def __post_init__(self):
+        """Raises ValueError unless 0 < smallest <= largest, both multiples of `multiple`."""
+        if not 0 < self.smallest <= self.largest or self.smallest % self.multiple or self.largest % self.multiple:
+            raise ValueError(f"buckets need 0 < smallest <= largest, both multiples of multiple: got {self}")
+
+    def length_for(self, num_tokens: int) -> int:
+        """The padded length for a prompt of `num_tokens`.
+
+        Raises:
+          ValueError: the prompt is empty or longer than the table allows.
+        """
+        if not 0 < num_tokens <= self.largest:
+            raise ValueError(f"a prompt must have 1 to {self.largest} tokens (the largest bucket), got {num_tokens}")
+        num_tokens = max(num_tokens, self.smallest)
+        octave = 1 << (num_tokens - 1).bit_length() - 1  # the power of two below
+        step = max(octave // 8, self.multiple)
+        return min(-(-num_tokens // step) * step, self.largest)

@@ -1,0 +1,347 @@
+"""prefill: a prompt through all layers of a model in one compiled program per bucket."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmi_jax import estimate
+from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
+from mmi_jax.blocks import Blocks
+from mmi_jax.buckets import Buckets
+from mmi_jax.cache import KVCache, empty_cache
+from mmi_jax.layout import PADDING, TokenLayout
+from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.report import PrefillReport
+from mmi_jax.table import PatternTable, uniform_table
+from pallas_kernels.attention.api import Implementation
+from pallas_kernels.notation import Array, Float
+from pallas_kernels.pytree import pytree
+
+NUM_RECALL_QUERIES = 64
+"""Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
+
+
+class ModelConfig(Protocol):
+    """The sizes that prefill reads of a model."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class VisionLanguageModel(Protocol):
+    """What prefill asks of a model: an `nnx.Module` whose `layers` carry a leading layer axis.
+
+    A layer is called as `layer(x, rotary, attend) -> (x, aux)`, where `attend(q, k, v) -> (out, aux)` takes
+    `[b, t, h, d]` and `[b, t, g, d]` after rotation.
+    """
+
+    config: Any
+    layers: Any
+    embedding: Callable[..., Any]
+
+    def embed(self, prompt: Any) -> Any:
+        """Embeddings `[b, t, e]` of the tokens, vision included."""
+        ...
+
+    def rotary(self, rope_pos: Any) -> Any:
+        """Whatever the layers need to rotate by positions `[3, b, t]`."""
+        ...
+
+    def unembed(self, x: Any) -> Any:
+        """Logits, float32, of embeddings `[b, e]`."""
+        ...
+
+
+@pytree
+class PrefillResult:
+    """What a prefill leaves.
+
+    Args:
+      logits: of the token after each prompt's last, float32.
+      hidden: the last layer's output at each prompt's last token.
+      cache: keys and values of all layers.
+      report: what was skipped and what it cost.
+    """
+
+    logits: Float[Array, "b v"]
+    hidden: Float[Array, "b e"]
+    cache: KVCache
+    report: PrefillReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Program:
+    """Everything a compiled chunk depends on besides shapes."""
+
+    graphdef: Any
+    layers: tuple[tuple[Pattern, ...], ...]
+    blocks: Blocks
+    implementation: Implementation | None
+    measures_recall: bool
+
+
+def prefill(
+    model: VisionLanguageModel,
+    prompt: Any,
+    *,
+    table: PatternTable | Pattern | None = None,
+    chunk_tokens: int | None = None,
+    max_new_tokens: int = 0,
+    buckets: Buckets | None = None,
+    blocks: Blocks | None = None,
+    implementation: Implementation | None = None,
+    measures_recall: bool = True,
+) -> PrefillResult:
+    """Logits of the next token, the KV cache and a report, for a batch of right-padded prompts.
+
+    Args:
+      model: a `VisionLanguageModel`.
+      prompt: with `tokens [b, t]`, `rope_pos [3, b, t]`, `layout` (fields `[b, t]`) and whatever `model.embed` reads.
+      table: a pattern for each layer and head, one pattern for all, or None for dense attention.
+      chunk_tokens: prompt tokens that go through the layers at once, a multiple of the block size; all when None.
+        Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's own last
+        queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
+        queries" of Tri-shape are each chunk's.
+      max_new_tokens: room to leave in the cache for decoding.
+      buckets: padded lengths.
+      blocks: tile sizes.
+      implementation: see `block_sparse_attention`.
+      measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
+
+    Raises:
+      ValueError: the prompt is empty or too long, the table is for another model, or q or k are not finite in a
+        layer; the message names it.
+    """
+    buckets, blocks = buckets or Buckets(), blocks or Blocks()
+    table = _as_table(table, model.config)
+    lengths = np.asarray(prompt.layout.is_real).sum(axis=1)
+    _check_prompt(prompt, lengths)
+    num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "vision"):
+        x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
+    layout = jax.tree.map(jnp.asarray, _fit_layout(prompt.layout, capacity))
+    rope_pos = _fit(jnp.asarray(prompt.rope_pos), capacity, axis=2)
+    cache = empty_cache(
+        num_layers=table.num_layers,
+        batch=x.shape[0],
+        capacity=capacity,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        dtype=x.dtype,
+    )
+    graphdef, state = nnx.split(model)
+    program = _Program(
+        graphdef=graphdef,
+        layers=table.layers,
+        blocks=blocks,
+        implementation=implementation,
+        measures_recall=measures_recall,
+    )
+    k, v, hidden = cache.k, cache.v, jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
+    statistics = []
+    for start in range(0, num_tokens, chunk):
+        args = (
+            state,
+            x[:, start : start + chunk],
+            rope_pos[:, :, start : start + chunk],
+            layout,
+            jnp.int32(start),
+            jnp.asarray(lengths, jnp.int32),
+            (k, v, hidden),
+        )
+        with _timed(seconds, "compile"):
+            compiled = _compiled(program, *args)
+        with _timed(seconds, "prefill"):
+            (k, v, hidden), chunk_statistics = jax.block_until_ready(compiled(*args))
+        statistics.append(jax.device_get(chunk_statistics))
+    _check_finite(statistics)
+    report = PrefillReport.build(
+        layout=prompt.layout, table=table, padded_tokens=capacity, seconds=seconds, statistics=statistics
+    )
+    cache = dataclasses.replace(
+        cache,
+        k=k,
+        v=v,
+        layout=layout,
+        lengths=jnp.asarray(lengths, jnp.int32),
+        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
+    )
+    return PrefillResult(logits=model.unembed(hidden), hidden=hidden, cache=cache, report=report)
+
+
+def num_compiled_programs() -> int:
+    """Programs that prefill has compiled in this process."""
+    return len(_COMPILED)
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def _compiled(program: _Program, *args):
+    """The chunk's program for arguments of these shapes, compiled at most once."""
+    signature = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    leaves, tree = jax.tree.flatten(signature)
+    key = (program, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    if key not in _COMPILED:
+        run = jax.jit(functools.partial(_run_chunk, program), donate_argnums=6)
+        _COMPILED[key] = run.lower(*args).compile()
+    return _COMPILED[key]
+
+
+def _run_chunk(program: _Program, state, x, rope_pos, layout: TokenLayout, q_start, lengths, carry):
+    """All layers over one chunk of tokens.
+
+    Returns:
+      The caches, and the hidden state of every prompt's last token if it stands in this chunk; and statistics of each
+      layer: density and recall `[layers, b, h]`, and whether q and k were finite `[layers, b]`.
+    """
+    k, v, hidden = carry
+    model: Any = nnx.merge(program.graphdef, state)
+    rotary = model.rotary(rope_pos)
+    graphdef, layer_state = nnx.split(model.layers)
+    statistics = []
+    for first, end in _spans(program.layers):
+        patterns = program.layers[first]
+        geometry = batch_geometry(
+            layout, patterns, batch=x.shape[0], num_queries=x.shape[1], q_start=q_start, blocks=program.blocks
+        )
+
+        def layer(carry, n, patterns=patterns, geometry=geometry):
+            x, k, v = carry
+            module: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[n], layer_state))
+
+            def attend(q, k_new, v_new):
+                k_all, v_all = (
+                    jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (n, 0, q_start, 0, 0))
+                    for cache, new in ((k, k_new), (v, v_new))
+                )
+                result = attend_sparsely(
+                    q, k_all[n], v_all[n], patterns, layout=layout, geometry=geometry, q_start=q_start,
+                    blocks=program.blocks, implementation=program.implementation,
+                )  # fmt: skip
+                return result.out, (k_all, v_all, _statistics(program, result, q, k_all[n], layout, q_start))
+
+            x, (k, v, layer_statistics) = module(x, rotary, attend)
+            return (x, k, v), layer_statistics
+
+        (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
+        statistics.append(span_statistics)
+    last = lengths - 1 - q_start
+    is_here = (last >= 0) & (last < x.shape[1])
+    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    hidden = jnp.where(is_here[:, None], rows, hidden)
+    return (k, v, hidden), jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics)
+
+
+def _statistics(program: _Program, result: SparseAttention, q, k, layout: TokenLayout, q_start):
+    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite."""
+    queries = layout.window(q_start, q.shape[1])
+    is_finite = jnp.array(
+        [
+            jnp.all(jnp.where(layout_part.is_real[..., None, None], jnp.isfinite(x), True), axis=(1, 2, 3))
+            for x, layout_part in ((q, queries), (k, layout))
+        ]
+    ).all(axis=0)
+    density = jax.vmap(lambda plan: plan.density())(result.plan)
+    num_real = queries.is_real.sum(axis=1)
+    if program.measures_recall:
+        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
+    else:
+        recall = jnp.full(density.shape, jnp.nan)
+    return {"density": density, "recall": recall, "num_queries": num_real, "is_finite": is_finite}
+
+
+def _recall(q, k, lse, queries: TokenLayout, keys: TokenLayout):
+    """Mean over evenly spaced queries of the share of attention that was kept, per head; one example."""
+    num_real = queries.is_real.sum()
+    rows = ((jnp.arange(NUM_RECALL_QUERIES) + 0.5) * num_real / NUM_RECALL_QUERIES).astype(jnp.int32)
+    q_pos = jnp.where(queries.is_real, queries.pos, PADDING)[rows]
+    kv_pos = jnp.where(keys.is_real, keys.pos, jnp.iinfo(jnp.int32).max)
+    ratio, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+
+    def head(h):
+        dense = estimate.dense_lse(q[rows, h], k[:, h // ratio], q_pos, kv_pos, scale)
+        kept = jnp.exp(lse[h, rows] - jnp.where(jnp.isfinite(dense), dense, 0.0))
+        return jnp.mean(kept, where=q_pos >= 0)
+
+    return jax.lax.map(head, jnp.arange(q.shape[1]))
+
+
+def _spans(layers: tuple[tuple[Pattern, ...], ...]) -> list[tuple[int, int]]:
+    """Runs of consecutive layers with the same patterns: each is one scan."""
+    cuts = [n for n in range(1, len(layers)) if layers[n] != layers[n - 1]]
+    return list(zip([0, *cuts], [*cuts, len(layers)], strict=True))
+
+
+def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> PatternTable:
+    if table is None or isinstance(table, Pattern):
+        return uniform_table(table or Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
+    table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
+    return table
+
+
+def _sizes(
+    num_tokens: int, max_new_tokens: int, chunk_tokens: int | None, buckets: Buckets, blocks: Blocks
+) -> tuple[int, int, int]:
+    """Tokens to run, in whole chunks; tokens of a chunk; and capacity of the cache."""
+    padded = buckets.length_for(num_tokens)
+    chunk = padded if chunk_tokens is None else chunk_tokens
+    if chunk < 1 or chunk % blocks.q or chunk % blocks.kv:
+        raise ValueError(f"chunk_tokens must be a positive multiple of the block sizes {blocks}, got {chunk_tokens}")
+    whole = -(-num_tokens // chunk) * chunk
+    capacity = buckets.length_for(min(num_tokens + max_new_tokens, buckets.largest))
+    return whole, chunk, max(whole, capacity)
+
+
+def _fit(x, num_tokens: int, *, axis: int):
+    """The array cut or padded with zeros to `num_tokens` along an axis."""
+    x = jax.lax.slice_in_dim(x, 0, min(num_tokens, x.shape[axis]), axis=axis)
+    return jnp.pad(x, [(0, num_tokens - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
+
+
+def _fit_layout(layout: TokenLayout, num_tokens: int) -> TokenLayout:
+    cut = jax.tree.map(lambda x: x[:, :num_tokens], layout)
+    return cut.pad_to(num_tokens)
+
+
+def _check_prompt(prompt: Any, lengths: np.ndarray) -> None:
+    is_real = np.asarray(prompt.layout.is_real)
+    if lengths.min(initial=0 if not len(lengths) else lengths.max()) < 1:
+        raise ValueError(f"every prompt of a batch must have at least one token, got lengths {lengths.tolist()}")
+    if (is_real != (np.arange(is_real.shape[1]) < lengths[:, None])).any():
+        raise ValueError("prompts of a batch must be padded on the right only, got padding before a token")
+    if prompt.tokens.shape != is_real.shape or prompt.rope_pos.shape != (3, *is_real.shape):
+        raise ValueError(
+            f"tokens and rope_pos must fit the layout {is_real.shape}: "
+            f"got {prompt.tokens.shape} and {prompt.rope_pos.shape}"
+        )
+
+
+def _check_finite(statistics: list[dict[str, np.ndarray]]) -> None:
+    for chunk in statistics:
+        if not chunk["is_finite"].all():
+            layer, example = np.argwhere(~chunk["is_finite"])[0]
+            raise ValueError(f"q and k must be finite: layer {layer} has NaN or infinity in example {example}")
+
+
+class _timed:
+    """Adds the wall time of a block to `seconds[stage]`."""
+
+    def __init__(self, seconds: dict[str, float], stage: str):
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start

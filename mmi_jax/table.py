@@ -1,0 +1,115 @@
+"""PatternTable: which pattern each head of each layer has, and how that was found."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmi_jax import codec
+from mmi_jax.patterns.base import Pattern
+
+VERSION = 1
+_KNOWN = ("version", "model", "provenance", "patterns", "layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatternTable:
+    """A pattern for each layer and query head.
+
+    Args:
+      layers: `layers[n][h]` is the pattern of query head `h` in layer `n`; every layer has as many heads.
+      model: name of the model the table was made for.
+      provenance: how it was found: dtype, calibration data, device, date, commit, scores; free text by name.
+    """
+
+    layers: tuple[tuple[Pattern, ...], ...]
+    model: str = ""
+    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError for a table without layers or with layers of different widths."""
+        widths = {len(heads) for heads in self.layers}
+        if len(widths) != 1 or 0 in widths:
+            raise ValueError(f"every layer of a table must have the same number of heads, at least 1: got {widths}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the table."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of each layer."""
+        return len(self.layers[0])
+
+    def check_fits(self, *, num_layers: int, num_heads: int) -> None:
+        """Raises ValueError if the table is for a model of another shape."""
+        if (self.num_layers, self.num_heads) != (num_layers, num_heads):
+            raise ValueError(
+                f"the table must be made for this model: expected {num_layers} layers of {num_heads} heads, "
+                f"got {self.num_layers} layers of {self.num_heads} heads (table for {self.model or 'an unnamed model'})"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the table as JSON, through a temporary file: a failed run leaves no half-written one."""
+        names = {pattern: _name(n, pattern) for n, pattern in enumerate(dict.fromkeys(sum(self.layers, ())))}
+        value = {
+            "version": VERSION,
+            "model": self.model,
+            "provenance": dict(self.provenance),
+            "patterns": {name: codec.to_json(pattern) for pattern, name in names.items()},
+            "layers": [[names[pattern] for pattern in heads] for heads in self.layers],
+        }
+        path = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+            try:
+                json.dump(value, file, indent=1)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+
+def uniform_table(pattern: Pattern, *, num_layers: int, num_heads: int) -> PatternTable:
+    """The table in which every head has one pattern."""
+    return PatternTable(layers=((pattern,) * num_heads,) * num_layers, provenance={"source": "one pattern for all"})
+
+
+def load_table(path: str | os.PathLike) -> PatternTable:
+    """The table that `save` wrote.
+
+    Raises:
+      ValueError: no JSON, another version, unknown or missing keys, an unknown pattern; the message names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot read a pattern table: {error}") from error
+    try:
+        return _table(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _table(value: Any) -> PatternTable:
+    if not isinstance(value, dict) or value.get("version") != VERSION:
+        got = value.get("version") if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"a pattern table must be an object with version {VERSION}, got {got!r}")
+    if unknown := sorted(set(value) - set(_KNOWN)):
+        raise ValueError(f"unknown keys {', '.join(unknown)}: known keys are {', '.join(_KNOWN)}")
+    if missing := sorted(set(_KNOWN) - set(value)):
+        raise ValueError(f"missing keys {', '.join(missing)}")
+    palette = {name: codec.from_json(pattern) for name, pattern in value["patterns"].items()}
+    used = {name for heads in value["layers"] for name in heads}
+    if undefined := sorted(used - set(palette)):
+        raise ValueError(f"layers name undefined patterns {', '.join(undefined)}: defined are {', '.join(palette)}")
+    layers = tuple(tuple(palette[name] for name in heads) for heads in value["layers"])
+    return PatternTable(layers=layers, model=value["model"], provenance=value["provenance"])
+
+
+def _name(number: int, pattern: Pattern) -> str:
+    return f"{type(pattern).__name__}-{number}"
