@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ NUM_RECALL_QUERIES = 64
 """Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """The sizes that prefill reads of a model."""
 
@@ -37,6 +38,7 @@ class ModelConfig(Protocol):
     head_dim: int
 
 
+@runtime_checkable
 class VisionLanguageModel(Protocol):
     """What prefill asks of a model: an `nnx.Module` whose `layers` carry a leading layer axis.
 

@@ -61,14 +61,14 @@ def _head(inputs: AttentionInputs, h):
 
     def q_block(i):
         rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * index.block_q, slice_size=index.block_q)
-        q_td = rows(inputs.q[h]) * jnp.asarray(inputs.scale, dtype)
+        q_td = rows(inputs.q[h])
         q_pos = rows(inputs.q_pos[h])
 
         def step(j, carry):
             acc, top, total = carry
             _, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
             scores = jnp.einsum("td,sd->ts", q_td, k_sd, preferred_element_type=jnp.float32)
-            scores = jnp.where(mask, scores, MASKED)
+            scores = jnp.where(mask, scores * inputs.scale, MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = jnp.where(mask, jnp.exp(scores - new_top[:, None]), 0.0)
             decay = jnp.exp(top - new_top)
