@@ -2,6 +2,8 @@
 
 import dataclasses
 
+SPECIAL_TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -93,7 +95,7 @@ class Qwen2_5_VLConfig:
 
     def __post_init__(self):
         """Checks that heads, rotary sections and the two halves of the model fit together."""
-        _check_positive(self, ignored=("vision", "mrope_section", "tie_embeddings"))
+        _check_positive(self, ignored=("vision", "mrope_section", "tie_embeddings", *SPECIAL_TOKENS))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}")
         if 2 * sum(self.mrope_section) != self.head_dim:
@@ -102,9 +104,9 @@ class Qwen2_5_VLConfig:
             )
         if self.vision.out_dim != self.embed_dim:
             raise ValueError(f"vision tokens must be as wide as text: {self.vision.out_dim=}, {self.embed_dim=}")
-        ids = (self.image_token, self.video_token, self.vision_start_token, self.vision_end_token)
-        if len(set(ids)) != len(ids) or max(ids) >= self.vocab_size:
-            raise ValueError(f"special ids must differ and lie below {self.vocab_size=}, got {ids}")
+        ids = [getattr(self, name) for name in SPECIAL_TOKENS]
+        if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(f"special ids must differ and lie in [0, {self.vocab_size=}), got {ids}")
 
 
 def _check_positive(config, *, ignored: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ class Windows:
         3 4 | 5 .
 
     Fields:
-        order: patch in every place of every window; a hole repeats patch 0 and is False in `is_real`.
+        order: patch in every place of every window; a hole names patch 0 and is False in `is_real`.
         is_real: whether the place holds a patch.
         place: for each patch, its place among the flattened windows.
     """

@@ -159,8 +159,9 @@ class FrameTables:
         self.scale = config.head_dim**-0.5
 
     def to_windows(self, x: Float[Array, "n q e"]) -> Float[Array, "n w p e"]:
-        """Patches grouped by window; a hole holds a copy of patch 0, which nothing reads."""
-        return x[:, self.windows.order]
+        """Patches grouped by window; holes are zero, so that nothing of one window can reach another."""
+        grouped = x[:, self.windows.order]
+        return jnp.where(self.windows.is_real[None, ..., None], grouped, 0) if self.is_ragged else grouped
 
     def to_frames(self, x: Float[Array, "n w p e"]) -> Float[Array, "n q e"]:
         """The inverse: patches in the order of the frame."""

@@ -59,22 +59,32 @@ def load(
     arrays: dict[tuple[str, ...], Array] = {}
     for i, (tensor_name, disk_name) in enumerate(on_disk.items()):
         slot = expected[tensor_name]
-        if slot.path not in arrays:
-            arrays[slot.path] = jnp.zeros(variables[slot.path].shape, dtype)
-        arrays[slot.path] = _put(arrays[slot.path], reader.read(disk_name), slot.layer, slot.is_transposed)
+        tensor = jax.device_put(reader.read(disk_name))
+        if slot.layer is None:
+            arrays[slot.path] = _orient(tensor, dtype, slot.is_transposed)
+        else:
+            stacked = arrays.get(slot.path)
+            stacked = jnp.zeros(variables[slot.path].shape, dtype) if stacked is None else stacked
+            arrays[slot.path] = _put_layer(stacked, tensor, slot.layer, slot.is_transposed)
+        jax.block_until_ready(arrays[slot.path])  # else the host would hold this tensor while it reads the next
+        del tensor
         if on_tensor is not None:
             on_tensor(i + 1, len(on_disk), disk_name)
     filled = [(path, variable.replace(arrays[path])) for path, variable in variables.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "is_transposed"))
+def _orient(tensor: Array, dtype: Any, is_transposed: bool) -> Array:
+    """A tensor from disk as the parameter it is."""
+    tensor = jnp.asarray(tensor, dtype)
+    return tensor.reshape(tensor.shape[0], -1).T if is_transposed else tensor
+
+
 @functools.partial(jax.jit, static_argnames="is_transposed", donate_argnums=0)
-def _put(parameter: Array, tensor: Array, layer: Array | int | None, is_transposed: bool) -> Array:
-    """`parameter` with `tensor` written over it, or over one of its layers, in the parameter's own memory."""
-    tensor = tensor.astype(parameter.dtype)
-    if is_transposed:
-        tensor = tensor.reshape(tensor.shape[0], -1).T
-    return parameter.at[...].set(tensor) if layer is None else parameter.at[layer].set(tensor)
+def _put_layer(stacked: Array, tensor: Array, layer: Array | int, is_transposed: bool) -> Array:
+    """The stacked parameter with one layer overwritten, in the parameter's own memory."""
+    return stacked.at[layer].set(_orient(tensor, stacked.dtype, is_transposed))
 
 
 def _canonical_names(reader: SafetensorsReader) -> dict[str, str]:

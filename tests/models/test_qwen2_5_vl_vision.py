@@ -1,0 +1,137 @@
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import qwen2_5_vl_golden as oracle
+from flax import nnx
+
+from models.prompt import Prompt
+from models.qwen2_5_vl import vision
+from models.qwen2_5_vl.frames import windows
+from models.qwen2_5_vl.rope import mrope_positions, token_layout
+
+ULP = 2.0**-23
+
+
+def assert_equal_up_to_rounding(ours, theirs):
+    """Another order of the same sums: error within 16 units in the last place of the largest value, per layer."""
+    allowed = 16 * 3 * ULP * np.abs(theirs).max()
+    assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= allowed
+
+
+def test_windows_of_a_ragged_frame():
+    """A frame of 2 x 3 merged blocks in windows of 2 x 2 blocks; a block is four patches."""
+    tables = windows(4, 6, oracle.model("gqa7").config.vision)
+    blocks = tables.order.reshape(2, 4, 4)
+    assert blocks[..., 0].tolist() == [[0, 4, 12, 16], [8, 0, 20, 0]]
+    assert (blocks[0, 1] == [4, 5, 6, 7]).all()
+    assert tables.is_real.reshape(2, 4, 4).all(axis=2).tolist() == [[True] * 4, [True, False, True, False]]
+    np.testing.assert_array_equal(tables.order.reshape(-1)[tables.place], np.arange(24))
+
+
+def test_windows_of_a_frame_that_divides():
+    tables = windows(8, 4, oracle.model("gqa7").config.vision)
+    assert tables.is_real.all()
+    np.testing.assert_array_equal(tables.order.reshape(-1), np.arange(32))
+
+
+@pytest.mark.parametrize("batch_patches", [1, 150])
+def test_batching_of_frames_changes_nothing(batch_patches, monkeypatch):
+    data, tower = oracle.golden("gqa7"), oracle.model("gqa7").vision
+    whole = tower(data["patches"], oracle.grids("gqa7"))
+    monkeypatch.setattr(vision, "FRAME_BATCH_PATCHES", batch_patches)
+    assert_equal_up_to_rounding(tower(data["patches"], oracle.grids("gqa7")), whole)
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+    data, tower = oracle.golden("gqa7"), oracle.model("gqa7").vision
+    whole = tower(data["patches"], oracle.grids("gqa7"))
+    cache: Any = vision._encode_batch
+    cache.clear_cache()  # the limit is read when a program is traced
+    monkeypatch.setattr(vision, "SCORE_BYTES", 4 * 3 * 60 * 7)  # seven queries of a frame of 60 patches, 3 heads
+    assert_equal_up_to_rounding(tower(data["patches"], oracle.grids("gqa7")), whole)
+    cache.clear_cache()
+
+
+def test_a_long_video_compiles_once(rng, monkeypatch):
+    tower = oracle.model("gqa7").vision
+    monkeypatch.setattr(vision, "FRAME_BATCH_PATCHES", 4 * 48)
+    cache: Any = vision._encode_batch
+    cache.clear_cache()
+    for num_frames in (3, 4, 9, 18):
+        patches = rng.standard_normal((num_frames * 48, 24)).astype(np.float32)
+        assert tower(patches, ((num_frames, 8, 6),)).shape == (num_frames * 12, 56)
+    assert cache._cache_size() == 1
+
+
+def test_no_attention_across_frames_or_windows(rng):
+    """A NaN in one frame reaches that frame alone."""
+    tower = oracle.model("gqa7").vision
+    patches = rng.standard_normal((3 * 24, 24)).astype(np.float32)
+    clean = np.asarray(tower(patches, ((3, 4, 6),)))
+    patches[24] = np.nan
+    poisoned = np.asarray(tower(patches, ((3, 4, 6),)))
+    assert np.isnan(poisoned[6:12]).all()
+    np.testing.assert_array_equal(poisoned[:6], clean[:6])
+    np.testing.assert_array_equal(poisoned[12:], clean[12:])
+
+
+def test_no_attention_across_windows_without_full_layers(rng):
+    """With every layer windowed, a NaN in the first patch reaches its own 2 x 2 window of a 2 x 3 frame alone."""
+    tower = nnx.clone(oracle.model("gqa7").vision)
+    tower.config = dataclasses.replace(tower.config, full_attention_layers=())
+    patches = rng.standard_normal((24, 24)).astype(np.float32)
+    patches[0] = np.nan
+    tokens = np.asarray(tower(patches, ((1, 4, 6),)))
+    assert np.isnan(tokens).all(axis=1).tolist() == [True, True, False, True, True, False]
+    assert np.isfinite(tokens[[2, 5]]).all()
+
+
+def test_wrong_patches_are_refused():
+    tower = oracle.model("gqa7").vision
+    with pytest.raises(ValueError, match=r"expected shape \(24, 24\), got \(23, 24\)"):
+        tower(np.zeros((23, 24), np.float32), ((1, 4, 6),))
+    with pytest.raises(ValueError, match="positive multiples of config.merge_size=2"):
+        tower(np.zeros((20, 24), np.float32), ((1, 4, 5),))
+
+
+def test_vision_tokens_must_match_the_grids():
+    prompt = oracle.prompt("gqa7")
+    modality = np.where(prompt.layout.modality == 1, 0, prompt.layout.modality)
+    modality[0, 0] = 1
+    wrong = dataclasses.replace(prompt, layout=dataclasses.replace(prompt.layout, modality=modality))
+    with pytest.raises(ValueError, match="one vision token per merged block .* expected 67, got 1"):
+        oracle.model("gqa7").embed(wrong)
+
+
+def test_a_prompt_of_text_alone():
+    model = oracle.model("wide_heads")
+    tokens, *_ = oracle.rows("wide_heads")[1]
+    prompt = Prompt(
+        tokens=tokens[None],
+        rope_pos=mrope_positions(tokens, [], [], model.config)[:, None],
+        layout=jax.tree.map(lambda field: field[None], token_layout(tokens, [], model.config)),
+        patches=np.zeros((0, 24), np.float32),
+        grids=(),
+    )
+    logits = oracle.unpad("wide_heads", oracle.golden("wide_heads")["logits"])
+    first = len(oracle.rows("wide_heads")[0][0])
+    np.testing.assert_allclose(
+        model(prompt)[0], logits[first : first + len(tokens)], rtol=0, atol=1e-5 * np.abs(logits).max()
+    )
+
+
+def test_padding_changes_nothing():
+    """NaN-free and equal, whatever stands in the padding: ids out of range included."""
+    model, prompt = oracle.model("gqa7"), oracle.prompt("gqa7")
+    is_padding = np.asarray(prompt.layout.modality) < 0
+    filled = dataclasses.replace(prompt, tokens=np.where(is_padding, np.int32(-1), prompt.tokens))
+    np.testing.assert_array_equal(oracle.unpad_right("gqa7", model(filled)), oracle.unpad_right("gqa7", model(prompt)))
+
+
+def test_a_prompt_may_be_traced():
+    model, prompt = oracle.model("gqa7"), oracle.prompt("gqa7")
+    traced = jax.jit(lambda prompt: model(prompt))(prompt)
+    assert_equal_up_to_rounding(oracle.unpad_right("gqa7", traced), oracle.unpad_right("gqa7", model(prompt)))
