@@ -1,0 +1,143 @@
+"""Times the Hopper kernel's variants on named cases: `python bench/hopper_check.py time "random32 28/4 32K" ...`."""
+
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention.cases import CASES, mixed_inputs
+from pallas_kernels.attention.gpu_config import choose_config, padded_head_dim
+
+
+def median_ms(fun, *args, repeats=5, target_ms=150.0):
+    """Median milliseconds of one call, several calls queued per measurement."""
+    jax.block_until_ready(fun(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(fun(*args))
+    calls = max(1, int(target_ms / 1e3 / (time.perf_counter() - start)))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = fun(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return float(np.median(times))
+
+
+def kernel(config):
+    """The kernel with this config, jitted."""
+    return jax.jit(lambda inputs: mosaic_gpu.launch(inputs, config))
+
+
+def variants(case):
+    """The table's config first, then the same with one thing changed."""
+    base = choose_config(case.head_dim, case.block)
+    yield "table", base
+    yield "overlap", dataclasses.replace(base, overlap_softmax=True)
+    yield "no turns", dataclasses.replace(base, take_turns=False)
+
+
+def time_case(name, all_variants=True):
+    """Prints milliseconds and TFLOP/s of each variant."""
+    case = CASES[name]
+    inputs = case.inputs()
+    flops = case.flops(inputs.index)
+    for label, config in variants(case):
+        try:
+            ms = median_ms(kernel(config), inputs)
+            print(f"{name:20s} {label:12s} {ms:8.3f} ms {flops / ms / 1e9:7.1f} TFLOP/s", flush=True)
+        except Exception as error:  # a variant that cannot run must not end the sweep
+            print(f"{name:20s} {label:12s} failed: {str(error)[:500]}", flush=True)
+        if not all_variants:
+            return
+
+
+def sampled_rows(inputs, rows):
+    """Float64 attention of some `(head, row)` pairs on the host: outputs [n, d] and log-sum-exp [n]."""
+    index = jax.tree.map(np.asarray, inputs.index)
+    q_pos, kv_pos = np.asarray(inputs.q_pos), np.asarray(inputs.kv_pos)
+    outs, lses = [], []
+    for h, t in rows:
+        i = t // index.block_q
+        first, count, num_full = (int(x[h, i]) for x in (index.first, index.count, index.num_full))
+        starts = index.start[h, first : first + count]
+        columns = (starts[:, None] + np.arange(index.block_kv)).reshape(-1)
+        distance = q_pos[h, t] - kv_pos[index.pos_row[h, i]][columns]
+        low, high = index.intervals[h][index.interval[h, first : first + count]].repeat(index.block_kv, axis=0).T
+        seen = (distance >= 0) & (distance >= low) & (distance < high)
+        seen |= np.arange(count).repeat(index.block_kv) < num_full
+        columns = jnp.asarray(columns[seen])
+        g = h // inputs.heads_per_kv_head
+        k, v = (np.asarray(x[g][columns].astype(jnp.float32), np.float64) for x in (inputs.k, inputs.v))
+        scores = k @ np.asarray(inputs.q[h, t].astype(jnp.float32), np.float64) * inputs.scale
+        top = scores.max()
+        weights = np.exp(scores - top)
+        outs.append(weights @ v / weights.sum())
+        lses.append(top + np.log(weights.sum()))
+    return np.stack(outs), np.array(lses)
+
+
+def check_case(name, num_rows=64):
+    """Prints the relative error of sampled rows against float64, and whether two runs are bit-equal."""
+    case = CASES[name]
+    inputs = case.inputs(seed=1)
+    run = kernel(choose_config(case.head_dim, case.block))
+    out, lse = run(inputs)
+    again = run(inputs)
+    rng = np.random.default_rng(0)
+    rows = [(int(rng.integers(case.num_q_heads)), int(rng.integers(case.num_tokens))) for _ in range(num_rows)]
+    want, want_lse = sampled_rows(inputs, rows)
+    got = np.stack([np.asarray(out[h, t].astype(jnp.float32)) for h, t in rows])
+    got_lse = np.array([float(lse[h, t]) for h, t in rows])
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    same = bool(jnp.array_equal(out, again[0])) and bool(jnp.array_equal(lse, again[1]))
+    print(f"{name:20s} error {error:.2e} lse error {np.abs(got_lse - want_lse).max():.2e} bit-equal {same} "
+          f"finite {bool(jnp.isfinite(out).all())}", flush=True)  # fmt: skip
+
+
+SMALL = [
+    dict(head_dim=128),
+    dict(head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=8, num_shared=2048),
+    dict(head_dim=128, block_kv=64, num_q_heads=8, num_kv_heads=2, num_q_blocks=16, num_shared=1024),
+    dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
+    dict(head_dim=64, num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
+    dict(head_dim=64, block_kv=64),
+    dict(head_dim=96, num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
+    dict(head_dim=80, block_kv=64),
+    dict(head_dim=256, num_q_heads=6, num_kv_heads=2, num_q_blocks=16, num_shared=2048),
+    dict(head_dim=256, dtype="float16", block_kv=64),
+]
+
+
+def check_small():
+    """Prints errors against the float32 reference on small problems that use every rule of the contract."""
+    for case in SMALL:
+        inputs = mixed_inputs(**case)
+        try:
+            out, lse = kernel(choose_config(padded_head_dim(inputs.q.shape[-1]), inputs.index.block_kv))(inputs)
+            want, want_lse = reference.attend(inputs)
+            out, want, lse, want_lse = (np.asarray(x.astype(jnp.float32)) for x in (out, want, lse, want_lse))
+            finite = np.isfinite(want_lse)
+            error = np.linalg.norm(out - want) / np.linalg.norm(want)
+            lse_error = np.abs(lse[finite] - want_lse[finite]).max()
+            empty = bool((out[~finite] == 0).all() and (np.isneginf(lse) == ~finite).all())
+            print(f"error {error:.2e} lse {lse_error:.2e} empty rows exact {empty}  {case}", flush=True)
+        except Exception as failure:  # one broken config must not hide the others
+            print(f"FAILED {case}: {str(failure)[:600]}", flush=True)
+
+
+def main(command, *names):
+    """`small`, or `check` or `time` (all variants) or `table` (the table's config only) the named cases."""
+    if command == "small":
+        return check_small()
+    for name in names or CASES:
+        {"check": check_case, "time": time_case, "table": lambda n: time_case(n, all_variants=False)}[command](name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,178 @@
+"""Named attention problems for tests and benchmarks: sizes, and how each builds its block lists.
+
+Lists are built on the host with NumPy from one seed. Positions are the rows themselves, so every block left of the
+diagonal is full and the block on the diagonal is partial.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.block_index import NO_LIMIT, BlockIndex, index_from_block_mask
+from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllVisited:
+    """Every block at or left of the diagonal: dense causal attention. Rows share one ascending list."""
+
+    def index(self, num_heads: int, num_tokens: int, block: int) -> BlockIndex:
+        """The index of `num_heads` equal heads."""
+        num_blocks = num_tokens // block
+        rows = np.arange(num_blocks, dtype=np.int32)
+        return _index(num_heads, block, np.zeros(num_blocks), rows, rows + 1, rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomLists:
+    """The block on the diagonal and up to `blocks_per_row - 1` uniformly drawn blocks left of it, for each head.
+
+    Args:
+      blocks_per_row: length of a row's list, or the number of causal blocks where that is smaller.
+      seed: of the generator.
+    """
+
+    blocks_per_row: int
+    seed: int = 0
+
+    def index(self, num_heads: int, num_tokens: int, block: int) -> BlockIndex:
+        """The index, its own lists for each head."""
+        rng = np.random.default_rng(self.seed)
+        num_blocks = num_tokens // block
+        count = np.minimum(np.arange(num_blocks) + 1, self.blocks_per_row)
+        lists = np.stack([self._head(rng, count) for _ in range(num_heads)])
+        return _index(num_heads, block, np.cumsum(count) - count, count - 1, count, lists)
+
+    def _head(self, rng, count):
+        rows = (np.append(np.sort(rng.permutation(i)[: c - 1]), i) for i, c in enumerate(count))
+        return np.concatenate(list(rows))
+
+
+def _index(num_heads, block, first, num_full, count, lists) -> BlockIndex:
+    lists = np.broadcast_to(lists, (num_heads, lists.shape[-1])).astype(np.int32)
+    per_head = lambda x: np.broadcast_to(np.asarray(x, np.int32), (num_heads, len(count)))  # noqa: E731
+    return BlockIndex(
+        first=per_head(first),
+        num_full=per_head(num_full),
+        count=per_head(count),
+        start=lists * block,
+        interval=np.zeros_like(lists),
+        intervals=np.full((num_heads, 1, 2), (0, NO_LIMIT), np.int32),
+        pos_row=per_head(np.zeros(len(count))),
+        block_q=block,
+        block_kv=block,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCase:
+    """One problem: sizes in heads and tokens, the element type, and the lists."""
+
+    name: str
+    num_tokens: int
+    lists: AllVisited | RandomLists
+    num_q_heads: int = 28
+    num_kv_heads: int = 4
+    head_dim: int = 128
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    block: int = 128
+
+    def inputs(self, seed: int = 0) -> AttentionInputs:
+        """Normal q, k, v on the default device, positions in order, and the index."""
+        q_key, k_key, v_key = jax.random.split(jax.random.key(seed), 3)
+        draw = jax.jit(lambda key, h: jax.random.normal(key, (h, self.num_tokens, self.head_dim), self.dtype),
+                       static_argnums=1)  # fmt: skip
+        pos = jnp.arange(self.num_tokens, dtype=jnp.int32)
+        none = jnp.zeros((self.num_q_heads, 0, self.head_dim), self.dtype)
+        return AttentionInputs(
+            q=draw(q_key, self.num_q_heads),
+            k=draw(k_key, self.num_kv_heads),
+            v=draw(v_key, self.num_kv_heads),
+            k_extra=none,
+            v_extra=none,
+            q_pos=jnp.broadcast_to(pos, (self.num_q_heads, self.num_tokens)),
+            kv_pos=pos[None],
+            index=jax.tree.map(jnp.asarray, self.lists.index(self.num_q_heads, self.num_tokens, self.block)),
+            scale=self.head_dim**-0.5,
+        )
+
+    def flops(self, index: BlockIndex) -> float:
+        """Floating-point operations of the visited tiles: QK and PV, both halves of a multiply-add counted."""
+        return 4.0 * float(index.visited_tiles().sum()) * index.block_q * index.block_kv * self.head_dim
+
+
+def _cases():
+    for num_q_heads, num_kv_heads in ((28, 4), (32, 8)):
+        for kilo_tokens in (32, 128):
+            sizes = dict(num_tokens=kilo_tokens * 1024, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
+            label = f"{num_q_heads}/{num_kv_heads} {kilo_tokens}K"
+            yield AttentionCase(name=f"all {label}", lists=AllVisited(), **sizes)
+            for blocks in (32, 128):
+                lists = RandomLists(blocks_per_row=blocks)
+                yield AttentionCase(name=f"random{blocks} {label}", lists=lists, **sizes)
+
+
+CASES = {case.name: case for case in _cases()}
+"""Issue-sized problems by name: `all` and `random32`, `random128`, then heads and tokens."""
+
+
+def mixed_inputs(
+    *,
+    num_q_heads: int = 2,
+    num_kv_heads: int = 1,
+    num_q_blocks: int = 3,
+    num_shared: int = 512,
+    num_extra: int = 128,
+    head_dim: int = 64,
+    dtype="bfloat16",
+    block_q: int = 128,
+    block_kv: int = 128,
+    seed: int = 0,
+) -> AttentionInputs:
+    """A small problem that meets every rule of the contract at once.
+
+    Random full and partial blocks, shared and extra, under three distance intervals; unsorted key positions, two rows
+    of them; a q block that visits nothing, one that visits a single block, a padded query, and padded keys whose k and
+    v are NaN.
+    """
+    rng = np.random.default_rng(seed)
+    t, view = num_q_blocks * block_q, num_shared + num_extra
+    shape = (num_q_heads, num_q_blocks, view // block_kv)
+    is_visited = rng.random(shape) < 0.6
+    is_visited[0, 0] = False
+    is_visited[-1, -1] = np.arange(shape[-1]) == 1
+    is_full = rng.random(shape) < 0.5
+    is_full[..., num_shared // block_kv - 1] = False  # the block that holds the padded keys
+    index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
+    intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
+    index = dataclasses.replace(
+        index,
+        intervals=np.broadcast_to(intervals, (num_q_heads, 3, 2)),
+        interval=rng.integers(0, 3, index.start.shape).astype(np.int32),
+        pos_row=rng.integers(0, 2, index.first.shape).astype(np.int32),
+    )
+    q_pos = np.sort(rng.integers(0, num_shared, (num_q_heads, t))).astype(np.int32)
+    q_pos[-1, 5] = PAD_Q_POS
+    kv_pos = np.stack([np.concatenate([np.arange(num_shared), rng.integers(0, num_shared, num_extra)])] * 2)
+    kv_pos[:, num_shared - 10 : num_shared] = PAD_KV_POS
+    kv_pos[1, :20] = PAD_KV_POS
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    k, v = (draw(num_kv_heads, num_shared, head_dim).at[:, num_shared - 10 :].set(jnp.nan) for _ in range(2))
+    return AttentionInputs(
+        q=draw(num_q_heads, t, head_dim),
+        k=k,
+        v=v,
+        k_extra=draw(num_q_heads, num_extra, head_dim),
+        v_extra=draw(num_q_heads, num_extra, head_dim),
+        q_pos=jnp.asarray(q_pos),
+        kv_pos=jnp.asarray(kv_pos.astype(np.int32)),
+        index=jax.tree.map(jnp.asarray, index),
+        scale=head_dim**-0.5,
+    )

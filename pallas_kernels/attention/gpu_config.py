@@ -1,0 +1,117 @@
+"""HopperConfig: how the Hopper kernel cuts its work, and the shared memory that costs."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SHARED_MEMORY_BYTES = 227 * 1024
+"""What one thread block may use on compute capability 9.0 (CUDA programming guide, table of compute capabilities)."""
+
+ALLOCATION_BYTES = 1024
+"""Mosaic GPU starts every buffer at a multiple of this, as the 128-byte swizzle needs."""
+
+WARPGROUP_ROWS = 64
+"""Query rows of one computing warpgroup: wgmma has M = 64."""
+
+COMPUTE_WARPGROUPS = 2
+TILE_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
+"""Query rows of one work item."""
+
+ROW_FIELDS = 32
+"""int32 columns of the work table: TMA writes to shared memory at multiples of 128 bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HopperConfig:
+    """Block sizes and buffers of the Hopper kernel.
+
+    Args:
+      tile_kv: kv rows of one step; divides the index's `block_kv`.
+      num_stages: K and V tiles in flight, each.
+      num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
+      overlap_softmax: a warpgroup starts its softmax when QK^T is done, while its PV of the tile before still runs.
+      take_turns: the two computing warpgroups alternate between tensor cores and softmax.
+    """
+
+    tile_kv: int
+    num_stages: int
+    num_q_buffers: int = 2
+    overlap_softmax: bool = False
+    take_turns: bool = True
+
+    def __post_init__(self):
+        """Raises ValueError for sizes the kernel has no code for."""
+        if self.tile_kv not in (64, 128):
+            raise ValueError(f"tile_kv must be 64 or 128, got {self.tile_kv=}")
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages must be at least 2, got {self.num_stages=}")
+        if self.num_q_buffers not in (1, 2):
+            raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
+
+    def buffers(self, head_dim: int, dtype) -> dict[str, plgpu.SMEM]:
+        """The shared-memory arrays of the kernel, by name."""
+        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
+        kv_tiles = (self.num_stages, self.tile_kv, head_dim)
+        buffers = {
+            "row": plgpu.SMEM((self.num_q_buffers, ROW_FIELDS), jnp.int32),
+            "kv_pos": plgpu.SMEM((self.num_stages, self.tile_kv), jnp.int32),
+            "q": plgpu.SMEM((self.num_q_buffers, *q_tile), dtype, transforms=transforms),
+            "k": plgpu.SMEM(kv_tiles, dtype, transforms=transforms),
+            "v": plgpu.SMEM(kv_tiles, dtype, transforms=transforms),
+        }
+        if self.num_q_buffers == 2:
+            buffers["out"] = plgpu.SMEM(q_tile, dtype, transforms=transforms)
+        return buffers
+
+    def barriers(self) -> dict[str, plgpu.Barrier]:
+        """The barriers of the kernel, by name: `x_ready` is filled by copies, `x_free` by the warpgroups that read."""
+        stage = dict(num_barriers=self.num_stages)
+        return {
+            "q_ready": plgpu.Barrier(num_arrivals=1 + COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
+            "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
+            "k_ready": plgpu.Barrier(**stage),
+            "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, **stage),
+            "v_ready": plgpu.Barrier(**stage),
+            "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, **stage),
+            "pos_ready": plgpu.Barrier(**stage),
+            "turn": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        }
+
+    def shared_memory_bytes(self, head_dim: int, dtype) -> int:
+        """Shared memory of one thread block, from the declarations above."""
+        arrays = sum(
+            -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // ALLOCATION_BYTES) * ALLOCATION_BYTES
+            for x in self.buffers(head_dim, dtype).values()
+        )
+        return arrays + 8 * sum(math.prod(b.num_barriers) for b in self.barriers().values())
+
+
+CONFIGS = {
+    # (padded head_dim, tile_kv): measured on one H200, see bench/RESULTS.md
+    (64, 64): HopperConfig(tile_kv=64, num_stages=4),
+    (64, 128): HopperConfig(tile_kv=128, num_stages=4),
+    (128, 64): HopperConfig(tile_kv=64, num_stages=4),
+    (128, 128): HopperConfig(tile_kv=128, num_stages=2),
+    (256, 64): HopperConfig(tile_kv=64, num_stages=2, num_q_buffers=1),
+}
+"""The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim the kernel runs at: the next of 64, 128, 256."""
+    return next(d for d in (64, 128, 256) if head_dim <= d)
+
+
+def choose_config(head_dim: int, block_kv: int) -> HopperConfig:
+    """The table's config for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+    tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
+    return CONFIGS[head_dim, tile_kv]
+
+
+def has_hopper_gpu() -> bool:
+    """Whether the default device is of compute capability 9.x; asked when called."""
+    return jax.default_backend() == "gpu" and str(jax.devices()[0].compute_capability).startswith("9.")

@@ -1,0 +1,161 @@
+"""Block-sparse attention on Hopper GPUs: checks, padding, the work table and the launch of the Mosaic GPU kernel."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.gpu_config import (
+    COMPUTE_WARPGROUPS,
+    ROW_FIELDS,
+    SHARED_MEMORY_BYTES,
+    TILE_Q,
+    HopperConfig,
+    choose_config,
+    has_hopper_gpu,
+    padded_head_dim,
+)
+from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.attention.mosaic_gpu_kernel import KernelShape, Refs, attention_kernel
+from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
+
+NUM_MULTIPROCESSORS = 132
+"""Thread blocks of the launch: one per multiprocessor of an H100 or H200 (SXM)."""
+
+
+def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
+    """Attention output in the query's dtype and log-sum-exp in float32; a query that attends nothing: zeros, -inf.
+
+    Raises:
+      NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
+    """
+    if not has_hopper_gpu():
+        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+    check_supported(inputs)
+    return launch(inputs, choose_config(padded_head_dim(inputs.q.shape[-1]), inputs.index.block_kv))
+
+
+def check_supported(inputs: AttentionInputs) -> None:
+    """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
+    index, d = inputs.index, inputs.q.shape[-1]
+    limits = [
+        (inputs.q.dtype in (jnp.bfloat16, jnp.float16), f"q must be bfloat16 or float16, got {inputs.q.dtype}"),
+        (d <= 256, f"head_dim must be at most 256, got {d}"),
+        (index.block_q % TILE_Q == 0, f"block_q must be a multiple of {TILE_Q}, got {index.block_q}"),
+        (index.block_kv % 64 == 0, f"block_kv must be a multiple of 64, got {index.block_kv}"),
+        (inputs.scale > 0, f"scale must be positive, got {inputs.scale}"),
+        (inputs.k.shape[1] >= 128, f"the shared kv view must have at least 128 rows, got {inputs.k.shape[1]}"),
+        (inputs.k_extra.shape[1] in (0, *range(128, 2**31)), "extra rows must be none or at least 128, "
+         f"got {inputs.k_extra.shape[1]}"),
+    ]  # fmt: skip
+    for holds, message in limits:
+        if not holds:
+            raise NotImplementedError(f"mosaic_gpu: {message}")
+
+
+def launch(
+    inputs: AttentionInputs,
+    config: HopperConfig,
+    *,
+    num_programs: int = NUM_MULTIPROCESSORS,
+    interpretable: bool = False,
+) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
+    """Runs the kernel with this config; `interpretable` runs the body's twin for GPU interpret mode."""
+    index, dtype, head_dim = inputs.index, inputs.q.dtype, inputs.q.shape[-1]
+    d = padded_head_dim(head_dim)
+    smem_bytes = config.shared_memory_bytes(d, dtype)
+    if smem_bytes > SHARED_MEMORY_BYTES:
+        raise NotImplementedError(f"{config} needs {smem_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES}")
+    table = work_table(index)
+    num_intervals = index.intervals.shape[1]
+    has_extra = inputs.k_extra.shape[1] > 0
+    shape = KernelShape(
+        config=config,
+        num_programs=num_programs,
+        num_rows=table.shape[0] - 1,
+        tiles_per_block=index.block_kv // config.tile_kv,
+        num_entries=index.start.shape[1],
+        num_intervals=num_intervals,
+        heads_per_kv_head=inputs.heads_per_kv_head,
+        num_shared=inputs.k.shape[1],
+        has_extra=has_extra,
+        score_scale=inputs.scale * math.log2(math.e),
+        interpretable=interpretable,
+    )
+    v, v_extra = silence_padding(inputs)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, d - head_dim)))  # noqa: E731
+    arrays = dict(table=table, start=index.start, interval=index.interval, intervals=index.intervals)
+    arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
+    if has_extra:
+        arrays |= dict(k_extra=pad(inputs.k_extra), v_extra=pad(v_extra))
+    arrays |= dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
+    buffers, barriers = config.buffers(d, dtype), config.barriers()
+
+    def block_sparse_attention(*refs):
+        sizes = (len(arrays), 2, len(buffers), len(barriers))
+        ends = [sum(sizes[: i + 1]) for i in range(4)]
+        given = dict(k_extra=None, v_extra=None) | dict(zip(arrays, refs[: ends[0]], strict=True))
+        out, lse = refs[ends[0] : ends[1]]
+        smem = dict(zip(buffers, refs[ends[1] : ends[2]], strict=True))
+        barrier_refs = dict(zip(barriers, refs[ends[2] :], strict=True))
+        attention_kernel(Refs(out=out, lse=lse, smem=smem, barriers=barrier_refs, **given), shape)
+
+    run = plgpu.kernel(
+        block_sparse_attention,
+        out_type=(
+            jax.ShapeDtypeStruct(arrays["q"].shape, dtype),
+            jax.ShapeDtypeStruct(inputs.q_pos.shape, jnp.float32),
+        ),
+        scratch_types=(*buffers.values(), *barriers.values()),
+        grid=(num_programs,),
+        grid_names=("program",),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )
+    out, lse = run(*arrays.values())
+    return out[..., :head_dim], lse
+
+
+def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
+    """One row per 128 queries, longest lists first, then a row with count -1 that ends the table.
+
+    Lists within a quarter octave of each other keep their order: neighbours visit the same blocks, and the heads of one
+    kv head stay together, so that keys and values stay in the L2 cache.
+    """
+    parts = index.block_q // TILE_Q
+    num_heads, num_q_blocks = index.first.shape
+    head, block, part = jnp.meshgrid(jnp.arange(num_heads), jnp.arange(num_q_blocks), jnp.arange(parts), indexing="ij")
+    repeat = lambda x: jnp.broadcast_to(x[..., None], head.shape)  # noqa: E731
+    last_entry = index.start.shape[1] - 1
+    columns = [
+        head,
+        block * index.block_q + part * TILE_Q,
+        jnp.minimum(repeat(index.first), last_entry),
+        repeat(index.num_full),
+        repeat(index.count),
+        repeat(index.pos_row),
+    ]
+    columns += [jnp.zeros_like(head)] * (ROW_FIELDS - len(columns))
+    table = jnp.stack([c.reshape(-1).astype(jnp.int32) for c in columns], axis=1)
+    length = jnp.floor(4 * jnp.log2(1.0 + table[:, 4].astype(jnp.float32)))
+    table = table[jnp.argsort(-length, stable=True)]
+    end = jnp.zeros((1, ROW_FIELDS), jnp.int32).at[0, 4].set(-1)
+    return jnp.concatenate([table, end])
+
+
+def silence_padding(inputs: AttentionInputs):
+    """`v` and `v_extra` with zeros where nobody may look, which may hold NaN: a weight of 0 does not silence a NaN."""
+    num_kv_heads, num_rows = inputs.k.shape[0], inputs.kv_pos.shape[0]
+    is_used = jnp.any(inputs.index.pos_row[..., None] == jnp.arange(num_rows), axis=1)  # [h, n]
+    is_real = inputs.kv_pos != PAD_KV_POS
+    s = inputs.k.shape[1]
+
+    def zero(v, is_used, is_real):
+        seen = jnp.any(is_used[:, :, None] & is_real[None], axis=1)
+        return jnp.where(seen[..., None], v, 0)
+
+    by_group = jnp.any(is_used.reshape(num_kv_heads, -1, num_rows), axis=1)
+    return zero(inputs.v, by_group, is_real[:, :s]), zero(inputs.v_extra, is_used, is_real[:, s:])

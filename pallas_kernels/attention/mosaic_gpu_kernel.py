@@ -1,0 +1,481 @@
+"""The body of the Hopper kernel: one warpgroup loads, two compute 64 query rows each, blocks stay for many q tiles.
+
+A thread block walks q tiles `program, program + num_programs, ...` of the work table. For tile `j` of a q tile's list a
+computing warpgroup holds the weights of tile `j - 1` and runs
+
+    tensor cores    QK(j)        PV(j-1)
+    this warpgroup         softmax(j) .....  rescale
+
+so that the softmax of one tile hides behind the PV of the one before (Shah et al. 2024, "FlashAttention-3", section
+3.2), while the other warpgroup takes its turn at the tensor cores (section 3.1). The QK that runs beside the last PV of
+a q tile is the first of the next q tile.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, HopperConfig
+
+MASKED = -1e38
+"""A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
+
+LOWEST = -1e30
+"""The running maximum before the first attended key; below every real score."""
+
+HEAD, Q_START, FIRST, NUM_FULL, COUNT, POS_ROW = range(6)
+"""Columns of the work table. COUNT is -1 in the row that ends it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelShape:
+    """What the body knows when it is traced.
+
+    Args:
+      config: block sizes and buffers.
+      num_programs: thread blocks.
+      num_rows: q tiles in the work table.
+      tiles_per_block: tiles of `config.tile_kv` in one visited block.
+      num_entries: length of each head's block list.
+      num_intervals: rows of each head's interval table.
+      heads_per_kv_head: query heads that share one kv head.
+      num_shared: kv rows of the shared view; later rows are the head's own.
+      has_extra: whether a head has rows of its own.
+      score_scale: factor on the scores, for base-2 exponentials.
+      interpretable: leave out what GPU interpret mode of JAX 0.11 cannot run: accumulators with an initial value.
+    """
+
+    config: HopperConfig
+    num_programs: int
+    num_rows: int
+    tiles_per_block: int
+    num_entries: int
+    num_intervals: int
+    heads_per_kv_head: int
+    num_shared: int
+    has_extra: bool
+    score_scale: float
+    interpretable: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refs:
+    """Every array of the kernel by name: device memory, then shared memory, then barriers."""
+
+    table: Any
+    start: Any
+    interval: Any
+    intervals: Any
+    q: Any
+    k: Any
+    v: Any
+    k_extra: Any
+    v_extra: Any
+    q_pos: Any
+    kv_pos: Any
+    out: Any
+    lse: Any
+    smem: dict[str, Any]
+    barriers: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One q tile of the work table, as scalars."""
+
+    head: Any
+    q_start: Any
+    first: Any
+    num_full: Any
+    count: Any
+    num_tiles: Any
+
+
+def attention_kernel(refs: Refs, shape: KernelShape):
+    """Runs one thread block: see the module's first lines."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _compute_warpgroups():
+        plgpu.set_max_registers(240, action="increase")
+        _compute(refs, shape, warpgroup)
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def _loading_warpgroup():
+        plgpu.set_max_registers(24, action="decrease")
+        _load(refs, shape)
+
+
+def _table_row(shape: KernelShape, n):
+    """The n-th work item of this thread block: every other round runs backwards, which evens out a sorted table."""
+    program = lax.axis_index("program")
+    last = shape.num_programs - 1
+    row = n * shape.num_programs + jnp.where(n % 2 == 0, program, last - program)
+    return jnp.minimum(row, shape.num_rows)
+
+
+def _num_tiles(shape: KernelShape, count):
+    """Tiles of a q tile: an empty list runs one tile that masks everything, the end of the table none."""
+    return jnp.where(count == 0, 1, jnp.maximum(count, 0) * shape.tiles_per_block)
+
+
+# Loading.
+
+
+def _load(refs: Refs, shape: KernelShape):
+    """Copies every q tile, its table row and its kv tiles, as buffers come free."""
+
+    def q_tile(carry):
+        n, tile, _ = carry
+        table_row = _table_row(shape, n)
+        _load_q(refs, shape, n, table_row)
+        count = refs.table[table_row, COUNT]
+        num_tiles = _num_tiles(shape, count)
+        kv_tile = functools.partial(_load_kv, refs, shape, table_row, tile)
+        lax.fori_loop(0, num_tiles, lambda j, _: kv_tile(j), None)
+        return n + 1, tile + num_tiles, num_tiles
+
+    zero = jnp.int32(0)
+    n, tile, _ = lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, jnp.int32(1)))
+    _wait_until_free(refs, shape, n, tile)
+
+
+def _wait_until_free(refs: Refs, shape: KernelShape, n, tile):
+    """Leaves no barrier half observed: waits for the buffers that nobody will fill again."""
+    for slot in range(shape.config.num_stages):
+
+        @pl.when(tile > slot)
+        def _wait(slot=slot):
+            plgpu.barrier_wait(refs.barriers["k_free"].at[slot])
+            plgpu.barrier_wait(refs.barriers["v_free"].at[slot])
+
+    if shape.config.num_q_buffers == 2:  # the end of the table was loaded and is never freed
+
+        @pl.when(n > 1)
+        def _wait_q():
+            plgpu.barrier_wait(refs.barriers["q_free"].at[n % 2])
+
+
+def _load_q(refs: Refs, shape: KernelShape, n, table_row):
+    slot = n % shape.config.num_q_buffers
+    head, q_start = refs.table[table_row, HEAD], refs.table[table_row, Q_START]
+    ready = refs.barriers["q_ready"].at[slot]
+
+    @pl.when(n >= shape.config.num_q_buffers)
+    def _wait():
+        plgpu.barrier_wait(refs.barriers["q_free"].at[slot])
+
+    plgpu.copy_gmem_to_smem(refs.table.at[table_row], refs.smem["row"].at[slot], ready)
+    for w in range(COMPUTE_WARPGROUPS):
+        rows = pl.ds(pl.multiple_of(q_start + w * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
+        plgpu.copy_gmem_to_smem(refs.q.at[head, rows], refs.smem["q"].at[slot, w], ready)
+
+
+def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, j):
+    """Copies the `j`-th kv tile of a q tile into the buffers of the thread block's `tile`-th tile so far."""
+    config = shape.config
+    head, first, num_full, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
+    entry = first + j // shape.tiles_per_block
+    start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
+    kv_head = head // shape.heads_per_kv_head
+    tile = tile + j
+    slot = tile % config.num_stages
+
+    def copy(shared, extra, name):
+        ready, free, smem = refs.barriers[name + "_ready"], refs.barriers[name + "_free"], refs.smem[name]
+
+        @pl.when(tile >= config.num_stages)
+        def _wait():
+            plgpu.barrier_wait(free.at[slot])
+
+        @pl.when(start < shape.num_shared)
+        def _shared():
+            source = shared.at[kv_head, pl.ds(_aligned(start), config.tile_kv)]
+            plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+        if shape.has_extra:
+
+            @pl.when(start >= shape.num_shared)
+            def _extra():
+                source = extra.at[head, pl.ds(_aligned(start - shape.num_shared), config.tile_kv)]
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+
+    copy(refs.k, refs.k_extra, "k")
+    copy(refs.v, refs.v_extra, "v")
+
+    @pl.when(j >= num_full * shape.tiles_per_block)
+    def _positions():  # v_free has said that the positions in this slot were read too
+        source = refs.kv_pos.at[pos_row, pl.ds(_aligned(start), config.tile_kv)]
+        plgpu.copy_gmem_to_smem(source, refs.smem["kv_pos"].at[slot], refs.barriers["pos_ready"].at[slot])
+
+
+def _aligned(start):
+    return pl.multiple_of(start, 16)
+
+
+# Computing.
+
+
+def _compute(refs: Refs, shape: KernelShape, warpgroup):
+    """Computes 64 rows of every q tile."""
+    _end_turn_before_the_first(refs, shape, warpgroup)
+    row = _read_row(refs, shape, jnp.int32(0))
+    softmax = _first_tile(refs, shape, warpgroup, row)
+
+    def q_tile(carry):
+        n, tile, _, softmax = carry
+        slot = n % shape.config.num_q_buffers
+        row = _row(refs, shape, slot)
+        step = functools.partial(_next_tile, refs, shape, warpgroup, row, slot)
+
+        def kv_tile(j, state):
+            acc, softmax = state
+            acc, softmax, decay = step(j, tile + j, acc, softmax)
+            return acc * _columns(decay, acc.shape), softmax
+
+        acc = _splat(jnp.zeros((WARPGROUP_ROWS, refs.q.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
+        acc, softmax = lax.fori_loop(1, row.num_tiles, kv_tile, (acc, softmax))
+        tile += row.num_tiles
+        finish = _finish_overlapped if shape.config.num_q_buffers == 2 else _finish_alone
+        next_row, next_softmax = finish(refs, shape, warpgroup, row, n, tile, acc, softmax)
+        return n + 1, tile, next_row.num_tiles, next_softmax
+
+    zero = jnp.int32(0)
+    lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, row.num_tiles, softmax))
+    _end(refs, shape, warpgroup)
+
+
+def _read_row(refs: Refs, shape: KernelShape, n) -> Row:
+    """Waits for the n-th q tile of this thread block."""
+    slot = n % shape.config.num_q_buffers
+    plgpu.barrier_wait(refs.barriers["q_ready"].at[slot])
+    return _row(refs, shape, slot)
+
+
+def _row(refs: Refs, shape: KernelShape, slot) -> Row:
+    head, q_start, first, num_full, count = (refs.smem["row"][slot, c] for c in (HEAD, Q_START, FIRST, NUM_FULL, COUNT))
+    num_tiles = _num_tiles(shape, count)
+    return Row(head=head, q_start=q_start, first=first, num_full=num_full, count=count, num_tiles=num_tiles)
+
+
+def _empty_softmax():
+    """Running maximum and running sum of rows that have seen no key."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    return tuple(_splat(jnp.full((WARPGROUP_ROWS,), x, jnp.float32), layout) for x in (LOWEST, 0.0))
+
+
+def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0):
+    """QK and softmax of a q tile's first tile, with nothing to overlap: weights, maximum and sum."""
+    slot = tile % shape.config.num_stages
+    is_real = row.num_tiles > 0
+    limits = _limits(refs, shape, row, 0)
+
+    @pl.when(is_real)
+    def _wait():
+        plgpu.barrier_wait(refs.barriers["k_ready"].at[slot])
+
+    def scores(s_acc):
+        _wait_turn(refs, shape, warpgroup)
+        q_tile = refs.smem["q"].at[n % shape.config.num_q_buffers, warpgroup]
+        plgpu.wgmma(s_acc, q_tile, refs.smem["k"].at[slot].transpose((1, 0)))
+        _end_turn(refs, shape, warpgroup)
+        return s_acc[...]
+
+    s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
+
+    @pl.when(is_real)
+    def _free():
+        plgpu.barrier_arrive(refs.barriers["k_free"].at[slot])
+
+    s_qk = _mask(refs, shape, warpgroup, row, 0, slot, limits, s_qk)
+    return _softmax(shape, refs.q.dtype, s_qk, *_empty_softmax())[:3]
+
+
+def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_real=None):
+    """QK and softmax of tile `j` of `row` beside PV of the tile before it, which may end another q tile.
+
+    Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs.
+    """
+    weights, top, total = softmax
+    k_slot, v_slot = tile % shape.config.num_stages, (tile - 1) % shape.config.num_stages
+    v = refs.smem["v"].at[v_slot]
+    when_real = pl.when(is_real) if is_real is not None else lambda f: f()
+    limits = _limits(refs, shape, row, j)
+    when_real(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[k_slot]))
+    plgpu.barrier_wait(refs.barriers["v_ready"].at[v_slot])
+
+    def run(s_acc, o_acc):
+        _seed(shape, o_acc, acc)
+        _wait_turn(refs, shape, warpgroup)
+        if not shape.config.overlap_softmax:
+            _issue_pv(shape, o_acc, weights, v)
+        plgpu.wgmma(s_acc, refs.smem["q"].at[q_slot, warpgroup], refs.smem["k"].at[k_slot].transpose((1, 0)))
+        if shape.config.overlap_softmax:
+            _issue_pv(shape, o_acc, weights, v)
+        _end_turn(refs, shape, warpgroup)
+        s_qk = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if shape.config.overlap_softmax else 0)
+        when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
+        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
+        state = _softmax(shape, weights.dtype, s_qk, top, total)
+        state = lax.optimization_barrier(state)  # else the compiler may move the softmax past the wait below
+        out = _drain(shape, o_acc, acc, weights, v)
+        plgpu.barrier_arrive(refs.barriers["v_free"].at[v_slot])
+        return out, state
+
+    rows, columns = WARPGROUP_ROWS, shape.config.tile_kv
+    accumulators = plgpu.ACC((rows, columns), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
+    acc, (weights, top, total, decay) = pl.run_scoped(run, *accumulators)
+    return acc, (weights, top, total), decay
+
+
+def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
+    """PV of a q tile's last tile, with nothing to overlap."""
+    slot = (tile - 1) % shape.config.num_stages
+    v = refs.smem["v"].at[slot]
+    plgpu.barrier_wait(refs.barriers["v_ready"].at[slot])
+
+    def run(o_acc):
+        _seed(shape, o_acc, acc)
+        _wait_turn(refs, shape, warpgroup)
+        _issue_pv(shape, o_acc, weights, v)
+        _end_turn(refs, shape, warpgroup)
+        return _drain(shape, o_acc, acc, weights, v)
+
+    acc = pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+    plgpu.barrier_arrive(refs.barriers["v_free"].at[slot])
+    return acc
+
+
+def _finish_overlapped(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, acc, softmax):
+    """The last PV beside the first QK of the next q tile, then the output: that q tile's row and softmax state."""
+    plgpu.commit_smem()  # our reads of the row come before the copy that overwrites it
+    plgpu.barrier_arrive(refs.barriers["q_free"].at[n % 2])
+    next_row = _read_row(refs, shape, n + 1)
+    fresh = (softmax[0], *_empty_softmax())
+    acc, next_softmax, _ = _next_tile(
+        refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_real=next_row.num_tiles > 0
+    )
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output buffer holds the q tile before this one
+    _store(refs, refs.smem["out"].at[warpgroup], warpgroup, row, acc, *softmax[1:])
+    return next_row, next_softmax
+
+
+def _finish_alone(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, acc, softmax):
+    """The last PV, the output through q's buffer, then the first QK of the next q tile: its row and softmax state."""
+    acc = _last_tile(refs, shape, warpgroup, tile, acc, softmax[0])
+    _store(refs, refs.smem["q"].at[0, warpgroup], warpgroup, row, acc, *softmax[1:])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(refs.barriers["q_free"].at[0])
+    next_row = _read_row(refs, shape, n + 1)
+    return next_row, _first_tile(refs, shape, warpgroup, next_row, n + 1, tile)
+
+
+def _store(refs: Refs, buffer, warpgroup, row: Row, acc, top, total):
+    """Normalises and writes 64 rows of the output and of the log-sum-exp; rows that attended nothing: zeros, -inf."""
+    has_keys = total > 0
+    factor = jnp.where(has_keys, 1.0 / jnp.where(has_keys, total, 1.0), 0.0)
+    out = jnp.where(_columns(has_keys, acc.shape), acc * _columns(factor, acc.shape), 0.0)  # 0 * NaN is NaN
+    lse = jnp.where(has_keys, top * math.log(2.0) + jnp.log(total), -jnp.inf)
+    rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
+    buffer[...] = out.astype(buffer.dtype)
+    refs.lse[row.head, rows] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, refs.out.at[row.head, rows])
+
+
+# Scores.
+
+
+def _limits(refs: Refs, shape: KernelShape, row: Row, j):
+    """The distance interval of tile `j`; nothing for a q tile that visits nothing."""
+    entry = row.first + j // shape.tiles_per_block
+    interval = jnp.clip(refs.interval[row.head, entry], 0, shape.num_intervals - 1)
+    low = jnp.maximum(refs.intervals[row.head, interval, 0], 0)  # and so kv_pos <= q_pos
+    high = jnp.where(row.count > 0, refs.intervals[row.head, interval, 1], 0)
+    return low, high
+
+
+def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, limits, s_qk):
+    """Scores with MASKED where a partial tile's positions forbid the pair."""
+
+    def masked(s_qk):
+        plgpu.barrier_wait(refs.barriers["pos_ready"].at[slot])
+        rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
+        layout = plgpu.Layout.WGMMA
+        q_pos = plgpu.load(refs.q_pos.at[row.head, rows], layout=layout.reduce(1), optimized=False)
+        kv_pos = plgpu.load(refs.smem["kv_pos"].at[slot], layout=layout.reduce(0), optimized=False)
+        plgpu.commit_smem()  # our reads of the positions come before the copy that overwrites them
+        low, high = limits
+        distance = _columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
+        return jnp.where((distance >= low) & (distance < high), s_qk, MASKED)
+
+    is_partial = (row.num_tiles > 0) & (j >= row.num_full * shape.tiles_per_block)
+    return lax.cond(is_partial, masked, lambda s_qk: s_qk, s_qk)
+
+
+def _softmax(shape: KernelShape, dtype, s_qk, top, total):
+    """One step of the online softmax: weights in `dtype`, new maximum and sum, and the factor on what came before."""
+    new_top = jnp.maximum(top, jnp.max(s_qk, axis=1) * shape.score_scale)
+    weights = jnp.exp2(s_qk * shape.score_scale - _columns(new_top, s_qk.shape))
+    decay = jnp.exp2(top - new_top)
+    return weights.astype(dtype), new_top, total * decay + jnp.sum(weights, axis=1), decay
+
+
+def _columns(x, shape):
+    """A value per row, repeated along the columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _splat(x, layout):
+    return plgpu.layout_cast(x, layout)
+
+
+# The product with V: an accumulator that starts from a value and a left side in registers, and its twin for interpret
+# mode, which has neither.
+
+
+def _seed(shape: KernelShape, accumulator, acc):
+    if not shape.interpretable:
+        accumulator[...] = acc
+
+
+def _issue_pv(shape: KernelShape, accumulator, weights, v):
+    if not shape.interpretable:
+        plgpu.wgmma(accumulator, weights, v)
+
+
+def _drain(shape: KernelShape, accumulator, acc, weights, v):
+    if shape.interpretable:
+        value = acc + jnp.dot(weights, v[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # a generic read, which the tensor cores would not do
+        return value
+    return accumulator[...]
+
+
+# Turns: warpgroup 0 issues to the tensor cores, then 1, then 0 again.
+
+
+def _wait_turn(refs: Refs, shape: KernelShape, warpgroup):
+    if shape.config.take_turns:
+        plgpu.barrier_wait(refs.barriers["turn"].at[warpgroup])
+
+
+def _end_turn(refs: Refs, shape: KernelShape, warpgroup):
+    if shape.config.take_turns:
+        plgpu.barrier_arrive(refs.barriers["turn"].at[1 - warpgroup])
+
+
+def _end_turn_before_the_first(refs: Refs, shape: KernelShape, warpgroup):
+    pl.when(warpgroup == 1)(lambda: _end_turn(refs, shape, warpgroup))
+
+
+def _end(refs: Refs, shape: KernelShape, warpgroup):
+    """Takes the turn that nobody uses, and waits until the last output is written."""
+    pl.when(warpgroup == 0)(lambda: _wait_turn(refs, shape, warpgroup))
+    plgpu.wait_smem_to_gmem(0)
