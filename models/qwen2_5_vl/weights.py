@@ -34,7 +34,8 @@ def load(
 ) -> Qwen2_5_VL:
     """The model of a Hugging Face checkpoint, on the default device.
 
-    One tensor at a time is read and written in place into the parameter it belongs to: the host holds one tensor.
+    One tensor at a time is read and written in place into the parameter it belongs to: the host holds one tensor, or
+    two while the runtime lets go of the one before.
 
     Args:
         name: a directory with config.json and safetensors, or a repository name on the hub.

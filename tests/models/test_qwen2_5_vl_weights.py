@@ -244,15 +244,18 @@ def test_a_failed_save_leaves_nothing(save, owner, step, tmp_path, monkeypatch):
 
 
 def test_host_memory_stays_near_one_tensor(tmp_path):
-    """Twelve tensors of 1 MB and two of 8 MB: the peak on the host is one of the large ones, not the sum of 28 MB."""
+    """24 tensors of 1 MB and two of 4 MB: at the peak the host holds the two large ones, not the sum of 32 MB.
+
+    Two, because the runtime frees a host buffer a moment after it reports its copy as done.
+    """
     config = Qwen2_5_VLConfig(
-        num_layers=4,
+        num_layers=8,
         embed_dim=128,
         mlp_dim=2048,
         num_heads=2,
         num_kv_heads=1,
         head_dim=64,
-        vocab_size=16384,
+        vocab_size=8192,
         tie_embeddings=False,
         mrope_section=(8, 12, 12),
         image_token=0,
@@ -270,4 +273,4 @@ def test_host_memory_stays_near_one_tensor(tmp_path):
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     largest_bytes = 4 * config.vocab_size * config.embed_dim
-    assert peak_bytes < 1.5 * largest_bytes, f"{peak_bytes=}, {largest_bytes=}"
+    assert peak_bytes < 2.25 * largest_bytes, f"{peak_bytes=}, {largest_bytes=}"
