@@ -50,6 +50,8 @@ def check_inputs(inputs: AttentionInputs) -> None:
          f"got {inputs.q.dtype}, {inputs.k.dtype}, {inputs.v.dtype}"),
         (inputs.k_extra.shape == inputs.v_extra.shape == (num_q_heads, x, d),
          f"k_extra and v_extra must be [{num_q_heads}, x, {d}], got {inputs.k_extra.shape}, {inputs.v_extra.shape}"),
+        (inputs.k_extra.dtype == inputs.v_extra.dtype == inputs.q.dtype, "k_extra and v_extra must have q's dtype "
+         f"{inputs.q.dtype}, got {inputs.k_extra.dtype}, {inputs.v_extra.dtype}"),
         (index.num_heads == num_q_heads, f"the index has {index.num_heads} heads, q has {num_q_heads}"),
         (index.num_q_blocks * index.block_q == t,
          f"q must have num_q_blocks * block_q = {index.num_q_blocks * index.block_q} tokens, got {t}"),

@@ -1,0 +1,71 @@
+"""How close is close enough: errors against float64, measured beside the plain dense implementation's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def exact_attention(q, k, v, mask, scale):
+    """Masked dense attention in float64: out [h, t, d] and lse [h, t]; zeros and -inf where nothing is attended.
+
+    Args:
+      q, k, v: head-major, [h, t, d] and [g, s, d].
+      mask: True where a pair is attended, [h, t, s].
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    ratio = q.shape[0] // k.shape[0]
+    scores = np.einsum("htd,hsd->hts", q, np.repeat(k, ratio, axis=0)) * scale
+    scores = np.where(mask, scores, -np.inf)
+    top = np.max(scores, axis=-1, keepdims=True)
+    weights = np.where(mask, np.exp(scores - np.where(np.isfinite(top), top, 0)), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("hts,hsd->htd", weights / np.where(total > 0, total, 1), np.repeat(v, ratio, axis=0))
+    with np.errstate(divide="ignore"):
+        return out, (np.where(np.isfinite(top), top, 0) + np.log(total))[..., 0]
+
+
+@jax.jit
+def _plain(q, k, v, mask, scale):
+    ratio = q.shape[0] // k.shape[0]
+    k, v = jnp.repeat(k, ratio, axis=0), jnp.repeat(v, ratio, axis=0)
+    scores = jnp.einsum("htd,hsd->hts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("hts,hsd->htd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.where(mask.any(axis=-1)[..., None], out, 0), jax.nn.logsumexp(scores, axis=-1)
+
+
+def plain_attention(q, k, v, mask, scale):
+    """What anyone would write: dense scores in float32, weights in the inputs' dtype. Arguments as above."""
+    return _plain(q, k, v, mask, scale)
+
+
+def assert_close_to_reference(got, exact, plain, *, dtype, what: str = "out") -> None:
+    """Error against float64 at most twice the plain implementation's, plus one ulp of the largest exact value.
+
+    Args:
+      got, plain: the two results in `dtype`.
+      exact: the same in float64; -inf must be met exactly.
+      dtype: of the results; its epsilon is the ulp.
+    """
+    got, exact, plain = (np.asarray(x, np.float64) for x in (got, exact, plain))
+    finite = np.isfinite(exact)
+    assert np.array_equal(got[~finite], exact[~finite]), f"{what}: differs where the exact value is not finite"
+    if not finite.any():
+        return
+    error, plain_error = (np.max(np.abs(x[finite] - exact[finite])) for x in (got, plain))
+    ulp = float(jnp.finfo(dtype).eps) * np.max(np.abs(exact[finite]))
+    allowed = 2 * plain_error + ulp
+    # A NaN compares false, so it fails here too.
+    assert error <= allowed, f"{what}: {error=:.3e} > {allowed=:.3e} = 2 * {plain_error:.3e} + {ulp=:.3e}"
+
+
+def assert_attention_close(got, q, k, v, mask, scale) -> None:
+    """`got = (out, lse)`, head-major, is masked dense attention. Keys nobody attends may hold NaN."""
+    is_attended = np.asarray(mask).any(axis=1).reshape(k.shape[0], -1, k.shape[1]).any(axis=1)[..., None]
+    k, v = (jnp.where(is_attended, x, 0) for x in (k, v))
+    (out, lse), (exact, exact_lse) = got, exact_attention(q, k, v, mask, scale)
+    plain, plain_lse = plain_attention(q, k, v, mask, scale)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    assert_close_to_reference(out, exact, plain, dtype=q.dtype)
+    assert_close_to_reference(lse, exact_lse, plain_lse, dtype=jnp.float32, what="lse")
