@@ -240,9 +240,7 @@ def test_bad_input_is_one_clear_value_error(rng, no_shape_checks, rule):
     arguments = spoil({"q": problem.q, "k": problem.k, "v": problem.v} | problem.kwargs)
     q, k, v = (jnp.asarray(arguments.pop(name)) for name in "qkv")
     as_array = lambda x: x if x is None or isinstance(x, str) else jnp.asarray(x)  # noqa: E731
-    arguments = {name: as_array(x) for name, x in arguments.items()}
-        n: x if x is None or isinstance(x, str) else jnp.asarray(x) for n, x in arguments.items()
-    }
+    arguments: dict[str, Any] = {name: as_array(x) for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(q, k, v, problem.index, **arguments)
 
