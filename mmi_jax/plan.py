@@ -218,5 +218,6 @@ def _stack_padded(arrays, value):
 
 def _take_heads(plan: Plan, heads) -> Plan:
     """The plan with its heads in another order."""
-    taken = jax.tree.map(lambda x: x[heads], dataclasses.replace(plan, kv_order=plan.extra_order, kv_pos=plan.q_pos))
-    return dataclasses.replace(taken, kv_order=plan.kv_order, kv_pos=plan.kv_pos)
+    taken = jax.tree.map(lambda x: x[heads], (plan.q_order, plan.extra_order, plan.q_pos, plan.index))
+    q_order, extra_order, q_pos, index = taken
+    return dataclasses.replace(plan, q_order=q_order, extra_order=extra_order, q_pos=q_pos, index=index)
