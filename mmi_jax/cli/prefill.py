@@ -1,0 +1,100 @@
+"""`mmi prefill`: a prompt with videos and images through a model, and what it cost."""
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmi_jax.cli import compiled, demo
+from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.run import run_prefill
+from mmi_jax.cli.task import Outputs, PrefillTask, Sampling
+from mmi_jax.codec import parse
+from mmi_jax.patterns import Pattern
+from mmi_jax.table import PatternTable, load_table
+from models.demo import DEMO_VIDEO
+from models.media import MAX_FRAMES
+
+
+class DType(enum.StrEnum):
+    """Types a model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def prefill(
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video file; may be given several times.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; may be given several times.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text. {video} and {image} mark where the next one goes; else media come first.")
+    ] = None,
+    fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,
+    max_frames: Annotated[int, typer.Option(help="Frames sampled per video at most.")] = MAX_FRAMES,
+    dtype: Annotated[DType | None, typer.Option(help="bfloat16, or float32 for the demo, unless given.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="One pattern for all heads: NAME[:field=value,...].")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Prompt tokens that go through the layers at once.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate: 16, or 8 for the demo.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    compare_dense: Annotated[bool, typer.Option("--compare-dense", help="Run dense attention as well.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")] = False,
+    is_demo: Annotated[
+        bool, typer.Option("--demo", help="A tiny random model and a shipped video; compares with dense, writes plots.")
+    ] = False,
+    demo_dir: Annotated[Path, typer.Option(help="Where the demo keeps its model and plots.")] = Path("out/demo"),
+    cache_dir: Annotated[
+        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Prefill a prompt with sparse attention, decode an answer, report what was skipped and what it cost."""
+    with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        if is_demo:
+            _check_demo(model)
+            model, video = str(demo.built_model(demo_dir)), video or [DEMO_VIDEO]
+        elif model is None:
+            raise ValueError("prefill needs --model DIRECTORY_OR_HUB_NAME, or --demo: got neither")
+        patterns = _patterns(table, pattern)
+        task = PrefillTask(
+            model=model,
+            videos=tuple(video or ()),
+            images=tuple(image or ()),
+            text=prompt if prompt is not None else demo.PROMPT if is_demo else "",
+            fps=fps,
+            max_frames=max_frames,
+            dtype=(dtype or (DType.float32 if is_demo else DType.bfloat16)).value,
+            table=demo.demo_table() if is_demo and patterns is None else patterns,
+            blocks=demo.BLOCKS if is_demo else None,
+            chunk_tokens=chunk_tokens,
+            compares_dense=compare_dense or is_demo,
+            sampling=Sampling(
+                max_new_tokens=max_new_tokens if max_new_tokens is not None else demo.MAX_NEW_TOKENS if is_demo else 16,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            ),
+        )
+        outputs = Outputs(
+            plots=plots or (demo_dir if is_demo else None), is_json=json, note=demo.NOTE if is_demo else ""
+        )
+        run_prefill(task, outputs)
+
+
+def _check_demo(model: str | None) -> None:
+    if model is not None:
+        raise ValueError(f"--demo brings its own model: expected no --model, got {model!r}")
+
+
+def _patterns(table: Path | None, pattern: str | None) -> PatternTable | Pattern | None:
+    """The table or pattern that the options name; None for dense attention."""
+    if table is not None and pattern is not None:
+        raise ValueError(f"--table and --pattern exclude each other: got {str(table)!r} and {pattern!r}")
+    if table is not None:
+        return load_table(table)
+    return None if pattern is None else parse(pattern)

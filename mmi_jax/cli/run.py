@@ -1,0 +1,119 @@
+"""What `mmi prefill` does, stage by stage, and the result it prints."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mmi_jax
+from mmi_jax import Blocks, PatternTable, PrefillResult, console
+from mmi_jax.cli.pictures import write_pictures
+from mmi_jax.cli.printing import print_result
+from mmi_jax.cli.prompt import arrange
+from mmi_jax.cli.task import Outputs, PrefillTask, Sampling, TaskResult
+from mmi_jax.patterns import Pattern
+from mmi_jax.report import PrefillReport, agreement
+from models.hub import locate
+from models.media import read_image, read_video
+from models.prompt import Prompt
+from models.qwen2_5_vl.processor import Processor, read_stop_tokens
+from models.qwen2_5_vl.weights import load
+
+
+def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
+    """Runs the task and prints its result.
+
+    Raises:
+      ValueError: a file, the prompt or the table cannot be used; nothing was written.
+    """
+    seconds: dict[str, float] = {}
+    directory = locate(task.model)
+    processor = Processor.from_directory(directory)
+    with _timed(seconds, "media decoding"):
+        prompt = _read_prompt(task, processor)
+    with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
+        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+    result = _prefill(model, prompt, task, task.table)
+    dense = _prefill(model, prompt, task, None) if task.compares_dense else None
+    with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
+        end_tokens = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
+        new_tokens = _decode(model, result, task.sampling, end_tokens)
+    report = _with_stages(result.report, seconds)
+    pictures: tuple[Path, ...] = ()
+    if outputs.plots is not None:
+        with console.spinner("drawing"):
+            pictures = write_pictures(outputs.plots, model, prompt, report, task.blocks or Blocks())
+    found = TaskResult(
+        task=task,
+        report=report,
+        dense_report=None if dense is None else dense.report,
+        agreement=None if dense is None else agreement(dense.logits, result.logits, dense.hidden, result.hidden),
+        new_tokens=new_tokens,
+        text=processor.tokenizer.decode(new_tokens),
+        pictures=pictures,
+        note=outputs.note,
+    )
+    print_result(found, console.stderr_console() if outputs.is_json else console.stdout_console())
+    if outputs.is_json:
+        print(json.dumps(found.to_json()))
+    return found
+
+
+def _read_prompt(task: PrefillTask, processor: Processor) -> Prompt:
+    """Media decoded, text encoded."""
+    videos = []
+    for path in task.videos:
+        with console.progress_bar(f"decoding {path.name}", "frames") as on_frame:
+            videos.append(
+                read_video(
+                    path, fps=task.fps, max_frames=task.max_frames, resize=processor.fit_frame, on_frame=on_frame
+                )
+            )
+    return processor(arrange(task.text, videos=videos, images=[read_image(path) for path in task.images]))
+
+
+def _prefill(model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None) -> PrefillResult:
+    """One prefill behind a spinner: all layers are one compiled program, which reports nothing before its end."""
+    kind = "dense" if table is None else "sparse"
+    with console.spinner(f"{kind} prefill: vision, compiling, {model.config.num_layers} layers"):
+        return mmi_jax.prefill(
+            model,
+            prompt,
+            table=table,
+            chunk_tokens=task.chunk_tokens,
+            max_new_tokens=task.sampling.max_new_tokens,
+            blocks=task.blocks,
+        )
+
+
+def _decode(model, prefilled: PrefillResult, sampling: Sampling, end_tokens: tuple[int, ...]) -> list[int]:
+    """The answer's tokens, up to and with the first end token."""
+    tokens = mmi_jax.decode(
+        model,
+        prefilled,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        key=jax.random.key(sampling.seed),
+        end_tokens=end_tokens,
+    )
+    return np.asarray(tokens)[0].tolist()
+
+
+def _with_stages(report: PrefillReport, seconds: dict[str, float]) -> PrefillReport:
+    """The report with the time of the stages around the prefill, in the order they ran."""
+    new_tokens = seconds.pop("new tokens")
+    return dataclasses.replace(report, seconds={**seconds, **report.seconds, "new tokens": new_tokens})
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,108 @@
+"""What `mmi prefill` is asked to do, and what it found."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mmi_jax import Blocks, PatternTable
+from mmi_jax.patterns import Pattern
+from mmi_jax.report import Agreement, PrefillReport
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the answer is decoded; see `mmi_jax.decode`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __post_init__(self):
+        """Raises ValueError for values that `decode` would refuse only after the prefill."""
+        if self.max_new_tokens < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling needs max_new_tokens >= 0, temperature >= 0 and 0 < top_p <= 1: got {self}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillTask:
+    """What to run.
+
+    Args:
+      model: checkpoint directory or name on the hub.
+      videos, images: files, in order.
+      text: with or without marks; see `arrange`.
+      fps, max_frames: see `read_video`.
+      dtype: name of a JAX type.
+      table, blocks, chunk_tokens: see `mmi_jax.prefill`.
+      compares_dense: run dense attention as well.
+    """
+
+    model: str
+    videos: tuple[Path, ...]
+    images: tuple[Path, ...]
+    text: str
+    fps: float
+    max_frames: int
+    dtype: str
+    table: PatternTable | Pattern | None
+    blocks: Blocks | None
+    chunk_tokens: int | None
+    compares_dense: bool
+    sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where results go.
+
+    Args:
+      plots: directory for pictures, or None.
+      is_json: one JSON object on stdout instead of tables.
+      note: a sentence to print with the answer.
+    """
+
+    plots: Path | None
+    is_json: bool
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What there is to print.
+
+    Args:
+      report: of the prefill that was asked for; its seconds hold the stages before and after it too.
+      dense_report: of the dense prefill it is compared with.
+      answer: tokens and text.
+      pictures: files written.
+    """
+
+    task: PrefillTask
+    report: PrefillReport
+    dense_report: PrefillReport | None
+    agreement: Agreement | None
+    new_tokens: list[int]
+    text: str
+    pictures: tuple[Path, ...]
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {
+            "model": self.task.model,
+            "prompt": self.task.text,
+            "videos": [str(path) for path in self.task.videos],
+            "images": [str(path) for path in self.task.images],
+            "dtype": self.task.dtype,
+            "device": jax.devices()[0].device_kind,
+            "report": self.report.to_json(),
+            "dense_seconds": None if self.dense_report is None else self.dense_report.to_json()["seconds"],
+            "agreement": None if self.agreement is None else dataclasses.asdict(self.agreement),
+            "new_tokens": self.new_tokens,
+            "text": self.text,
+            "plots": [str(path) for path in self.pictures],
+            "note": self.note,
+        }

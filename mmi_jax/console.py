@@ -1,0 +1,40 @@
+"""What `mmi` writes to a terminal: progress on stderr, tables wherever the command says."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+def stderr_console() -> Console:
+    """The console of progress and warnings."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """The console of results."""
+    return Console(highlight=False)
+
+
+@contextlib.contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar that the yielded function moves: `update(done, total)`; further arguments are ignored."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), console=stderr_console()) as progress:
+        task = progress.add_task(label, total=None)
+
+        def update(done: int, total: int, *_) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextlib.contextmanager
+def spinner(label: str) -> Iterator[None]:
+    """A spinner with the time gone by, for work that reports nothing until it is done."""
+    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr_console()) as progress:
+        task = progress.add_task(label, total=1)
+        yield
+        progress.update(task, completed=1)
