@@ -11,8 +11,8 @@ from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns.base import Pattern
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
-from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention.api import Implementation
+from pallas_kernels.attention.api import Implementation, attend_inputs
+from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
 
@@ -83,14 +83,20 @@ def attend_sparsely(
             layout, patterns, batch=q.shape[0], num_queries=q.shape[1], q_start=q_start, blocks=blocks
         )
 
-    def example(q, k, geometry):
-        return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
-
     with jax.named_scope("mmi.plan"):
-        plan = jax.vmap(example)(q, k, geometry)
+        plan = plan_batch(patterns, q, k, geometry, scale=scale, blocks=blocks)
     with jax.named_scope("mmi.attend"):
         out, lse = attend_by_plan(plan, q, k, v, scale=scale, implementation=implementation)
     return SparseAttention(out=out, lse=lse, plan=plan)
+
+
+def plan_batch(patterns: Sequence[Pattern], q, k, geometry: Geometry, *, scale: float, blocks: Blocks) -> Plan:
+    """The plan of every example of a batch, leading axis b on every array."""
+
+    def example(q, k, geometry):
+        return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
+
+    return jax.vmap(example)(q, k, geometry)
 
 
 def batch_geometry(
@@ -107,29 +113,36 @@ def batch_geometry(
 
 
 def attend_by_plan(plan: Plan, q, k, v, *, scale: float, implementation: Implementation | None = None):
-    """Permute, attend, undo: output `[b, t, h, d]` and log-sum-exp `[b, h, t]`; batch is folded into the heads."""
-    batch, num_tokens, num_heads, head_dim = q.shape
+    """Permute, attend, undo: output `[b, t, h, d]` in q's dtype and log-sum-exp `[b, h, t]` in float32."""
+    out, lse = attend_inputs(permute(plan, q, k, v, scale=scale), implementation)
+    return undo(plan, out, lse)
+
+
+def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
+    """What a kernel reads: rows in permuted order, keys laid out in views, batch folded into the heads."""
+    batch = q.shape[0]
     q_rows = jax.vmap(lambda plan, q: plan.q_order.apply(q.transpose(1, 0, 2)))(plan, q)
     k_view, v_view = (jax.vmap(_lay_out)(x, plan.kv_order) for x in (k, v))
     k_extra, v_extra = (jax.vmap(_gather_extra)(x, plan.extra_order) for x in (k, v))
-    num_variants = plan.kv_pos.shape[1]
-    example = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    pos_row = plan.index.pos_row + example * num_variants
     index = jax.tree.map(_fold, plan.index)
-    folded = [_fold(x) for x in (q_rows, k_view, v_view, k_extra, v_extra, plan.q_pos, plan.kv_pos)]
-    out, lse = block_sparse_attention(
-        folded[0],
-        folded[1],
-        folded[2],
-        dataclasses.replace(index, pos_row=pos_row.reshape(index.pos_row.shape)),
-        k_extra=folded[3],
-        v_extra=folded[4],
-        q_pos=folded[5],
-        kv_pos=folded[6],
+    first_pos_row = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * plan.kv_pos.shape[1]
+    return AttentionInputs(
+        q=_fold(q_rows),
+        k=_fold(k_view),
+        v=_fold(v_view),
+        k_extra=_fold(k_extra),
+        v_extra=_fold(v_extra),
+        q_pos=_fold(plan.q_pos),
+        kv_pos=_fold(plan.kv_pos),
+        index=dataclasses.replace(index, pos_row=_fold(plan.index.pos_row + first_pos_row)),
         scale=scale,
-        implementation=implementation,
     )
-    out, lse = out.reshape(q_rows.shape), lse.reshape(q_rows.shape[:3])
+
+
+def undo(plan: Plan, out: Float[Array, "bh r d"], lse: Float[Array, "bh r"]):
+    """Rows back in token order, views merged: output `[b, t, h, d]` and log-sum-exp `[b, h, t]`."""
+    batch = plan.kv_order.shape[0]
+    out, lse = (x.reshape(batch, -1, *x.shape[1:]) for x in (out, lse))
     out, lse = jax.vmap(lambda plan, out, lse: plan.q_order.merge(out, lse))(plan, out, lse)
     return out.transpose(0, 2, 1, 3), lse
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from mmi_jax.cli import bench
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.prefill import prefill
 from mmi_jax.cli.show import show
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(prefill)
 app.command()(show)
 app.command()(doctor)
+app.add_typer(bench.app)
 
 
 @app.callback()

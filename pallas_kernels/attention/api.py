@@ -69,6 +69,13 @@ def block_sparse_attention(
         index=jax.tree.map(jnp.asarray, index),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+    return attend_inputs(inputs, implementation)
+
+
+def attend_inputs(
+    inputs: AttentionInputs, implementation: Implementation | None = None
+) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
+    """`block_sparse_attention` of arguments that are put together already."""
     check_inputs(inputs)
     if implementation is not None:
         if implementation not in _BACKENDS:

@@ -44,12 +44,35 @@ class RandomLists:
         rng = np.random.default_rng(self.seed)
         num_blocks = num_tokens // block
         count = np.minimum(np.arange(num_blocks) + 1, self.blocks_per_row)
-        lists = np.stack([self._head(rng, count) for _ in range(num_heads)])
+        lists = np.stack([_random_rows(rng, count) for _ in range(num_heads)])
         return _index(num_heads, block, np.cumsum(count) - count, count - 1, count, lists)
 
-    def _head(self, rng, count):
-        rows = (np.append(np.sort(rng.permutation(i)[: c - 1]), i) for i, c in enumerate(count))
-        return np.concatenate(list(rows))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomShare:
+    """The block on the diagonal and a uniformly drawn share of the blocks left of it, for each head.
+
+    Args:
+      share: of a row's causal blocks that it visits, the diagonal one included, rounded down but at least one block.
+      seed: of the generator.
+    """
+
+    share: float
+    seed: int = 0
+
+    def index(self, num_heads: int, num_tokens: int, block: int) -> BlockIndex:
+        """The index, its own lists for each head."""
+        rng = np.random.default_rng(self.seed)
+        causal = np.arange(num_tokens // block) + 1
+        count = np.maximum((causal * self.share).astype(np.int64), 1)
+        lists = np.stack([_random_rows(rng, count) for _ in range(num_heads)])
+        return _index(num_heads, block, np.cumsum(count) - count, count - 1, count, lists)
+
+
+def _random_rows(rng, count):
+    """One after another, `count[i]` blocks of each row `i`: some left of the diagonal, ascending, and the diagonal."""
+    rows = (np.append(np.sort(rng.permutation(i)[: c - 1]), i) for i, c in enumerate(count))
+    return np.concatenate(list(rows))
 
 
 def _index(num_heads, block, first, num_full, count, lists) -> BlockIndex:
@@ -74,11 +97,11 @@ class AttentionCase:
 
     name: str
     num_tokens: int
-    lists: AllVisited | RandomLists
+    lists: AllVisited | RandomLists | RandomShare
     num_q_heads: int = 28
     num_kv_heads: int = 4
     head_dim: int = 128
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     block: int = 128
 
     def inputs(self, seed: int = 0) -> AttentionInputs:
@@ -115,9 +138,20 @@ def _cases():
                 lists = RandomLists(blocks_per_row=blocks)
                 yield AttentionCase(name=f"random{blocks} {label}", lists=lists, **sizes)
 
+    for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
+        yield AttentionCase(
+            name=f"cpu {kilo_tokens}K",
+            num_tokens=kilo_tokens * 1024,
+            lists=RandomShare(share=0.1),
+            num_q_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            dtype="float32",
+        )
+
 
 CASES = {case.name: case for case in _cases()}
-"""Issue-sized problems by name: `all` and `random32`, `random128`, then heads and tokens."""
+"""Problems by name: `all`, `random32` or `random128`, then heads and tokens; and two for a CPU."""
 
 
 def mixed_inputs(
