@@ -38,7 +38,8 @@ def variants(case):
     """The table's config first, then the same with one thing changed."""
     base = choose_config(case.head_dim, case.block)
     yield "table", base
-    yield "overlap", dataclasses.replace(base, overlap_softmax=True)
+    yield "2 stages", dataclasses.replace(base, num_k_stages=2)
+    yield "tile 64", choose_config(case.head_dim, 64)
     yield "no turns", dataclasses.replace(base, take_turns=False)
 
 
@@ -100,6 +101,22 @@ def check_case(name, num_rows=64):
           f"finite {bool(jnp.isfinite(out).all())}", flush=True)  # fmt: skip
 
 
+def time_dense(name):
+    """Prints the rate of cuDNN's dense causal attention at a case's size, causal half counted, and of a matmul."""
+    case = CASES[name]
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_kv_heads)
+    shapes = [(1, case.num_tokens, h, case.head_dim) for h in heads]
+    q, k, v = (jax.random.normal(key, shape, case.dtype) for key, shape in zip(keys, shapes, strict=True))
+    run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"))
+    ms = median_ms(run, q, k, v)
+    flops = 2.0 * case.num_tokens**2 * case.head_dim * case.num_q_heads
+    print(f"{name:20s} cudnn dense  {ms:8.3f} ms {flops / ms / 1e9:7.1f} TFLOP/s", flush=True)
+    a, b = (jax.random.normal(key, (8192, 8192), case.dtype) for key in keys[:2])
+    ms = median_ms(jax.jit(jnp.matmul), a, b)
+    print(f"8192^3 matmul {ms:8.3f} ms {2 * 8192**3 / ms / 1e9:7.1f} TFLOP/s", flush=True)
+
+
 SMALL = [
     dict(head_dim=128),
     dict(head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=8, num_shared=2048),
@@ -136,7 +153,12 @@ def main(command, *names):
     if command == "small":
         return check_small()
     for name in names or CASES:
-        {"check": check_case, "time": time_case, "table": lambda n: time_case(n, all_variants=False)}[command](name)
+        {
+            "check": check_case,
+            "time": time_case,
+            "dense": time_dense,
+            "table": lambda n: time_case(n, all_variants=False),
+        }[command](name)
 
 
 if __name__ == "__main__":

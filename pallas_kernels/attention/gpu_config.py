@@ -30,24 +30,23 @@ class HopperConfig:
 
     Args:
       tile_kv: kv rows of one step; divides the index's `block_kv`.
-      num_stages: K and V tiles in flight, each.
+      num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
-      overlap_softmax: a warpgroup starts its softmax when QK^T is done, while its PV of the tile before still runs.
       take_turns: the two computing warpgroups alternate between tensor cores and softmax.
     """
 
     tile_kv: int
-    num_stages: int
+    num_k_stages: int
+    num_v_stages: int
     num_q_buffers: int = 2
-    overlap_softmax: bool = False
     take_turns: bool = True
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
         if self.tile_kv not in (64, 128):
             raise ValueError(f"tile_kv must be 64 or 128, got {self.tile_kv=}")
-        if self.num_stages < 2:
-            raise ValueError(f"num_stages must be at least 2, got {self.num_stages=}")
+        if min(self.num_k_stages, self.num_v_stages) < 2:
+            raise ValueError(f"stages must be at least 2, got {self.num_k_stages=}, {self.num_v_stages=}")
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 
@@ -55,29 +54,26 @@ class HopperConfig:
         """The shared-memory arrays of the kernel, by name."""
         transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
-        kv_tiles = (self.num_stages, self.tile_kv, head_dim)
-        buffers = {
-            "row": plgpu.SMEM((self.num_q_buffers, ROW_FIELDS), jnp.int32),
-            "kv_pos": plgpu.SMEM((self.num_stages, self.tile_kv), jnp.int32),
-            "q": plgpu.SMEM((self.num_q_buffers, *q_tile), dtype, transforms=transforms),
-            "k": plgpu.SMEM(kv_tiles, dtype, transforms=transforms),
-            "v": plgpu.SMEM(kv_tiles, dtype, transforms=transforms),
+        kv_tile = (self.tile_kv, head_dim)
+        return {
+            # Key positions of each K stage, then the q tiles' rows of the work table: together they round up to less.
+            "ints": plgpu.SMEM((self.num_k_stages + 1, self.tile_kv), jnp.int32),
+            "q": plgpu.SMEM((self.num_q_buffers, *q_tile), dtype, transforms=transforms),  # the output leaves from here
+            "k": plgpu.SMEM((self.num_k_stages, *kv_tile), dtype, transforms=transforms),
+            "v": plgpu.SMEM((self.num_v_stages, *kv_tile), dtype, transforms=transforms),
         }
-        if self.num_q_buffers == 2:
-            buffers["out"] = plgpu.SMEM(q_tile, dtype, transforms=transforms)
-        return buffers
 
     def barriers(self) -> dict[str, plgpu.Barrier]:
         """The barriers of the kernel, by name: `x_ready` is filled by copies, `x_free` by the warpgroups that read."""
-        stage = dict(num_barriers=self.num_stages)
+        everyone = dict(num_arrivals=COMPUTE_WARPGROUPS)
         return {
             "q_ready": plgpu.Barrier(num_arrivals=1 + COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
-            "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
-            "k_ready": plgpu.Barrier(**stage),
-            "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, **stage),
-            "v_ready": plgpu.Barrier(**stage),
-            "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, **stage),
-            "pos_ready": plgpu.Barrier(**stage),
+            "q_free": plgpu.Barrier(**everyone, num_barriers=self.num_q_buffers),
+            "k_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
+            "k_free": plgpu.Barrier(**everyone, num_barriers=self.num_k_stages),
+            "v_ready": plgpu.Barrier(num_barriers=self.num_v_stages),
+            "v_free": plgpu.Barrier(**everyone, num_barriers=self.num_v_stages),
+            "pos_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
             "turn": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         }
 
@@ -92,11 +88,11 @@ class HopperConfig:
 
 CONFIGS = {
     # (padded head_dim, tile_kv): measured on one H200, see bench/RESULTS.md
-    (64, 64): HopperConfig(tile_kv=64, num_stages=4),
-    (64, 128): HopperConfig(tile_kv=128, num_stages=4),
-    (128, 64): HopperConfig(tile_kv=64, num_stages=4),
-    (128, 128): HopperConfig(tile_kv=128, num_stages=2),
-    (256, 64): HopperConfig(tile_kv=64, num_stages=2, num_q_buffers=1),
+    (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
+    (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
+    (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
+    (128, 128): HopperConfig(tile_kv=128, num_k_stages=3, num_v_stages=2),
+    (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""
 

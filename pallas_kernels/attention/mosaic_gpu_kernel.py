@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, HopperConfig
+from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS, HopperConfig
 
 MASKED = -1e38
 """A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
@@ -135,31 +135,25 @@ def _load(refs: Refs, shape: KernelShape):
         n, tile, _ = carry
         table_row = _table_row(shape, n)
         _load_q(refs, shape, n, table_row)
-        count = refs.table[table_row, COUNT]
-        num_tiles = _num_tiles(shape, count)
-        kv_tile = functools.partial(_load_kv, refs, shape, table_row, tile)
-        lax.fori_loop(0, num_tiles, lambda j, _: kv_tile(j), None)
+        num_tiles = _num_tiles(shape, refs.table[table_row, COUNT])
+        _load_kv(refs, shape, table_row, tile, num_tiles)
         return n + 1, tile + num_tiles, num_tiles
 
     zero = jnp.int32(0)
-    n, tile, _ = lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, jnp.int32(1)))
-    _wait_until_free(refs, shape, n, tile)
+    _, tile, _ = lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, jnp.int32(1)))
+    _wait_until_free(refs, shape, tile)
 
 
-def _wait_until_free(refs: Refs, shape: KernelShape, n, tile):
+def _wait_until_free(refs: Refs, shape: KernelShape, tile):
     """Leaves no barrier half observed: waits for the buffers that nobody will fill again."""
-    for slot in range(shape.config.num_stages):
+    config = shape.config
+    slots = [("k_free", slot) for slot in range(config.num_k_stages)]
+    slots += [("v_free", slot) for slot in range(config.num_v_stages)]
+    for name, slot in slots:
 
         @pl.when(tile > slot)
-        def _wait(slot=slot):
-            plgpu.barrier_wait(refs.barriers["k_free"].at[slot])
-            plgpu.barrier_wait(refs.barriers["v_free"].at[slot])
-
-    if shape.config.num_q_buffers == 2:  # the end of the table was loaded and is never freed
-
-        @pl.when(n > 1)
-        def _wait_q():
-            plgpu.barrier_wait(refs.barriers["q_free"].at[n % 2])
+        def _wait(name=name, slot=slot):
+            plgpu.barrier_wait(refs.barriers[name].at[slot])
 
 
 def _load_q(refs: Refs, shape: KernelShape, n, table_row):
@@ -171,48 +165,69 @@ def _load_q(refs: Refs, shape: KernelShape, n, table_row):
     def _wait():
         plgpu.barrier_wait(refs.barriers["q_free"].at[slot])
 
-    plgpu.copy_gmem_to_smem(refs.table.at[table_row], refs.smem["row"].at[slot], ready)
+    table_slot = refs.smem["ints"].at[shape.config.num_k_stages, pl.ds(_row_offset(slot), ROW_FIELDS)]
+    plgpu.copy_gmem_to_smem(refs.table.at[table_row], table_slot, ready)
     for w in range(COMPUTE_WARPGROUPS):
         rows = pl.ds(pl.multiple_of(q_start + w * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(refs.q.at[head, rows], refs.smem["q"].at[slot, w], ready)
 
 
-def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, j):
-    """Copies the `j`-th kv tile of a q tile into the buffers of the thread block's `tile`-th tile so far."""
+def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
+    """Copies the kv tiles of a q tile, which are `tile, tile + 1, ...` of this thread block; K goes one ahead of V."""
     config = shape.config
     head, first, num_full, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
-    entry = first + j // shape.tiles_per_block
-    start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
-    kv_head = head // shape.heads_per_kv_head
-    tile = tile + j
-    slot = tile % config.num_stages
+    num_full *= shape.tiles_per_block
 
-    def copy(shared, extra, name):
-        ready, free, smem = refs.barriers[name + "_ready"], refs.barriers[name + "_free"], refs.smem[name]
+    def step(j, last_start):
+        entry = jnp.minimum(first + j // shape.tiles_per_block, shape.num_entries - 1)
+        start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
 
-        @pl.when(tile >= config.num_stages)
-        def _wait():
-            plgpu.barrier_wait(free.at[slot])
+        @pl.when(j < num_tiles)
+        def _k():
+            slot = _copy_tile(refs, shape, "k", head, start, tile + j)
 
-        @pl.when(start < shape.num_shared)
-        def _shared():
-            source = shared.at[kv_head, pl.ds(_aligned(start), config.tile_kv)]
-            plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+            @pl.when(j >= num_full)
+            def _positions():  # k_free has said that the positions in this slot were read too
+                source = refs.kv_pos.at[pos_row, pl.ds(_aligned(start), config.tile_kv)]
+                plgpu.copy_gmem_to_smem(source, refs.smem["ints"].at[slot], refs.barriers["pos_ready"].at[slot])
 
-        if shape.has_extra:
+        @pl.when(j > 0)
+        def _v():
+            _copy_tile(refs, shape, "v", head, last_start, tile + j - 1)
 
-            @pl.when(start >= shape.num_shared)
-            def _extra():
-                source = extra.at[head, pl.ds(_aligned(start - shape.num_shared), config.tile_kv)]
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], ready.at[slot])
+        return start
 
-    copy(refs.k, refs.k_extra, "k")
-    copy(refs.v, refs.v_extra, "v")
+    lax.fori_loop(0, jnp.where(num_tiles > 0, num_tiles + 1, 0), step, jnp.int32(0))
 
-    @pl.when(j >= num_full * shape.tiles_per_block)
-    def _positions():  # v_free has said that the positions in this slot were read too
-        source = refs.kv_pos.at[pos_row, pl.ds(_aligned(start), config.tile_kv)]
-        plgpu.copy_gmem_to_smem(source, refs.smem["kv_pos"].at[slot], refs.barriers["pos_ready"].at[slot])
+
+def _copy_tile(refs: Refs, shape: KernelShape, name, head, start, tile):
+    """Copies rows from `start` on, of the shared view or the head's own, once the slot of `tile` is free: the slot."""
+    num_stages = refs.smem[name].shape[0]
+    slot = tile % num_stages
+    copy = dict(barrier=refs.barriers[name + "_ready"].at[slot], dst=refs.smem[name].at[slot])
+    shared, extra = (refs.k, refs.k_extra) if name == "k" else (refs.v, refs.v_extra)
+
+    @pl.when(tile >= num_stages)
+    def _wait():
+        plgpu.barrier_wait(refs.barriers[name + "_free"].at[slot])
+
+    @pl.when(start < shape.num_shared)
+    def _shared():
+        rows = pl.ds(_aligned(start), shape.config.tile_kv)
+        plgpu.copy_gmem_to_smem(shared.at[head // shape.heads_per_kv_head, rows], **copy)
+
+    if shape.has_extra:
+
+        @pl.when(start >= shape.num_shared)
+        def _extra():
+            rows = pl.ds(_aligned(start - shape.num_shared), shape.config.tile_kv)
+            plgpu.copy_gmem_to_smem(extra.at[head, rows], **copy)
+
+    return slot
+
+
+def _row_offset(slot):
+    return pl.multiple_of(slot * ROW_FIELDS, ROW_FIELDS)
 
 
 def _aligned(start):
@@ -237,6 +252,8 @@ def _compute(refs: Refs, shape: KernelShape, warpgroup):
         def kv_tile(j, state):
             acc, softmax = state
             acc, softmax, decay = step(j, tile + j, acc, softmax)
+            if shape.config.num_q_buffers == 2:  # the last output has had a tile's time to leave
+                pl.when((j == 1) & (n > 0))(lambda: _free_q(refs, n - 1))
             return acc * _columns(decay, acc.shape), softmax
 
         acc = _splat(jnp.zeros((WARPGROUP_ROWS, refs.q.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
@@ -259,7 +276,10 @@ def _read_row(refs: Refs, shape: KernelShape, n) -> Row:
 
 
 def _row(refs: Refs, shape: KernelShape, slot) -> Row:
-    head, q_start, first, num_full, count = (refs.smem["row"][slot, c] for c in (HEAD, Q_START, FIRST, NUM_FULL, COUNT))
+    ints, offset = refs.smem["ints"], slot * ROW_FIELDS
+    head, q_start, first, num_full, count = (
+        ints[shape.config.num_k_stages, offset + c] for c in (HEAD, Q_START, FIRST, NUM_FULL, COUNT)
+    )
     num_tiles = _num_tiles(shape, count)
     return Row(head=head, q_start=q_start, first=first, num_full=num_full, count=count, num_tiles=num_tiles)
 
@@ -272,13 +292,10 @@ def _empty_softmax():
 
 def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0):
     """QK and softmax of a q tile's first tile, with nothing to overlap: weights, maximum and sum."""
-    slot = tile % shape.config.num_stages
+    slot = tile % shape.config.num_k_stages
     is_real = row.num_tiles > 0
     limits = _limits(refs, shape, row, 0)
-
-    @pl.when(is_real)
-    def _wait():
-        plgpu.barrier_wait(refs.barriers["k_ready"].at[slot])
+    pl.when(is_real)(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[slot]))
 
     def scores(s_acc):
         _wait_turn(refs, shape, warpgroup)
@@ -288,22 +305,18 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
         return s_acc[...]
 
     s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
-
-    @pl.when(is_real)
-    def _free():
-        plgpu.barrier_arrive(refs.barriers["k_free"].at[slot])
-
     s_qk = _mask(refs, shape, warpgroup, row, 0, slot, limits, s_qk)
+    pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
     return _softmax(shape, refs.q.dtype, s_qk, *_empty_softmax())[:3]
 
 
 def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_real=None):
-    """QK and softmax of tile `j` of `row` beside PV of the tile before it, which may end another q tile.
+    """PV of the tile before, which may end another q tile, then QK and softmax of tile `j` of `row`.
 
     Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs.
     """
     weights, top, total = softmax
-    k_slot, v_slot = tile % shape.config.num_stages, (tile - 1) % shape.config.num_stages
+    k_slot, v_slot = tile % shape.config.num_k_stages, (tile - 1) % shape.config.num_v_stages
     v = refs.smem["v"].at[v_slot]
     when_real = pl.when(is_real) if is_real is not None else lambda f: f()
     limits = _limits(refs, shape, row, j)
@@ -313,30 +326,25 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     def run(s_acc, o_acc):
         _seed(shape, o_acc, acc)
         _wait_turn(refs, shape, warpgroup)
-        if not shape.config.overlap_softmax:
-            _issue_pv(shape, o_acc, weights, v)
+        _issue_pv(shape, o_acc, weights, v)  # first: wgmma with registers on its left cannot join a running pipeline
         plgpu.wgmma(s_acc, refs.smem["q"].at[q_slot, warpgroup], refs.smem["k"].at[k_slot].transpose((1, 0)))
-        if shape.config.overlap_softmax:
-            _issue_pv(shape, o_acc, weights, v)
         _end_turn(refs, shape, warpgroup)
-        s_qk = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if shape.config.overlap_softmax else 0)
-        when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
-        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
-        state = _softmax(shape, weights.dtype, s_qk, top, total)
-        state = lax.optimization_barrier(state)  # else the compiler may move the softmax past the wait below
-        out = _drain(shape, o_acc, acc, weights, v)
+        out = _drain(shape, o_acc, acc, weights, v, wait_n=1)
         plgpu.barrier_arrive(refs.barriers["v_free"].at[v_slot])
-        return out, state
+        return plgpu.wgmma_accumulator_load(s_acc, wait_n=0), out
 
     rows, columns = WARPGROUP_ROWS, shape.config.tile_kv
     accumulators = plgpu.ACC((rows, columns), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
-    acc, (weights, top, total, decay) = pl.run_scoped(run, *accumulators)
+    s_qk, acc = pl.run_scoped(run, *accumulators)
+    s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
+    when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
+    weights, top, total, decay = _softmax(shape, weights.dtype, s_qk, top, total)
     return acc, (weights, top, total), decay
 
 
 def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
     """PV of a q tile's last tile, with nothing to overlap."""
-    slot = (tile - 1) % shape.config.num_stages
+    slot = (tile - 1) % shape.config.num_v_stages
     v = refs.smem["v"].at[slot]
     plgpu.barrier_wait(refs.barriers["v_ready"].at[slot])
 
@@ -345,7 +353,7 @@ def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
         _wait_turn(refs, shape, warpgroup)
         _issue_pv(shape, o_acc, weights, v)
         _end_turn(refs, shape, warpgroup)
-        return _drain(shape, o_acc, acc, weights, v)
+        return _drain(shape, o_acc, acc, weights, v, wait_n=0)
 
     acc = pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
     plgpu.barrier_arrive(refs.barriers["v_free"].at[slot])
@@ -354,15 +362,13 @@ def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
 
 def _finish_overlapped(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, acc, softmax):
     """The last PV beside the first QK of the next q tile, then the output: that q tile's row and softmax state."""
-    plgpu.commit_smem()  # our reads of the row come before the copy that overwrites it
-    plgpu.barrier_arrive(refs.barriers["q_free"].at[n % 2])
+    pl.when((row.num_tiles == 1) & (n > 0))(lambda: _free_q(refs, n - 1))  # no second tile has done it
     next_row = _read_row(refs, shape, n + 1)
     fresh = (softmax[0], *_empty_softmax())
     acc, next_softmax, _ = _next_tile(
         refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_real=next_row.num_tiles > 0
     )
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the output buffer holds the q tile before this one
-    _store(refs, refs.smem["out"].at[warpgroup], warpgroup, row, acc, *softmax[1:])
+    _store(refs, refs.smem["q"].at[n % 2, warpgroup], warpgroup, row, acc, *softmax[1:])
     return next_row, next_softmax
 
 
@@ -370,10 +376,16 @@ def _finish_alone(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, 
     """The last PV, the output through q's buffer, then the first QK of the next q tile: its row and softmax state."""
     acc = _last_tile(refs, shape, warpgroup, tile, acc, softmax[0])
     _store(refs, refs.smem["q"].at[0, warpgroup], warpgroup, row, acc, *softmax[1:])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(refs.barriers["q_free"].at[0])
+    _free_q(refs, n)
     next_row = _read_row(refs, shape, n + 1)
     return next_row, _first_tile(refs, shape, warpgroup, next_row, n + 1, tile)
+
+
+def _free_q(refs: Refs, n):
+    """Gives the buffer of the n-th q tile back once its output has left."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.commit_smem()  # our reads of the row come before the copy that overwrites it
+    plgpu.barrier_arrive(refs.barriers["q_free"].at[n % refs.smem["q"].shape[0]])
 
 
 def _store(refs: Refs, buffer, warpgroup, row: Row, acc, top, total):
@@ -409,7 +421,7 @@ def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, limits, 
         rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         layout = plgpu.Layout.WGMMA
         q_pos = plgpu.load(refs.q_pos.at[row.head, rows], layout=layout.reduce(1), optimized=False)
-        kv_pos = plgpu.load(refs.smem["kv_pos"].at[slot], layout=layout.reduce(0), optimized=False)
+        kv_pos = plgpu.load(refs.smem["ints"].at[slot], layout=layout.reduce(0), optimized=False)
         plgpu.commit_smem()  # our reads of the positions come before the copy that overwrites them
         low, high = limits
         distance = _columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
@@ -450,12 +462,12 @@ def _issue_pv(shape: KernelShape, accumulator, weights, v):
         plgpu.wgmma(accumulator, weights, v)
 
 
-def _drain(shape: KernelShape, accumulator, acc, weights, v):
+def _drain(shape: KernelShape, accumulator, acc, weights, v, *, wait_n):
     if shape.interpretable:
         value = acc + jnp.dot(weights, v[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # a generic read, which the tensor cores would not do
         return value
-    return accumulator[...]
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=wait_n)
 
 
 # Turns: warpgroup 0 issues to the tensor cores, then 1, then 0 again.
