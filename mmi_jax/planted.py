@@ -105,7 +105,7 @@ def _build(layout, codes, columns, weights, key, *, num_kv_heads: int, head_dim:
 
     def q_head(weight, key):
         local, sink, vertical, slash, column, phase = weight
-        wanted = vertical * codes[phase.astype(jnp.int32)] + slash * code
+        wanted = vertical * codes[phase.astype(jnp.int32)][None] + slash * code
         ones = jnp.ones((num_tokens, 1))
         parts = [local * waves, wanted, sink * ones, column * ones]
         noise = jax.random.normal(key, (num_tokens, noise_dim)) / noise_dim**0.5
@@ -119,6 +119,6 @@ def _build(layout, codes, columns, weights, key, *, num_kv_heads: int, head_dim:
 
 def _waves(pos):
     """Fourier features of norm 1 whose inner product falls from 1 at distance 0 towards noise at a few hundred."""
-    periods = jnp.geomspace(64.0, 4096.0, NUM_FREQUENCIES) * jnp.sqrt(2.0)
+    periods = (jnp.geomspace(64.0, 4096.0, NUM_FREQUENCIES) * jnp.sqrt(2.0))[None]
     angle = 2 * jnp.pi * jnp.mod(pos[:, None].astype(jnp.float32), periods) / periods
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1) / NUM_FREQUENCIES**0.5

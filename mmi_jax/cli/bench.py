@@ -98,7 +98,9 @@ def _bench(names: list[str], run: Callable[[str], dict[str, Any]], json_file: Pa
         with spinner(name):
             found.append(run(name))
     console = stdout_console()
-    console.print(_table(found), width=console.width if console.is_terminal else FILE_WIDTH)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(_table(found))
     line = json.dumps({"machine": machine(), "cases": found})
     if json_file is not None:
         with tempfile.NamedTemporaryFile("w", dir=json_file.parent, delete=False) as file:
