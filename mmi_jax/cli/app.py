@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from mmi_jax.cli import bench
@@ -14,7 +13,7 @@ from mmi_jax.cli.show import show
 app = typer.Typer(
     name="mmi",
     help="Modality-aware sparse prefill for vision-language models.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -25,22 +24,24 @@ app.command()(doctor)
 app.add_typer(bench.app)
 
 
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+"""click's ClickException: recent typer carries its own copy of click, whose names are not public."""
+
+
 @app.callback()
-def _commands() -> None:
-    """Modality-aware sparse prefill for vision-language models."""  # without it one command would need no name
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of `mmi` run with these arguments, `sys.argv` when None: 0, or 2 after `error: ...` on stderr."""
     try:
         status = app(args=arguments, prog_name="mmi", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return 2
-    except click.ClickException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
         return 130
+    except _CommandLineError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        return 2
     return status if isinstance(status, int) else 0
