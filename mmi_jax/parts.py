@@ -103,14 +103,16 @@ def blocks_between(view: KeyView, first_row, end_row, blocks: Blocks, interval=(
 
 def sink_and_window(view: KeyView, q_blocks: QBlocks, sink: int, local: int, blocks: Blocks) -> list[Runs]:
     """The first `sink` keys, in whole blocks, and the `local` nearest ones, exact to the token and disjoint."""
-    sink_rows = blocks.round_kv(sink)
     reach = view.rank(q_blocks.highest + 1)
-    nearest = jnp.maximum(view.rank(q_blocks.lowest - local + 1), sink_rows)
-    zero = jnp.zeros_like(reach)
-    return [
-        blocks_between(view, zero, jnp.minimum(reach, sink_rows), blocks),
-        blocks_between(view, nearest, reach, blocks, (0, local)),
-    ]
+    nearest = jnp.maximum(view.rank(q_blocks.lowest - local + 1), view.sink_rows(sink, blocks)[1])
+    return [sinks(view, q_blocks, sink, blocks), blocks_between(view, nearest, reach, blocks, (0, local))]
+
+
+def sinks(view: KeyView, q_blocks: QBlocks, sink: int, blocks: Blocks) -> Runs:
+    """The first `sink` keys, in whole blocks."""
+    first, end = view.sink_rows(sink, blocks)
+    reach = view.rank(q_blocks.highest + 1)
+    return blocks_between(view, jnp.broadcast_to(first, reach.shape), jnp.minimum(reach, end), blocks)
 
 
 def last_members(member: Bool[Array, " t"], num_last: int) -> Bool[Array, " t"]:

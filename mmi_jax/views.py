@@ -45,10 +45,10 @@ type Group = AllKeys | OfModality
 
 @dataclasses.dataclass(frozen=True)
 class SortedBy:
-    """The keys of `group` sorted by `key`, prompt order within a key, without the group's first `skip` keys."""
+    """The keys of `group` sorted by `key`, prompt order within a key, without the group's first `sink` keys."""
 
     key: Key
-    skip: int
+    sink: int
     group: Group = AllKeys()
 
 
@@ -74,6 +74,10 @@ class KeyView:
     def rank(self, pos):
         """Rows with a position below `pos`, in a view that is not sorted by a key."""
         return jnp.searchsorted(self.pos, pos, side="left").astype(jnp.int32)
+
+    def sink_rows(self, sink: int, blocks: Blocks):
+        """First row of the first `sink` keys and one past their last, in whole kv blocks."""
+        return _sink_rows(self.order >= 0, sink, blocks)
 
     def rows_of_key(self, low, high):
         """First row of key `low` and one past the last row of key `high`; equal where no row has such a key."""
@@ -171,7 +175,9 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks):
             order, key = _compact(view.holds(layout)), jnp.zeros(num_tokens, jnp.int32)
         case SortedBy():
             is_member = view.group.holds(layout)
-            is_member &= jnp.cumsum(is_member) > view.skip
+            # Rows of the group's own view, where padding stands in the prompt only.
+            is_row, row = (is_member, tokens) if view.group == AllKeys() else (tokens >= 0, jnp.cumsum(is_member) - 1)
+            is_member &= row >= _sink_rows(is_row, view.sink, blocks)[1]
             token_key = jnp.where(is_member, view.key.of(layout), NO_KEY)
             by_key = jnp.argsort(token_key, stable=True).astype(jnp.int32)
             key = token_key[by_key]
@@ -180,6 +186,13 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks):
     order, key = jnp.pad(order, (0, empty), constant_values=-1), jnp.pad(key, (0, empty), constant_values=NO_KEY)
     pos = jnp.where(order >= 0, layout.pos[jnp.maximum(order, 0)], PAD_KV_POS)
     return order, pos, key
+
+
+def _sink_rows(is_row, sink: int, blocks: Blocks):
+    """First and end row, in whole kv blocks, of the first `sink` rows that hold a key: padding is no sink."""
+    first = jnp.argmax(is_row).astype(jnp.int32)
+    end = -(-(first + sink) // blocks.kv) * blocks.kv if sink else jnp.int32(0)
+    return first // blocks.kv * blocks.kv, end
 
 
 def _compact(is_member):

@@ -93,6 +93,7 @@ class Scope:
 def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> Columns:
     """The chosen rows of the group's view as columns, ascending by position; at most `most` are chosen."""
     view = scope.view
+    is_chosen &= jnp.cumsum(is_chosen) <= most  # a key hidden in its view and not gathered would be lost
     place = jnp.where(is_chosen, jnp.cumsum(is_chosen) - 1, len(is_chosen))
     tokens = jnp.full(scope.blocks.round_kv(most), -1, jnp.int32).at[place].set(view.order, mode="drop")
     num_rows = len(scope.geometry.order)

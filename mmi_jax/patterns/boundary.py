@@ -128,7 +128,9 @@ def _intersection(parts: tuple[Part, ...]) -> Part:
 
     member = jnp.stack([part.member for part in parts]).all(axis=0)
     columns = tuple(columns for part in parts for columns in part.columns)
-    return Part(member=member, visits=visits, max_blocks=sum(part.max_blocks for part in parts), columns=columns)
+    order = next((part.order for part in parts if part.order is not None), None)  # any order is right, this one tight
+    max_blocks = sum(part.max_blocks for part in parts)
+    return Part(member=member, visits=visits, max_blocks=max_blocks, columns=columns, order=order)
 
 
 def _visits(part: Part, q_blocks: QBlocks) -> list[Runs]:

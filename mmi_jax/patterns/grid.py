@@ -67,7 +67,7 @@ class Grid(Pattern):
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by each stride's place."""
-        return tuple(SortedBy(key, blocks.round_kv(self.sink), group) for key in self.strides)
+        return tuple(SortedBy(key, self.sink, group) for key in self.strides)
 
     def parts(self, scope: Scope) -> list[Part]:
         """Line queries and tail, all other queries, and, for slashes, the vision queries again, sorted by place."""

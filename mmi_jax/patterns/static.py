@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mmi_jax.blocks import Blocks
 from mmi_jax.keys import NO_KEY, Key, PositionPhase, Window3D
-from mmi_jax.parts import Part, QBlocks, Runs, blocks_between
+from mmi_jax.parts import Part, QBlocks, Runs, blocks_between, sinks
 from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.patterns.dense import all_keys_part
@@ -27,6 +27,8 @@ class SparseTransformerStrided(Pattern):
         0 1 1 1 0 0
         1 0 1 1 1 0
         0 1 0 1 1 1
+
+    Queries and keys of one phase fill blocks of their own; neighbours that share such a block are attended too.
 
     Args:
       stride: period and window; tokens per frame in the paper's baseline (Table 3).
@@ -66,7 +68,8 @@ class SparseTransformerFixed(Pattern):
         1 0 0 1 1 0
         1 0 0 1 1 1
 
-    A q block that straddles segments sees the whole of both, as far as causality lets it.
+    A q block that straddles segments sees the whole of both, as far as causality lets it. Among the keys of one
+    modality the first token of a segment is the first that the modality has there.
 
     Args:
       stride: tokens in a segment; tokens per frame in the paper's baseline (Table 3).
@@ -86,7 +89,8 @@ class SparseTransformerFixed(Pattern):
             first = view.rank(q_blocks.lowest // self.stride * self.stride)
             return [blocks_between(view, first, view.rank(q_blocks.highest + 1), blocks)]
 
-        is_first = (view.order >= 0) & (view.pos % self.stride == 0)
+        segment_of_row = view.pos // self.stride
+        is_first = (view.order >= 0) & (segment_of_row != jnp.roll(segment_of_row, 1).at[0].set(-2))
         max_blocks = scope.bound(-(-(self.stride + blocks.q) // blocks.kv) + 2) + scope.num_kv_blocks
         columns = gathered_columns(scope, is_first, -(-len(view.order) // self.stride))
         return [Part(member=scope.member, visits=segment, max_blocks=max_blocks, columns=(columns,))]
@@ -118,7 +122,7 @@ class SwinWindow(Pattern):
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by window."""
-        return (SortedBy(self._key, blocks.round_kv(self.sink), group),)
+        return (SortedBy(self._key, self.sink, group),)
 
     def parts(self, scope: Scope) -> list[Part]:
         """The vision queries sorted by window, and all others."""
@@ -139,7 +143,6 @@ def sorted_part(
 
     def visits(q_blocks: QBlocks) -> list[Runs]:
         own = blocks_between(view, *view.rows_of_key(*q_blocks.extent(q_key)), blocks, interval)
-        reach = jnp.minimum(scope.view.rank(q_blocks.highest + 1), blocks.round_kv(sink))
-        return [own, blocks_between(scope.view, jnp.zeros_like(reach), reach, blocks)]
+        return [own, sinks(scope.view, q_blocks, sink, blocks)]
 
     return Part(member=scope.member, visits=visits, max_blocks=max_blocks, order=q_order)

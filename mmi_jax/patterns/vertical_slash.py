@@ -64,10 +64,10 @@ class VerticalSlash(Pattern):
         ]
 
     def _columns(self, mass, scope: Scope) -> Columns:
-        """The heaviest columns, the first kv block forced, in order of position."""
+        """The heaviest columns, the first keys forced, in order of position."""
         view, blocks = scope.view, scope.blocks
         num_columns = min(max(self.vertical, blocks.kv), len(view.order))
-        mass = jnp.where(jnp.arange(len(mass)) < blocks.kv, jnp.inf, mass)
+        mass = jnp.where(jnp.cumsum(view.order >= 0) <= blocks.kv, jnp.inf, mass)
         _, chosen = jax.lax.top_k(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns)
         is_chosen = jnp.zeros(len(mass), bool).at[chosen].set(True) & (view.order >= 0)
         return gathered_columns(scope, is_chosen, num_columns)
