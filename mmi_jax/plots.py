@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from mmi_jax.mask_plot import plot_mask as plot_mask
 from mmi_jax.report import PrefillReport
 from mmi_jax.table import PatternTable
 
