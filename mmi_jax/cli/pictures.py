@@ -4,22 +4,50 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 from matplotlib.figure import Figure
 
 from mmi_jax import Blocks, plots
 from mmi_jax.report import PrefillReport
+from mmi_jax.trace import plan_of_heads
 from models.prompt import Prompt
 
+MAX_MASKS = 6
+"""Distinct patterns of a layer of which a mask is drawn, at most."""
 
-def write_pictures(directory: Path, model, prompt: Prompt, report: PrefillReport, blocks: Blocks) -> tuple[Path, ...]:
-    """Writes the patterns by layer and head, and the density by layer.
+
+def write_pictures(
+    directory: Path, model, prompt: Prompt, report: PrefillReport, *, layer: int, blocks: Blocks
+) -> tuple[Path, ...]:
+    """Writes the patterns by layer and head, the density by layer, and masks of one layer.
+
+    Args:
+      layer: whose masks are drawn: of the first head of each distinct pattern.
 
     Returns:
       The files written.
     """
-    figures = {"patterns": plots.plot_patterns(report.table), "density": plots.plot_density(report)}
+    figures = {
+        "patterns": plots.plot_patterns(report.table),
+        "density": plots.plot_density(report),
+        **_masks(model, prompt, report, layer, blocks),
+    }
     directory.mkdir(parents=True, exist_ok=True)
     return tuple(_write(directory / f"{name}.png", figure) for name, figure in figures.items())
+
+
+def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blocks) -> dict[str, Figure]:
+    """The masks by file name."""
+    patterns = report.table.layers[layer]
+    heads = [patterns.index(pattern) for pattern in dict.fromkeys(patterns)][:MAX_MASKS]
+    plan = plan_of_heads(model, prompt, report.table, layer=layer, heads=heads, blocks=blocks)
+    layout = jax.tree.map(lambda field: field[0], prompt.layout)
+    figures = {}
+    for n, head in enumerate(heads):
+        name = type(patterns[head]).__name__
+        title = f"layer {layer}, head {head}: {name}, density {report.density[layer, head]:.2f}"
+        figures[f"mask-layer{layer}-head{head}"] = plots.plot_mask(plan, n, layout, title=title)
+    return figures
 
 
 def _write(path: Path, figure: Figure) -> Path:

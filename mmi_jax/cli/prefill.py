@@ -43,6 +43,7 @@ def prefill(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     compare_dense: Annotated[bool, typer.Option("--compare-dense", help="Run dense attention as well.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
+    plot_layer: Annotated[int, typer.Option(help="Layer whose masks are drawn; the layers before it run again.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")] = False,
     is_demo: Annotated[
         bool, typer.Option("--demo", help="A tiny random model and a shipped video; compares with dense, writes plots.")
@@ -81,7 +82,10 @@ def prefill(
             ),
         )
         outputs = Outputs(
-            plots=plots or (demo_dir if is_demo else None), is_json=json, note=demo.NOTE if is_demo else ""
+            plots=plots or (demo_dir if is_demo else None),
+            plot_layer=plot_layer,
+            is_json=json,
+            note=demo.NOTE if is_demo else "",
         )
         run_prefill(task, outputs)
 

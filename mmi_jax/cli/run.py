@@ -39,6 +39,7 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         prompt = _read_prompt(task, processor)
     with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
         model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+    outputs.check_layer(model.config.num_layers)
     result = _prefill(model, prompt, task, task.table)
     dense = _prefill(model, prompt, task, None) if task.compares_dense else None
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
@@ -48,7 +49,8 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
     pictures: tuple[Path, ...] = ()
     if outputs.plots is not None:
         with console.spinner("drawing"):
-            pictures = write_pictures(outputs.plots, model, prompt, report, task.blocks or Blocks())
+            blocks = task.blocks or Blocks()
+            pictures = write_pictures(outputs.plots, model, prompt, report, layer=outputs.plot_layer, blocks=blocks)
     found = TaskResult(
         task=task,
         report=report,

@@ -60,13 +60,25 @@ class Outputs:
 
     Args:
       plots: directory for pictures, or None.
+      plot_layer: whose masks are drawn.
       is_json: one JSON object on stdout instead of tables.
       note: a sentence to print with the answer.
     """
 
     plots: Path | None
+    plot_layer: int
     is_json: bool
     note: str
+
+    def __post_init__(self):
+        """Raises ValueError if pictures would go into a file; better now than after the run."""
+        if self.plots is not None and self.plots.exists() and not self.plots.is_dir():
+            raise ValueError(f"--plots must name a directory, got the file {str(self.plots)!r}")
+
+    def check_layer(self, num_layers: int) -> None:
+        """Raises ValueError if the model has no layer `plot_layer`."""
+        if self.plots is not None and not 0 <= self.plot_layer < num_layers:
+            raise ValueError(f"--plot-layer must be a layer of the model, 0 to {num_layers - 1}: got {self.plot_layer}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +88,7 @@ class TaskResult:
     Args:
       report: of the prefill that was asked for; its seconds hold the stages before and after it too.
       dense_report: of the dense prefill it is compared with.
-      answer: tokens and text.
+      new_tokens, text: the answer.
       pictures: files written.
     """
 
