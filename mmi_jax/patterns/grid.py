@@ -87,7 +87,9 @@ class Grid(Pattern):
         q_pos = jnp.where(rows >= 0, scope.geometry.q_pos[jnp.maximum(rows, 0)], NO_LIMIT)
         is_far = scope.group_pos <= jnp.min(q_pos) - self.local  # neither window nor padding
         views = [scope.geometry.view(view) for view in self.views(scope.group, scope.blocks)]
-        folds = [estimate.fold_score(mass, is_far, view) for view in views]
+        is_counted = is_far & (scope.geometry.keys.modality == VISION)
+        salience = estimate.salience(mass, is_counted, scope.geometry.keys)
+        folds = [estimate.fold_score(salience, is_counted, view) for view in views]
         best = jnp.argmax(jnp.stack([score for score, _ in folds]))
         candidates = [
             Lines(stride=jnp.int32(n), phase=phase, view=view, q_key=q_key, q_order=q_order)
