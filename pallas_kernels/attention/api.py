@@ -6,16 +6,20 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import mosaic_gpu, reference, xla
 from pallas_kernels.attention.inputs import AttentionInputs, check_inputs
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import Array, Float, Int32
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-_BACKENDS: dict[Implementation, Callable] = {"reference": reference.attend, "xla": xla.attend}
+_BACKENDS: dict[Implementation, Callable] = {
+    "reference": reference.attend,
+    "xla": xla.attend,
+    "mosaic_gpu": mosaic_gpu.attend,
+}
 
-DEFAULT_ORDER: tuple[Implementation, ...] = ("xla",)
+DEFAULT_ORDER: tuple[Implementation, ...] = ("mosaic_gpu", "xla")
 """What `implementation=None` tries, in this order, until one does not refuse."""
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class HopperConfig:
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 
-    def buffers(self, head_dim: int, dtype) -> dict[str, plgpu.SMEM]:
+    def buffers(self, head_dim: int, dtype) -> dict[str, Any]:
         """The shared-memory arrays of the kernel, by name."""
         transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
@@ -63,7 +64,7 @@ class HopperConfig:
             "v": plgpu.SMEM((self.num_v_stages, *kv_tile), dtype, transforms=transforms),
         }
 
-    def barriers(self) -> dict[str, plgpu.Barrier]:
+    def barriers(self) -> dict[str, Any]:
         """The barriers of the kernel, by name: `x_ready` is filled by copies, `x_free` by the warpgroups that read."""
         everyone = dict(num_arrivals=COMPUTE_WARPGROUPS)
         return {

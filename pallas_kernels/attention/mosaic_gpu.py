@@ -47,7 +47,7 @@ def check_supported(inputs: AttentionInputs) -> None:
         (index.block_kv % 64 == 0, f"block_kv must be a multiple of 64, got {index.block_kv}"),
         (inputs.scale > 0, f"scale must be positive, got {inputs.scale}"),
         (inputs.k.shape[1] >= 128, f"the shared kv view must have at least 128 rows, got {inputs.k.shape[1]}"),
-        (inputs.k_extra.shape[1] in (0, *range(128, 2**31)), "extra rows must be none or at least 128, "
+        (inputs.k_extra.shape[1] == 0 or inputs.k_extra.shape[1] >= 128, "extra rows must be none or at least 128, "
          f"got {inputs.k_extra.shape[1]}"),
     ]  # fmt: skip
     for holds, message in limits:
@@ -140,7 +140,7 @@ def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
     ]
     columns += [jnp.zeros_like(head)] * (ROW_FIELDS - len(columns))
     table = jnp.stack([c.reshape(-1).astype(jnp.int32) for c in columns], axis=1)
-    length = jnp.floor(4 * jnp.log2(1.0 + table[:, 4].astype(jnp.float32)))
+    length = jnp.floor(4 * jnp.log2(1 + table[:, 4].astype(jnp.float32)))
     table = table[jnp.argsort(-length, stable=True)]
     end = jnp.zeros((1, ROW_FIELDS), jnp.int32).at[0, 4].set(-1)
     return jnp.concatenate([table, end])
@@ -149,7 +149,7 @@ def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
 def silence_padding(inputs: AttentionInputs):
     """`v` and `v_extra` with zeros where nobody may look, which may hold NaN: a weight of 0 does not silence a NaN."""
     num_kv_heads, num_rows = inputs.k.shape[0], inputs.kv_pos.shape[0]
-    is_used = jnp.any(inputs.index.pos_row[..., None] == jnp.arange(num_rows), axis=1)  # [h, n]
+    is_used = jnp.any(jax.nn.one_hot(inputs.index.pos_row, num_rows, dtype=bool), axis=1)  # [h, n]
     is_real = inputs.kv_pos != PAD_KV_POS
     s = inputs.k.shape[1]
 

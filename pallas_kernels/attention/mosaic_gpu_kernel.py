@@ -307,11 +307,12 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
     s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
     s_qk = _mask(refs, shape, warpgroup, row, 0, slot, limits, s_qk)
     pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
-    return _softmax(shape, refs.q.dtype, s_qk, *_empty_softmax())[:3]
+    weights, top, total, _ = _softmax(shape, s_qk, *_empty_softmax())
+    return weights.astype(refs.q.dtype), top, total
 
 
 def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_real=None):
-    """PV of the tile before, which may end another q tile, then QK and softmax of tile `j` of `row`.
+    """QK and softmax of tile `j` of `row`, beside PV of the tile before it, which may end another q tile.
 
     Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs.
     """
@@ -326,20 +327,22 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     def run(s_acc, o_acc):
         _seed(shape, o_acc, acc)
         _wait_turn(refs, shape, warpgroup)
-        _issue_pv(shape, o_acc, weights, v)  # first: wgmma with registers on its left cannot join a running pipeline
         plgpu.wgmma(s_acc, refs.smem["q"].at[q_slot, warpgroup], refs.smem["k"].at[k_slot].transpose((1, 0)))
+        _issue_pv(shape, o_acc, weights, v)
         _end_turn(refs, shape, warpgroup)
-        out = _drain(shape, o_acc, acc, weights, v, wait_n=1)
+        s_qk = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
+        when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
+        # Before PV ends, and left in float32: PV still reads the registers of the 16-bit weights.
+        state = lax.optimization_barrier(_softmax(shape, s_qk, top, total))
+        out = _drain(shape, o_acc, acc, weights, v, wait_n=0)
         plgpu.barrier_arrive(refs.barriers["v_free"].at[v_slot])
-        return plgpu.wgmma_accumulator_load(s_acc, wait_n=0), out
+        return out, state
 
     rows, columns = WARPGROUP_ROWS, shape.config.tile_kv
     accumulators = plgpu.ACC((rows, columns), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
-    s_qk, acc = pl.run_scoped(run, *accumulators)
-    s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
-    when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
-    weights, top, total, decay = _softmax(shape, weights.dtype, s_qk, top, total)
-    return acc, (weights, top, total), decay
+    acc, (new_weights, top, total, decay) = pl.run_scoped(run, *accumulators)
+    return acc, (new_weights.astype(weights.dtype), top, total), decay
 
 
 def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
@@ -431,12 +434,12 @@ def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, limits, 
     return lax.cond(is_partial, masked, lambda s_qk: s_qk, s_qk)
 
 
-def _softmax(shape: KernelShape, dtype, s_qk, top, total):
-    """One step of the online softmax: weights in `dtype`, new maximum and sum, and the factor on what came before."""
+def _softmax(shape: KernelShape, s_qk, top, total):
+    """One step of the online softmax: float32 weights, new maximum and sum, and the factor on what came before."""
     new_top = jnp.maximum(top, jnp.max(s_qk, axis=1) * shape.score_scale)
     weights = jnp.exp2(s_qk * shape.score_scale - _columns(new_top, s_qk.shape))
     decay = jnp.exp2(top - new_top)
-    return weights.astype(dtype), new_top, total * decay + jnp.sum(weights, axis=1), decay
+    return weights, new_top, total * decay + jnp.sum(weights, axis=1), decay
 
 
 def _columns(x, shape):
