@@ -50,7 +50,7 @@ def plot_mask(plan: Plan, head: int, layout: TokenLayout, *, title: str | None =
     _draw_before(left, raster, layout)
     _draw_after(right, raster)
     figure.suptitle(title or f"head {head}", fontsize=13, x=0.055, ha="left")
-    figure.legend(handles=_legend(raster, plan), loc="lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles=_legend(raster, plan, layout), loc="lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
 
@@ -132,14 +132,20 @@ def _spans(layout: TokenLayout) -> Iterator[tuple[int, int, str, str]]:
         yield int(first), int(end), name, color
 
 
-def _legend(raster: Raster, plan: Plan) -> list[Patch]:
+def _legend(raster: Raster, plan: Plan, layout: TokenLayout) -> list[Patch]:
+    handles = [Patch(color=color, label=name) for name, color in _kinds(layout).items()]
     found = {segment.name: _color(segment) for segment in raster.kv_segments}
-    handles = [Patch(color=color, label=f"attended through {name}") for name, color in found.items()]
+    handles += [Patch(color=color, label=f"through {name}") for name, color in found.items()]
     tinted = np.array(to_rgb(SKIPPED_COLOR)) * (1 - TINT) + TINT * np.array(to_rgb(KEYS_COLOR))
     tile = f"tile of {plan.index.block_q} x {plan.index.block_kv}"
-    handles.append(Patch(color=tuple(tinted), label=f"computed with its {tile}, masked"))
+    handles.append(Patch(color=tuple(tinted), label=f"masked inside a {tile}"))
     handles.append(Patch(color=SKIPPED_COLOR, label="not visited"))
     return handles
+
+
+def _kinds(layout: TokenLayout) -> dict[str, str]:
+    """Colours of the modalities that the prompt holds, by name."""
+    return {name.split(" ")[0]: color for *_, name, color in _spans(layout)}
 
 
 def _color(segment: Segment) -> str:

@@ -1,25 +1,40 @@
 """Pictures as matplotlib figures; pure functions, no window, no file."""
 
+import dataclasses
+import textwrap
+
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from mmi_jax.mask_plot import plot_mask as plot_mask
+from mmi_jax.patterns import Pattern
 from mmi_jax.report import PrefillReport
 from mmi_jax.table import PatternTable
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#eecc66", "#004488")
 """Qualitative colours that colour-blind readers tell apart (Paul Tol, "bright" and "high contrast")."""
 
+LEGEND_COLUMNS = 105
+"""Characters of a line of a legend under the narrowest picture."""
+
+MAX_LEGEND = 24
+"""Distinct patterns that a legend names."""
+
 
 def plot_patterns(table: PatternTable) -> Figure:
     """Which pattern each head of each layer has: one cell per head, one colour per distinct pattern."""
     distinct = list(dict.fromkeys(sum(table.layers, ())))
     numbers = np.array([[distinct.index(pattern) for pattern in heads] for heads in table.layers])
-    colors = [COLORS[n % len(COLORS)] for n in range(len(distinct))]
-    figure = _figure(2.5 + 0.3 * table.num_heads, 1.6 + 0.3 * table.num_layers + 0.25 * len(distinct))
+    colors = _colors(len(distinct))
+    labels = [_label(pattern) for pattern in distinct[:MAX_LEGEND]]
+    if len(distinct) > MAX_LEGEND:
+        labels[-1] = f"and {len(distinct) - MAX_LEGEND + 1} more"
+    num_lines = sum(1 + label.count("\n") for label in labels)
+    figure = _figure(max(6.5, 1 + 0.3 * table.num_heads), 1.2 + 0.3 * table.num_layers + 0.18 * num_lines)
     axes = figure.add_subplot()
     axes.pcolormesh(
         numbers, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(distinct) - 0.5, edgecolors="white", linewidth=1.5
@@ -27,7 +42,7 @@ def plot_patterns(table: PatternTable) -> Figure:
     axes.set(xlabel="query head", ylabel="layer", title="pattern of each head", aspect="equal")
     axes.invert_yaxis()
     _number_cells(axes, table.num_heads, table.num_layers)
-    handles = [Patch(color=color, label=_label(pattern)) for color, pattern in zip(colors, distinct, strict=True)]
+    handles = [Patch(color=color, label=label) for color, label in zip(colors, labels, strict=False)]
     figure.legend(handles=handles, loc="outside lower left", fontsize=7, frameon=False)
     return figure
 
@@ -54,6 +69,11 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def _colors(number: int) -> list:
+    """As many different colours; easy to tell apart while they are few."""
+    return list(COLORS[:number] if number <= len(COLORS) else colormaps["turbo"](np.linspace(0, 1, number)))
+
+
 def _number_cells(axes, num_columns: int, num_rows: int) -> None:
     for axis, count in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
         numbers = np.arange(0, count, max(1, count // 16))
@@ -61,7 +81,8 @@ def _number_cells(axes, num_columns: int, num_rows: int) -> None:
         axis.set_tick_params(length=0, labelsize=7)
 
 
-def _label(pattern) -> str:
-    """The pattern with its fields, cut where it would leave the picture."""
-    text = str(pattern)
-    return text if len(text) <= 110 else text[:107] + "..."
+def _label(pattern: Pattern) -> str:
+    """The pattern with the fields that differ from their defaults, on as many lines as it needs."""
+    fields = [field for field in dataclasses.fields(pattern) if getattr(pattern, field.name) != field.default]  # pyright: ignore[reportArgumentType]
+    text = f"{type(pattern).__name__}({', '.join(f'{f.name}={getattr(pattern, f.name)!r}' for f in fields)})"
+    return textwrap.fill(text, LEGEND_COLUMNS)

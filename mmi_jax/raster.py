@@ -85,7 +85,7 @@ class _Head:
     count: Int32[np.ndarray, " i"]
     start: Int32[np.ndarray, " l"]
     interval: Int32[np.ndarray, " l"]
-    intervals: Int32[np.ndarray, "n 2"]
+    intervals: Int32[np.ndarray, "_ 2"]
     pos_row: Int32[np.ndarray, " i"]
 
 

@@ -33,7 +33,7 @@ def doctor(
     with one_line_errors(shows_traceback=debug):
         out = console.stdout_console()
         out.print(versions_table())
-        out.print(_rows("devices", [(str(device), device.device_kind) for device in jax.devices()]))
+        out.print(_rows("devices", devices()))
         out.print(_rows("attention backend", [(name, backend_status(name)) for name in get_args(Implementation)]))
         directory = cache_dir or compiled.default_cache_directory()
         found = compiled.cache_contents(directory)
@@ -46,6 +46,14 @@ def versions_table() -> Table:
     installed = [(name, _version(name)) for name in (*PACKAGES, *PLUGINS)]
     rows = [(name, version or "not installed") for name, version in installed if version or name in PACKAGES]
     return _rows("versions", [("python", platform.python_version()), *rows])
+
+
+def devices() -> list[tuple[str, str]]:
+    """Name and kind of each device, or why there is none."""
+    try:
+        return [(str(device), device.device_kind) for device in jax.devices()]
+    except RuntimeError as error:
+        return [("none", str(error))]
 
 
 def backend_status(name: Implementation) -> str:
