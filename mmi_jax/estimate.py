@@ -115,6 +115,17 @@ def fold_score(
     return score[best], view.key[jnp.argmax(segment == best)]
 
 
+def dense_lse(
+    q: Float[Array, "q d"], k: Float[Array, "s d"], q_pos: Int32[Array, " q"], kv_pos: Int32[Array, " s"], scale: float
+) -> Float[Array, " q"]:
+    """Log-sum-exp over all keys that some queries may see, float32; -inf for a query that sees none.
+
+    `exp(lse_of_the_visited_keys - dense_lse)` is the share of a query's attention that a plan keeps: its recall.
+    """
+    scores = jnp.einsum("qd,sd->qs", q, k, preferred_element_type=jnp.float32) * scale
+    return jax.nn.logsumexp(scores, axis=1, where=kv_pos[None, :] <= q_pos[:, None])
+
+
 def _segment_sums(segment, values, is_counted):
     """Sum of the counted values and their number, per segment; segments are ascending."""
     return tuple(
