@@ -39,7 +39,6 @@ def variants(case):
     base = choose_config(case.head_dim, case.block)
     yield "table", base
     yield "2 stages", dataclasses.replace(base, num_k_stages=2)
-    yield "tile 64", choose_config(case.head_dim, 64)
     yield "no turns", dataclasses.replace(base, take_turns=False)
 
 

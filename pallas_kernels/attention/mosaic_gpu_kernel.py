@@ -294,7 +294,6 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
     """QK and softmax of a q tile's first tile, with nothing to overlap: weights, maximum and sum."""
     slot = tile % shape.config.num_k_stages
     is_real = row.num_tiles > 0
-    limits = _limits(refs, shape, row, 0)
     pl.when(is_real)(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[slot]))
 
     def scores(s_acc):
@@ -305,7 +304,7 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
         return s_acc[...]
 
     s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
-    s_qk = _mask(refs, shape, warpgroup, row, 0, slot, limits, s_qk)
+    s_qk = _mask(refs, shape, warpgroup, row, 0, slot, s_qk)
     pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
     weights, top, total, _ = _softmax(shape, s_qk, *_empty_softmax())
     return weights.astype(refs.q.dtype), top, total
@@ -320,18 +319,17 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     k_slot, v_slot = tile % shape.config.num_k_stages, (tile - 1) % shape.config.num_v_stages
     v = refs.smem["v"].at[v_slot]
     when_real = pl.when(is_real) if is_real is not None else lambda f: f()
-    limits = _limits(refs, shape, row, j)
     when_real(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[k_slot]))
-    plgpu.barrier_wait(refs.barriers["v_ready"].at[v_slot])
 
     def run(s_acc, o_acc):
         _seed(shape, o_acc, acc)
         _wait_turn(refs, shape, warpgroup)
         plgpu.wgmma(s_acc, refs.smem["q"].at[q_slot, warpgroup], refs.smem["k"].at[k_slot].transpose((1, 0)))
+        plgpu.barrier_wait(refs.barriers["v_ready"].at[v_slot])
         _issue_pv(shape, o_acc, weights, v)
         _end_turn(refs, shape, warpgroup)
         s_qk = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, limits, s_qk)
+        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, s_qk)
         when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
         # Before PV ends, and left in float32: PV still reads the registers of the 16-bit weights.
         state = lax.optimization_barrier(_softmax(shape, s_qk, top, total))
@@ -416,17 +414,17 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, j):
     return low, high
 
 
-def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, limits, s_qk):
+def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, s_qk):
     """Scores with MASKED where a partial tile's positions forbid the pair."""
 
     def masked(s_qk):
+        low, high = _limits(refs, shape, row, j)
         plgpu.barrier_wait(refs.barriers["pos_ready"].at[slot])
         rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         layout = plgpu.Layout.WGMMA
         q_pos = plgpu.load(refs.q_pos.at[row.head, rows], layout=layout.reduce(1), optimized=False)
         kv_pos = plgpu.load(refs.smem["ints"].at[slot], layout=layout.reduce(0), optimized=False)
         plgpu.commit_smem()  # our reads of the positions come before the copy that overwrites them
-        low, high = limits
         distance = _columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
         return jnp.where((distance >= low) & (distance < high), s_qk, MASKED)
 
