@@ -13,7 +13,6 @@ from mmi_jax.cli.show import show
 app = typer.Typer(
     name="mmi",
     help="Modality-aware sparse prefill for vision-language models.",
-    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,16 +27,11 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 """click's ClickException: recent typer carries its own copy of click, whose names are not public."""
 
 
-@app.callback()
-def _help_without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of `mmi` run with these arguments, `sys.argv` when None: 0, or 2 after `error: ...` on stderr."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        status = app(args=arguments, prog_name="mmi", standalone_mode=False)
+        status = app(args=arguments or ["--help"], prog_name="mmi", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
         return 130

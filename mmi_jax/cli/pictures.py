@@ -33,7 +33,7 @@ def write_pictures(
         **_masks(model, prompt, report, layer, blocks),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    return tuple(_write(directory / f"{name}.png", figure) for name, figure in figures.items())
+    return tuple(write_figure(directory / f"{name}.png", figure) for name, figure in figures.items())
 
 
 def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blocks) -> dict[str, Figure]:
@@ -50,7 +50,7 @@ def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blo
     return figures
 
 
-def _write(path: Path, figure: Figure) -> Path:
+def write_figure(path: Path, figure: Figure) -> Path:
     """Writes a picture through a temporary file: a failed run leaves no half-written one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}", suffix=path.suffix, dir=path.parent)
     os.close(handle)

@@ -1,0 +1,84 @@
+"""`mmi` itself, `mmi show` and `mmi doctor`."""
+
+from importlib import metadata
+
+import pytest
+
+from mmi_jax import AShape, Dense, Grid, PatternTable
+from mmi_jax.cli import compiled, doctor, main
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_without_a_command_the_help_lists_them(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    for command in ("prefill", "show", "doctor"):
+        assert f"\n  {command} " in printed
+
+
+def test_an_unknown_command_gives_one_line(capsys):
+    assert main(["shwo"]) == 2
+    assert capsys.readouterr().err.startswith("error: No such command 'shwo'")
+
+
+def test_show_prints_layers_by_head_patterns_and_provenance(capsys, tmp_path):
+    layers = ((Dense(), AShape(local=64)), (AShape(local=64), Grid()), (Grid(local=9), AShape(local=64)))
+    table = PatternTable(layers=layers, model="tiny", provenance={"commit": "abc123"})
+    table.save(tmp_path / "table.json")
+    assert main(["show", str(tmp_path / "table.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines[:3]] == ["layer 0  D1 AS1", "layer 1  AS1 G1", "layer 2  G2 AS1"]
+    (row,) = [line for line in lines if "AShape" in line]
+    assert row.split("│")[1:4] == [" AS1  ", " 3     ", row.split("│")[3]]
+    assert "AShape(sink=128, local=64)" in row
+    assert "model: tiny" in lines and "commit: abc123" in lines
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot read a pattern table"),
+        ('{"version": 7}', "must be an object with version 1, got 7"),
+        (
+            '{"version": 1, "layrs": []}',
+            "unknown keys layrs: known keys are version, model, provenance, patterns, layers",
+        ),
+    ],
+)
+def test_show_refuses_what_is_no_table(capsys, tmp_path, content, message):
+    (tmp_path / "table.json").write_text(content)
+    assert main(["show", str(tmp_path / "table.json")]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ") and message in line and printed.out == ""
+
+
+def test_doctor_prints_versions_devices_backends_and_cache(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(compiled.ENVIRONMENT_VARIABLE, str(tmp_path))
+    (tmp_path / "jit_run-0-cache").write_bytes(bytes(2**20))
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for package in ("jax", "jaxlib", "flax", "mmi-jax"):
+        assert metadata.version(package) in printed
+    assert "cpu" in printed
+    assert [name for name in ("reference", "xla") if f"│ {name}" not in printed] == []
+    assert "compiled programs: 1, 1.0 MiB" in printed and str(tmp_path) in printed
+
+
+def test_doctor_tells_why_a_backend_refuses(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("needs a Hopper GPU, got cpu")
+
+    assert doctor.backend_status("xla") == "can run"
+    monkeypatch.setattr(doctor, "block_sparse_attention", refuse)
+    assert doctor.backend_status("xla") == "cannot run here: needs a Hopper GPU, got cpu"
+
+
+def test_the_cache_directory_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled.default_cache_directory() == tmp_path / "mmi-jax" / "compiled"
+    assert compiled.cache_contents(tmp_path / "absent") == compiled.CacheContents(num_programs=0, num_bytes=0)
