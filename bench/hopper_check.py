@@ -38,8 +38,8 @@ def variants(case):
     """The table's config first, then the same with one thing changed."""
     base = choose_config(case.head_dim, case.block)
     yield "table", base
-    yield "2 stages", dataclasses.replace(base, num_k_stages=2)
-    yield "no turns", dataclasses.replace(base, take_turns=False)
+    yield "2 K stages", dataclasses.replace(base, num_k_stages=2)
+    yield "turns", dataclasses.replace(base, take_turns=True)
 
 
 def time_case(name, all_variants=True):
@@ -61,6 +61,7 @@ def sampled_rows(inputs, rows):
     """Float64 attention of some `(head, row)` pairs on the host: outputs [n, d] and log-sum-exp [n]."""
     index = jax.tree.map(np.asarray, inputs.index)
     q_pos, kv_pos = np.asarray(inputs.q_pos), np.asarray(inputs.kv_pos)
+    keys, values = np.asarray(inputs.k), np.asarray(inputs.v)
     outs, lses = [], []
     for h, t in rows:
         i = t // index.block_q
@@ -71,9 +72,8 @@ def sampled_rows(inputs, rows):
         low, high = index.intervals[h][index.interval[h, first : first + count]].repeat(index.block_kv, axis=0).T
         seen = (distance >= 0) & (distance >= low) & (distance < high)
         seen |= np.arange(count).repeat(index.block_kv) < num_full
-        columns = jnp.asarray(columns[seen])
         g = h // inputs.heads_per_kv_head
-        k, v = (np.asarray(x[g][columns].astype(jnp.float32), np.float64) for x in (inputs.k, inputs.v))
+        k, v = (x[g][columns[seen]].astype(np.float64) for x in (keys, values))
         scores = k @ np.asarray(inputs.q[h, t].astype(jnp.float32), np.float64) * inputs.scale
         top = scores.max()
         weights = np.exp(scores - top)
@@ -82,7 +82,7 @@ def sampled_rows(inputs, rows):
     return np.stack(outs), np.array(lses)
 
 
-def check_case(name, num_rows=64):
+def check_case(name, num_rows=32):
     """Prints the relative error of sampled rows against float64, and whether two runs are bit-equal."""
     case = CASES[name]
     inputs = case.inputs(seed=1)
@@ -117,16 +117,11 @@ def time_dense(name):
 
 
 SMALL = [
-    dict(head_dim=128),
     dict(head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=8, num_shared=2048),
-    dict(head_dim=128, block_kv=64, num_q_heads=8, num_kv_heads=2, num_q_blocks=16, num_shared=1024),
+    dict(head_dim=80, block_kv=64, num_q_heads=8, num_kv_heads=2, num_q_blocks=16, num_shared=1024),
     dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
     dict(head_dim=64, num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
-    dict(head_dim=64, block_kv=64),
-    dict(head_dim=96, num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
-    dict(head_dim=80, block_kv=64),
     dict(head_dim=256, num_q_heads=6, num_kv_heads=2, num_q_blocks=16, num_shared=2048),
-    dict(head_dim=256, dtype="float16", block_kv=64),
 ]
 
 
@@ -147,8 +142,45 @@ def check_small():
             print(f"FAILED {case}: {str(failure)[:600]}", flush=True)
 
 
+def time_flex(name):
+    """Prints the rate of torch's FlexAttention on the same lists, where torch is installed."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    case = CASES[name]
+    index = case.lists.index(case.num_q_heads, case.num_tokens, case.block)
+    num_blocks = index.num_q_blocks
+    tables = np.zeros((2, 1, case.num_q_heads, num_blocks, num_blocks), np.int32)
+    for h in range(case.num_q_heads):
+        for i, (first, count, full) in enumerate(zip(index.first[h], index.count[h], index.num_full[h], strict=True)):
+            blocks = index.start[h, first : first + count] // case.block
+            tables[0, 0, h, i, : count - full], tables[1, 0, h, i, :full] = blocks[full:], blocks[:full]
+    counts = [torch.from_numpy((x[None]).copy()).cuda() for x in (index.count - index.num_full, index.num_full)]
+    partial, full = (torch.from_numpy(x).cuda() for x in tables)
+    mask = BlockMask.from_kv_blocks(
+        counts[0], partial, counts[1], full, BLOCK_SIZE=case.block, mask_mod=lambda b, h, q, k: q >= k
+    )
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_kv_heads)
+    q, k, v = (
+        torch.randn(1, h, case.num_tokens, case.head_dim, device="cuda", dtype=getattr(torch, case.dtype))
+        for h in heads
+    )
+    run = torch.compile(lambda: flex_attention(q, k, v, block_mask=mask, enable_gqa=True), dynamic=False)
+    run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times = []
+    for _ in range(20):
+        events[0].record()
+        run()
+        events[1].record()
+        torch.cuda.synchronize()
+        times.append(events[0].elapsed_time(events[1]))
+    ms = float(np.median(times))
+    print(f"{name:20s} flex         {ms:8.3f} ms {case.flops(index) / ms / 1e9:7.1f} TFLOP/s", flush=True)
+
+
 def main(command, *names):
-    """`small`, or `check` or `time` (all variants) or `table` (the table's config only) the named cases."""
+    """`small`; or `check`, `time` (variants), `table` (the table's config), `dense` or `flex` with names of cases."""
     if command == "small":
         return check_small()
     for name in names or CASES:
@@ -156,6 +188,7 @@ def main(command, *names):
             "check": check_case,
             "time": time_case,
             "dense": time_dense,
+            "flex": time_flex,
             "table": lambda n: time_case(n, all_variants=False),
         }[command](name)
 

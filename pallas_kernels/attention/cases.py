@@ -137,17 +137,10 @@ def _cases():
             for blocks in (32, 128):
                 lists = RandomLists(blocks_per_row=blocks)
                 yield AttentionCase(name=f"random{blocks} {label}", lists=lists, **sizes)
-
-    for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
-        yield AttentionCase(
-            name=f"cpu {kilo_tokens}K",
-            num_tokens=kilo_tokens * 1024,
-            lists=RandomShare(share=0.1),
-            num_q_heads=8,
-            num_kv_heads=8,
-            head_dim=64,
-            dtype="float32",
-        )
+    lists = RandomLists(blocks_per_row=128)
+    yield AttentionCase(name="random128 28/4 1024K", lists=lists, num_tokens=2**20)
+    for head_dim in (64, 256):
+        yield AttentionCase(name=f"random128 28/4 32K d{head_dim}", lists=lists, num_tokens=2**15, head_dim=head_dim)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -180,7 +173,7 @@ def mixed_inputs(
     is_visited[0, 0] = False
     is_visited[-1, -1] = np.arange(shape[-1]) == 1
     is_full = rng.random(shape) < 0.5
-    is_full[..., num_shared // block_kv - 1] = False  # the block that holds the padded keys
+    is_full[..., [0, num_shared // block_kv - 1]] = False  # the blocks that hold padded keys
     index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
     intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
     index = dataclasses.replace(

@@ -33,14 +33,14 @@ class HopperConfig:
       tile_kv: kv rows of one step; divides the index's `block_kv`.
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
-      take_turns: the two computing warpgroups alternate between tensor cores and softmax.
+      take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
     """
 
     tile_kv: int
     num_k_stages: int
     num_v_stages: int
     num_q_buffers: int = 2
-    take_turns: bool = True
+    take_turns: bool = False
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""

@@ -247,17 +247,8 @@ def _compute(refs: Refs, shape: KernelShape, warpgroup):
         n, tile, _, softmax = carry
         slot = n % shape.config.num_q_buffers
         row = _row(refs, shape, slot)
-        step = functools.partial(_next_tile, refs, shape, warpgroup, row, slot)
-
-        def kv_tile(j, state):
-            acc, softmax = state
-            acc, softmax, decay = step(j, tile + j, acc, softmax)
-            if shape.config.num_q_buffers == 2:  # the last output has had a tile's time to leave
-                pl.when((j == 1) & (n > 0))(lambda: _free_q(refs, n - 1))
-            return acc * _columns(decay, acc.shape), softmax
-
         acc = _splat(jnp.zeros((WARPGROUP_ROWS, refs.q.shape[-1]), jnp.float32), plgpu.Layout.WGMMA)
-        acc, softmax = lax.fori_loop(1, row.num_tiles, kv_tile, (acc, softmax))
+        acc, softmax = _middle_tiles(refs, shape, warpgroup, row, n, tile, acc, softmax)
         tile += row.num_tiles
         finish = _finish_overlapped if shape.config.num_q_buffers == 2 else _finish_alone
         next_row, next_softmax = finish(refs, shape, warpgroup, row, n, tile, acc, softmax)
@@ -266,6 +257,27 @@ def _compute(refs: Refs, shape: KernelShape, warpgroup):
     zero = jnp.int32(0)
     lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, row.num_tiles, softmax))
     _end(refs, shape, warpgroup)
+
+
+def _middle_tiles(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, acc, softmax):
+    """All tiles of a q tile but the first: full ones, then partial ones.
+
+    Two loops, and no branch between the issue of a wgmma and its end: at a branch the compiler waits for all of them.
+    """
+    slot = n % shape.config.num_q_buffers
+
+    def step(j, state, is_partial):
+        acc, softmax = state
+        acc, softmax, decay = _next_tile(
+            refs, shape, warpgroup, row, slot, j, tile + j, acc, softmax, is_partial=is_partial
+        )
+        if shape.config.num_q_buffers == 2:  # the last output has had a tile's time to leave
+            pl.when((j == 1) & (n > 0))(lambda: _free_q(refs, n - 1))
+        return acc * _columns(decay, acc.shape), softmax
+
+    first_partial = jnp.maximum(row.num_full * shape.tiles_per_block, 1)
+    state = lax.fori_loop(1, first_partial, functools.partial(step, is_partial=False), (acc, softmax))
+    return lax.fori_loop(first_partial, row.num_tiles, functools.partial(step, is_partial=True), state)
 
 
 def _read_row(refs: Refs, shape: KernelShape, n) -> Row:
@@ -294,7 +306,9 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
     """QK and softmax of a q tile's first tile, with nothing to overlap: weights, maximum and sum."""
     slot = tile % shape.config.num_k_stages
     is_real = row.num_tiles > 0
+    is_partial = _is_partial(shape, row, 0)
     pl.when(is_real)(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[slot]))
+    pl.when(is_partial)(lambda: plgpu.barrier_wait(refs.barriers["pos_ready"].at[slot]))
 
     def scores(s_acc):
         _wait_turn(refs, shape, warpgroup)
@@ -304,22 +318,31 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
         return s_acc[...]
 
     s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
-    s_qk = _mask(refs, shape, warpgroup, row, 0, slot, s_qk)
+    s_qk = lax.cond(is_partial, _mask(refs, shape, warpgroup, row, 0, slot), lambda s_qk: s_qk, s_qk)
     pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
     weights, top, total, _ = _softmax(shape, s_qk, *_empty_softmax())
     return weights.astype(refs.q.dtype), top, total
 
 
-def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_real=None):
+def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_partial):
     """QK and softmax of tile `j` of `row`, beside PV of the tile before it, which may end another q tile.
 
+    `is_partial` is None for the first tile of a q tile, which may be of any kind or, at the end of the table, absent.
     Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs.
     """
     weights, top, total = softmax
     k_slot, v_slot = tile % shape.config.num_k_stages, (tile - 1) % shape.config.num_v_stages
     v = refs.smem["v"].at[v_slot]
-    when_real = pl.when(is_real) if is_real is not None else lambda f: f()
-    when_real(lambda: plgpu.barrier_wait(refs.barriers["k_ready"].at[k_slot]))
+    k_ready, k_free, pos_ready = (refs.barriers[name].at[k_slot] for name in ("k_ready", "k_free", "pos_ready"))
+    if is_partial is None:
+        is_real, is_partial = row.num_tiles > 0, _is_partial(shape, row, j)
+        mask = lambda s_qk: lax.cond(is_partial, mask_tile, lambda s_qk: s_qk, s_qk)  # noqa: E731
+    else:
+        is_real = True
+        mask = (lambda s_qk: mask_tile(s_qk)) if is_partial else (lambda s_qk: s_qk)
+    _when(is_real, lambda: plgpu.barrier_wait(k_ready))
+    _when(is_partial, lambda: plgpu.barrier_wait(pos_ready))
+    mask_tile = _mask(refs, shape, warpgroup, row, j, k_slot)
 
     def run(s_acc, o_acc):
         _seed(shape, o_acc, acc)
@@ -329,8 +352,8 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
         _issue_pv(shape, o_acc, weights, v)
         _end_turn(refs, shape, warpgroup)
         s_qk = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-        s_qk = _mask(refs, shape, warpgroup, row, j, k_slot, s_qk)
-        when_real(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[k_slot]))
+        s_qk = mask(s_qk)
+        _when(is_real, lambda: plgpu.barrier_arrive(k_free))
         # Before PV ends, and left in float32: PV still reads the registers of the 16-bit weights.
         state = lax.optimization_barrier(_softmax(shape, s_qk, top, total))
         out = _drain(shape, o_acc, acc, weights, v, wait_n=0)
@@ -367,7 +390,7 @@ def _finish_overlapped(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, t
     next_row = _read_row(refs, shape, n + 1)
     fresh = (softmax[0], *_empty_softmax())
     acc, next_softmax, _ = _next_tile(
-        refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_real=next_row.num_tiles > 0
+        refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_partial=None
     )
     _store(refs, refs.smem["q"].at[n % 2, warpgroup], warpgroup, row, acc, *softmax[1:])
     return next_row, next_softmax
@@ -414,12 +437,15 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, j):
     return low, high
 
 
-def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, s_qk):
-    """Scores with MASKED where a partial tile's positions forbid the pair."""
+def _is_partial(shape: KernelShape, row: Row, j):
+    return (row.num_tiles > 0) & (j >= row.num_full * shape.tiles_per_block)
 
-    def masked(s_qk):
+
+def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot):
+    """The function that puts MASKED where the positions of a partial tile, already in shared memory, forbid a pair."""
+
+    def mask(s_qk):
         low, high = _limits(refs, shape, row, j)
-        plgpu.barrier_wait(refs.barriers["pos_ready"].at[slot])
         rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         layout = plgpu.Layout.WGMMA
         q_pos = plgpu.load(refs.q_pos.at[row.head, rows], layout=layout.reduce(1), optimized=False)
@@ -428,8 +454,7 @@ def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot, s_qk):
         distance = _columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
         return jnp.where((distance >= low) & (distance < high), s_qk, MASKED)
 
-    is_partial = (row.num_tiles > 0) & (j >= row.num_full * shape.tiles_per_block)
-    return lax.cond(is_partial, masked, lambda s_qk: s_qk, s_qk)
+    return mask
 
 
 def _softmax(shape: KernelShape, s_qk, top, total):
@@ -438,6 +463,13 @@ def _softmax(shape: KernelShape, s_qk, top, total):
     weights = jnp.exp2(s_qk * shape.score_scale - _columns(new_top, s_qk.shape))
     decay = jnp.exp2(top - new_top)
     return weights, new_top, total * decay + jnp.sum(weights, axis=1), decay
+
+
+def _when(condition, effect):
+    """Runs `effect` if a condition, known now or on the device, holds."""
+    if isinstance(condition, bool):
+        return effect() if condition else None
+    return pl.when(condition)(effect)
 
 
 def _columns(x, shape):

@@ -1,0 +1,164 @@
+"""The Hopper kernel: lowering for CUDA, logic and races in interpret mode on a CPU, numbers on a Hopper GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention.cases import AllVisited, RandomLists, mixed_inputs
+from pallas_kernels.attention.gpu_config import (
+    CONFIGS,
+    SHARED_MEMORY_BYTES,
+    HopperConfig,
+    choose_config,
+    has_hopper_gpu,
+    padded_head_dim,
+)
+
+SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
+
+MIXED = {
+    "d64": dict(head_dim=64),
+    "d128": dict(head_dim=128),
+    "d128 fp16, no extra rows, 7 query heads on one": dict(
+        head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=4
+    ),
+    "d128, kv blocks of 64": dict(head_dim=128, block_kv=64, num_q_heads=4, num_kv_heads=2),
+    "d128, blocks of 256": dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
+    "d96": dict(head_dim=96),
+    "d256": dict(head_dim=256),
+    "d256, fp16, kv blocks of 64": dict(head_dim=256, dtype="float16", block_kv=64),
+}
+
+
+def assert_close(got, inputs):
+    """Relative error of out within two roundings of the dtype; lse within float32 noise; empty rows exact."""
+    out, lse = (np.asarray(x.astype(jnp.float32)) for x in got)
+    want, want_lse = (np.asarray(x.astype(jnp.float32)) for x in reference.attend(inputs))
+    has_keys = np.isfinite(want_lse)
+    assert (out[~has_keys] == 0).all()
+    assert np.isneginf(lse[~has_keys]).all()
+    np.testing.assert_allclose(lse[has_keys], want_lse[has_keys], rtol=0, atol=1e-4)
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    bound = float(jnp.finfo(inputs.q.dtype).eps)  # weights and output are each rounded once: half an ulp, twice
+    assert error <= bound, f"{error=} exceeds {bound=}"
+
+
+@pytest.mark.parametrize("key", CONFIGS, ids=str)
+@pytest.mark.parametrize("num_extra", [0, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_config_lowers_for_cuda(key, num_extra, dtype):
+    head_dim, tile_kv = key
+    inputs = mixed_inputs(head_dim=head_dim, block_kv=tile_kv, num_extra=num_extra, dtype=dtype)
+    run = jax.jit(functools.partial(mosaic_gpu.launch, config=CONFIGS[key]))
+    assert "mosaic_gpu" in run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("head_dim", "tile_kv"), CONFIGS, ids=str)
+def test_every_config_fits_shared_memory(head_dim, tile_kv):
+    assert CONFIGS[head_dim, tile_kv].shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
+
+
+def test_launch_refuses_a_config_that_does_not_fit():
+    with pytest.raises(NotImplementedError, match="bytes of shared memory"):
+        mosaic_gpu.launch(mixed_inputs(head_dim=256), CONFIGS[128, 128])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_programs"),
+    [(dict(num_q_blocks=2, num_shared=256), 1), (dict(num_q_heads=2, num_q_blocks=3), 4)],
+    ids=["one block", "more blocks than a round"],
+)
+def test_interpreted_kernel_equals_reference(sizes, num_programs):
+    inputs = mixed_inputs(head_dim=64, **sizes)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = mosaic_gpu.launch(inputs, SMALL, num_programs=num_programs, interpretable=True)
+    assert_close(got, inputs)
+
+
+@pytest.mark.parametrize("num_q_buffers", [1, 2])
+def test_interpreted_kernel_has_no_races(num_q_buffers, capfd):
+    inputs = mixed_inputs(head_dim=64, num_q_blocks=2, num_shared=256)
+    config = dataclasses.replace(SMALL, num_q_buffers=num_q_buffers, num_k_stages=2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = mosaic_gpu.launch(inputs, config, num_programs=1, interpretable=True)
+    assert_close(got, inputs)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_work_table_holds_every_q_tile_once_longest_first():
+    index = RandomLists(blocks_per_row=7).index(3, 4096, 256)
+    table = np.asarray(mosaic_gpu.work_table(jax.tree.map(jnp.asarray, index)))
+    assert table[-1, 4] == -1
+    heads, starts, counts = table[:-1, 0], table[:-1, 1], table[:-1, 4]
+    assert sorted(zip(heads, starts, strict=True)) == [(h, t) for h in range(3) for t in range(0, 4096, 128)]
+    np.testing.assert_array_equal(counts, index.count[heads, starts // 256])
+    assert counts[0] == 7 and counts[-1] == 1
+
+
+@pytest.mark.parametrize("lists", [AllVisited(), RandomLists(blocks_per_row=5)])
+def test_cases_never_visit_a_block_twice_nor_look_ahead(lists):
+    index = lists.index(2, 2048, 128)
+    for h in range(2):
+        for i, (first, count) in enumerate(zip(index.first[h], index.count[h], strict=True)):
+            starts = index.start[h, first : first + count]
+            assert len(set(starts)) == count and starts.max() == i * 128 and starts.min() >= 0
+            assert index.num_full[h, i] == count - 1
+
+
+@pytest.mark.skipif(has_hopper_gpu(), reason="there is a Hopper GPU")
+def test_refuses_without_a_hopper_gpu():
+    with pytest.raises(NotImplementedError, match="compute capability 9"):
+        mosaic_gpu.attend(mixed_inputs())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dtype="float32"), "bfloat16 or float16"),
+        (dict(head_dim=320), "at most 256"),
+        (dict(block_q=64), "block_q must be a multiple of 128"),
+        (dict(block_kv=32), "block_kv must be a multiple of 64"),
+    ],
+)
+def test_check_supported_names_the_limit(change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.check_supported(mixed_inputs(**change))
+
+
+def test_check_supported_needs_a_positive_scale():
+    with pytest.raises(NotImplementedError, match="scale must be positive"):
+        mosaic_gpu.check_supported(dataclasses.replace(mixed_inputs(), scale=-1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(dict(tile_kv=96), "64 or 128"), (dict(num_k_stages=1), "at least 2"), (dict(num_q_buffers=3), "1 or 2")],
+)
+def test_config_names_the_rule(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change)
+
+
+@pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("sizes", MIXED.values(), ids=MIXED)
+def test_kernel_equals_reference_on_the_device(sizes):
+    inputs = mixed_inputs(**sizes)
+    config = choose_config(padded_head_dim(inputs.q.shape[-1]), inputs.index.block_kv)
+    run = jax.jit(functools.partial(mosaic_gpu.launch, config=config))
+    got = run(inputs)
+    assert_close(got, inputs)
+    again = run(inputs)
+    assert all(bool(jnp.array_equal(a, b)) for a, b in zip(got, again, strict=True))
+
+
+def test_none_falls_through_to_xla_without_a_hopper_gpu():
+    inputs = mixed_inputs(num_q_blocks=2, num_shared=256)
+    arguments = dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos, k_extra=inputs.k_extra, v_extra=inputs.v_extra)
+    assert_close(block_sparse_attention(inputs.q, inputs.k, inputs.v, inputs.index, **arguments), inputs)
