@@ -1,8 +1,9 @@
 """Patterns as named JSON values, and back; unknown names and fields are errors that list the known ones."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from mmi_jax import keys, patterns
 from mmi_jax.patterns.base import Pattern
@@ -28,7 +29,13 @@ _MODALITIES = {"text": 0, "vision": 1, "audio": 2}
 
 
 def to_json(pattern: Pattern) -> dict[str, Any]:
-    """`{"pattern": "Grid", "local": 1024, ...}` with every field written out."""
+    """`{"pattern": "Grid", "local": 1024, ...}` with every field written out.
+
+    Raises:
+      ValueError: `from_json` would not know the pattern, because it is not one of this package.
+    """
+    if _PATTERNS.get(type(pattern).__name__) is not type(pattern):
+        raise ValueError(f"only {', '.join(sorted(_PATTERNS))} can be written as JSON, got {pattern!r}")
     return {"pattern": type(pattern).__name__, **_fields(pattern)}
 
 
@@ -53,9 +60,11 @@ def parse(text: str) -> Pattern:
     fields: dict[str, Any] = {"pattern": name}
     for assignment in filter(None, assignments.split(",")):
         field, _, value = assignment.partition("=")
+        if field in fields:
+            raise ValueError(f"a field must be given once, got {field!r} again in {text!r}")
         if value.lower() in ("true", "false"):
             fields[field] = value.lower() == "true"
-        elif value.lstrip("-").isdigit():
+        elif re.fullmatch(r"-?[0-9]+", value):
             fields[field] = int(value)
         else:
             raise ValueError(f"a field must be given as name=number or name=true|false, got {assignment!r} in {text!r}")
@@ -79,7 +88,7 @@ def _encode(value: Any) -> Any:
 
 def _build(value: dict[str, Any], tag: str, known: dict[str, type]) -> Any:
     fields = {name: field for name, field in value.items() if name != tag}
-    if value.get(tag) not in known:
+    if not isinstance(value.get(tag), str) or value[tag] not in known:
         raise ValueError(f"unknown {tag} {value.get(tag)!r}: expected one of {', '.join(sorted(known))}")
     cls = known[value[tag]]
     allowed = {field.name: field for field in dataclasses.fields(cls)}
@@ -88,23 +97,43 @@ def _build(value: dict[str, Any], tag: str, known: dict[str, type]) -> Any:
     missing = [name for name, field in allowed.items() if name not in fields and field.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{cls.__name__} needs the fields {', '.join(missing)}")
-    decoded = {name: _decode(name, field) for name, field in fields.items()}
+    decoded = {name: _decode(field, allowed[name].type) for name, field in fields.items()}
     for name, field in decoded.items():
-        if isinstance(allowed[name].default, bool | int) and type(field) is not type(allowed[name].default):
-            kind = type(allowed[name].default).__name__
-            raise ValueError(f"{cls.__name__}.{name} must be of type {kind}, got {field!r}")
+        kind: Any = allowed[name].type
+        if not _is_of(field, kind):
+            kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+            raise ValueError(f"{cls.__name__}.{name} must be of type {kind}, got {fields[name]!r}")
     return cls(**decoded)
 
 
-def _decode(name: str, value: Any) -> Any:
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a decoded value is of a field's annotated type."""
+    args = get_args(kind)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping) and all(_is_of(key, args[0]) for key in value)
+    if get_origin(kind) is tuple and args[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(args)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple)
+    return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
+
+
+def _decode(value: Any, kind: Any) -> Any:
+    """The value of a field annotated as `kind`; as it is where it has the wrong form."""
     match value:
-        case {"pattern": _}:
+        case dict() if kind is Pattern:
             return from_json(value)
-        case dict():
+        case dict() if get_origin(kind) is Mapping:
             return {_modalities(key): from_json(inner) for key, inner in value.items()}
-        case list():
-            return tuple(_build(key, "key", _KEYS) for key in value)
+        case list() if get_origin(kind) is tuple:
+            return tuple(_key(key) for key in value)
     return value
+
+
+def _key(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f'a stride must be an object with the key "key", got {value!r}')
+    return _build(value, "key", _KEYS)
 
 
 def _modality_names(key: int | tuple[int, ...]) -> str:

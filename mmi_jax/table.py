@@ -64,14 +64,10 @@ class PatternTable:
             "layers": [[names[pattern] for pattern in heads] for heads in self.layers],
         }
         path = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                json.dump(value, file, indent=1)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as directory:
+            whole = Path(directory) / path.name
+            whole.write_text(json.dumps(value, indent=1))
+            os.replace(whole, path)
 
 
 def uniform_table(pattern: Pattern, *, num_layers: int, num_heads: int) -> PatternTable:
@@ -103,12 +99,26 @@ def _table(value: Any) -> PatternTable:
         raise ValueError(f"unknown keys {', '.join(unknown)}: known keys are {', '.join(_KNOWN)}")
     if missing := sorted(set(_KNOWN) - set(value)):
         raise ValueError(f"missing keys {', '.join(missing)}")
+    _check_types(value)
     palette = {name: codec.from_json(pattern) for name, pattern in value["patterns"].items()}
     used = {name for heads in value["layers"] for name in heads}
     if undefined := sorted(used - set(palette)):
         raise ValueError(f"layers name undefined patterns {', '.join(undefined)}: defined are {', '.join(palette)}")
     layers = tuple(tuple(palette[name] for name in heads) for heads in value["layers"])
     return PatternTable(layers=layers, model=value["model"], provenance=value["provenance"])
+
+
+def _check_types(value: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another type than `save` writes, naming its key."""
+    for key, kind in (("model", str), ("provenance", dict), ("patterns", dict), ("layers", list)):
+        if not isinstance(value[key], kind):
+            raise ValueError(f"{key} must be of type {kind.__name__}, got {value[key]!r}")
+    if others := [heads for heads in value["layers"] if not isinstance(heads, list)]:
+        raise ValueError(f"every layer must be a list of pattern names, got {others[0]!r}")
+    if others := [name for heads in value["layers"] for name in heads if not isinstance(name, str)]:
+        raise ValueError(f"a layer must name its patterns, got {others[0]!r}")
+    if others := {name: text for name, text in value["provenance"].items() if not isinstance(text, str)}:
+        raise ValueError(f"provenance must map names to text, got {others}")
 
 
 def _name(number: int, pattern: Pattern) -> str:
