@@ -21,7 +21,8 @@ class Buckets:
 
     def __post_init__(self):
         """Raises ValueError unless 0 < smallest <= largest, both multiples of `multiple`."""
-        if not 0 < self.smallest <= self.largest or self.smallest % self.multiple or self.largest % self.multiple:
+        is_ordered = 0 < self.multiple <= self.smallest <= self.largest
+        if not is_ordered or self.smallest % self.multiple or self.largest % self.multiple:
             raise ValueError(f"buckets need 0 < smallest <= largest, both multiples of multiple: got {self}")
 
     def length_for(self, num_tokens: int) -> int:
@@ -33,6 +34,6 @@ class Buckets:
         if not 0 < num_tokens <= self.largest:
             raise ValueError(f"a prompt must have 1 to {self.largest} tokens (the largest bucket), got {num_tokens}")
         num_tokens = max(num_tokens, self.smallest)
-        octave = 1 << (num_tokens - 1).bit_length() - 1  # the power of two below
-        step = max(octave // 8, self.multiple)
+        octave = 2 ** max((num_tokens - 1).bit_length() - 1, 0)  # the power of two below
+        step = max(octave // 8 // self.multiple, 1) * self.multiple
         return min(-(-num_tokens // step) * step, self.largest)
