@@ -34,12 +34,13 @@ def decode(
       end_tokens: decoding stops once every row has produced one of them.
 
     Raises:
-      ValueError: the cache has no room, `temperature` is negative, `top_p` is not in (0, 1], or a key is missing.
+      ValueError: `max_new_tokens` is negative or the cache has no room, `temperature` is negative, `top_p` is not in
+        (0, 1], or a key is missing.
     """
     lengths = np.asarray(prefilled.cache.lengths)
     room = prefilled.cache.capacity - int(lengths.max())
-    if max_new_tokens - 1 > room:
-        raise ValueError(f"the cache must have room for {max_new_tokens=}: it has room for {room}")
+    if not 0 <= max_new_tokens <= room + 1:  # the last one is not written
+        raise ValueError(f"the cache must have room for {max_new_tokens=}, at least 0: it has room for {room + 1}")
     if temperature < 0 or not 0 < top_p <= 1 or (temperature > 0 and key is None):
         raise ValueError(
             f"sampling needs temperature >= 0, 0 < top_p <= 1 and a key: got {temperature=}, {top_p=}, {key=}"

@@ -120,13 +120,12 @@ def prefill(
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
 
     Raises:
-      ValueError: the prompt is empty or too long, the table is for another model, or q or k are not finite in a
-        layer; the message names it.
+      ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
+        q or k are not finite in a layer; the message names it.
     """
     buckets, blocks = buckets or Buckets(), blocks or Blocks()
     table = _as_table(table, model.config)
-    lengths = np.asarray(prompt.layout.is_real).sum(axis=1)
-    _check_prompt(prompt, lengths)
+    lengths = _lengths(prompt)
     num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks)
     seconds: dict[str, float] = {}
     with _timed(seconds, "vision"):
@@ -166,7 +165,7 @@ def prefill(
         with _timed(seconds, "prefill"):
             (k, v, hidden), chunk_statistics = jax.block_until_ready(compiled(*args))
         statistics.append(jax.device_get(chunk_statistics))
-    _check_finite(statistics)
+    _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
         layout=prompt.layout, table=table, padded_tokens=capacity, seconds=seconds, statistics=statistics
     )
@@ -297,12 +296,18 @@ def _sizes(
 ) -> tuple[int, int, int]:
     """Tokens to run, in whole chunks; tokens of a chunk; and capacity of the cache."""
     padded = buckets.length_for(num_tokens)
+    if buckets.multiple % blocks.q or buckets.multiple % blocks.kv:
+        raise ValueError(f"buckets must be whole numbers of blocks: {buckets.multiple=} must be a multiple of {blocks}")
     chunk = padded if chunk_tokens is None else chunk_tokens
     if chunk < 1 or chunk % blocks.q or chunk % blocks.kv:
         raise ValueError(f"chunk_tokens must be a positive multiple of the block sizes {blocks}, got {chunk_tokens}")
+    if not 0 <= max_new_tokens <= buckets.largest - num_tokens:
+        raise ValueError(
+            f"max_new_tokens must be at least 0 and fit the largest bucket with the prompt: "
+            f"{buckets.largest=}, {num_tokens=}, {max_new_tokens=}"
+        )
     whole = -(-num_tokens // chunk) * chunk
-    capacity = buckets.length_for(min(num_tokens + max_new_tokens, buckets.largest))
-    return whole, chunk, max(whole, capacity)
+    return whole, chunk, max(whole, buckets.length_for(num_tokens + max_new_tokens))
 
 
 def _fit(x, num_tokens: int, *, axis: int):
@@ -316,9 +321,13 @@ def _fit_layout(layout: TokenLayout, num_tokens: int) -> TokenLayout:
     return cut.pad_to(num_tokens)
 
 
-def _check_prompt(prompt: Any, lengths: np.ndarray) -> None:
+def _lengths(prompt: Any) -> np.ndarray:
+    """Tokens of each prompt; raises ValueError for a batch that cannot be run."""
     is_real = np.asarray(prompt.layout.is_real)
-    if lengths.min(initial=0 if not len(lengths) else lengths.max()) < 1:
+    if is_real.ndim != 2:
+        raise ValueError(f"the layout's fields must be [b, t], got shape {is_real.shape}")
+    lengths = is_real.sum(axis=1)
+    if not len(lengths) or lengths.min() < 1:
         raise ValueError(f"every prompt of a batch must have at least one token, got lengths {lengths.tolist()}")
     if (is_real != (np.arange(is_real.shape[1]) < lengths[:, None])).any():
         raise ValueError("prompts of a batch must be padded on the right only, got padding before a token")
@@ -327,13 +336,18 @@ def _check_prompt(prompt: Any, lengths: np.ndarray) -> None:
             f"tokens and rope_pos must fit the layout {is_real.shape}: "
             f"got {prompt.tokens.shape} and {prompt.rope_pos.shape}"
         )
+    return lengths
 
 
-def _check_finite(statistics: list[dict[str, np.ndarray]]) -> None:
+def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:
     for chunk in statistics:
         if not chunk["is_finite"].all():
             layer, example = np.argwhere(~chunk["is_finite"])[0]
             raise ValueError(f"q and k must be finite: layer {layer} has NaN or infinity in example {example}")
+    is_finite = np.isfinite(hidden).all(axis=1)
+    if not is_finite.all():
+        layer, example = len(statistics[0]["is_finite"]) - 1, int(np.argmin(is_finite))
+        raise ValueError(f"hidden states must be finite: layer {layer} left NaN or infinity in example {example}")
 
 
 class _timed:

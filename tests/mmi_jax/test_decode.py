@@ -1,0 +1,144 @@
+"""decode against repeated forward passes, sampling against probabilities by hand, and what is refused."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import BLOCKS, BUCKETS, STATIC, batch, extend, last_logits, prompt, tiny_model
+
+from mmi_jax import decode, prefill
+
+PROMPTS = (prompt(1, 4, (2, 3, 3), 6), prompt(2, 3, (1, 2, 2), 5, (3, 2, 4), 12), prompt(3, 25))
+
+
+def prefilled(*prompts, table=None) -> Any:
+    return prefill(tiny_model(), batch(*prompts), table=table, buckets=BUCKETS, blocks=BLOCKS)
+
+
+def greedy_by_forward(prompts, num_tokens: int) -> np.ndarray:
+    """The most likely token after each prompt, again and again, by the whole forward pass."""
+    for _ in range(num_tokens):
+        chosen = last_logits(tiny_model(), batch(*prompts)).argmax(axis=1)
+        prompts = [extend(p, [token]) for p, token in zip(prompts, chosen, strict=True)]
+    return np.concatenate([p.tokens[:, -num_tokens:] for p in prompts])
+
+
+def test_greedy_decoding_equals_repeated_forward_passes():
+    tokens = decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=8)
+    np.testing.assert_array_equal(tokens, greedy_by_forward(PROMPTS, 8))
+    assert tokens.dtype == np.int32 and tokens.shape == (3, 8)
+    assert len({tuple(row) for row in tokens.tolist()}) == 3, "prompts that all answer alike show nothing"
+
+
+def test_a_single_prompt_decodes_as_in_a_batch():
+    together = decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=5)
+    alone = decode(tiny_model(), prefilled(PROMPTS[1]), max_new_tokens=5)
+    np.testing.assert_array_equal(alone[0], together[1])
+
+
+def test_decoding_leaves_the_prefill_as_it_was():
+    result = prefilled(*PROMPTS)
+    before = np.asarray(result.cache.k)
+    first = decode(tiny_model(), result, max_new_tokens=4)
+    np.testing.assert_array_equal(result.cache.k, before)
+    np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=4), first)
+
+
+def test_decoding_after_a_sparse_prefill_starts_from_its_logits():
+    result = prefilled(*PROMPTS, table=STATIC)
+    tokens = decode(tiny_model(), result, max_new_tokens=2)
+    np.testing.assert_array_equal(tokens[:, 0], np.asarray(result.logits).argmax(axis=1))
+
+
+def test_the_cache_may_be_filled_to_its_last_token():
+    result = prefilled(prompt(5, 60))
+    tokens = decode(tiny_model(), result, max_new_tokens=5)
+    np.testing.assert_array_equal(tokens, greedy_by_forward([prompt(5, 60)], 5))
+    with pytest.raises(ValueError, match="room for max_new_tokens=6, at least 0: it has room for 5"):
+        decode(tiny_model(), result, max_new_tokens=6)
+
+
+def test_rows_repeat_their_end_token_until_all_have_ended():
+    result = prefilled(*PROMPTS)
+    free = decode(tiny_model(), result, max_new_tokens=8)
+    ends = (int(free[0, 1]),)
+    stopped = decode(tiny_model(), result, max_new_tokens=8, end_tokens=ends)
+    for row, expected in zip(stopped, free, strict=True):
+        place = np.flatnonzero(expected == ends[0])
+        length = place[0] + 1 if len(place) else len(expected)
+        np.testing.assert_array_equal(row[:length], expected[: len(row)][:length])
+        assert (row[length:] == ends[0]).all()
+    every = tuple(set(free[:, 0].tolist()))
+    assert decode(tiny_model(), result, max_new_tokens=8, end_tokens=every).shape == (3, 1)
+
+
+def test_no_tokens():
+    assert decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=0).shape == (3, 0)
+
+
+# Sampling.
+
+
+def draws(result, number: int, **kwargs) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(3), number)
+    return np.concatenate([decode(tiny_model(), result, max_new_tokens=1, key=key, **kwargs) for key in keys], axis=1)
+
+
+def test_one_key_gives_one_answer():
+    result = prefilled(*PROMPTS)
+    sample = [
+        decode(tiny_model(), result, max_new_tokens=6, temperature=1.5, key=jax.random.key(seed)) for seed in (7, 7, 8)
+    ]
+    np.testing.assert_array_equal(sample[0], sample[1])
+    assert (sample[0] != sample[2]).any()
+    assert len(set(sample[0][0].tolist())) > 1, "each step must have a key of its own"
+
+
+def test_samples_follow_the_probabilities():
+    result = prefilled(*PROMPTS)
+    expected = np.asarray(jax.nn.softmax(result.logits / 1.5, axis=1))
+    tokens = draws(result, 400, temperature=1.5)
+    for row, p in zip(tokens, expected, strict=True):
+        share = np.bincount(row, minlength=40) / len(row)
+        assert (np.abs(share - p) < 4.5 * np.sqrt(p * (1 - p) / len(row)) + 1e-3).all()
+
+
+def test_top_p_samples_only_the_fewest_tokens_that_hold_it():
+    result = prefilled(*PROMPTS)
+    tokens = draws(result, 300, temperature=6.0, top_p=0.5)
+    for row, logits in zip(tokens, np.asarray(result.logits, np.float64), strict=True):
+        p = np.exp(logits / 6.0) / np.exp(logits / 6.0).sum()
+        order = np.argsort(-p)
+        nucleus = order[: np.searchsorted(np.cumsum(p[order]), 0.5) + 1].tolist()
+        assert 1 < len(nucleus) < 20
+        assert {token for token in nucleus if p[token] > 0.03} <= set(row.tolist()) <= set(nucleus)
+
+
+def test_a_tiny_top_p_or_temperature_is_greedy():
+    result = prefilled(*PROMPTS)
+    greedy = decode(tiny_model(), result, max_new_tokens=4)
+    for temperature, top_p in ((2.0, 1e-6), (1e-4, 1.0)):
+        sampled = decode(
+            tiny_model(), result, max_new_tokens=4, temperature=temperature, top_p=top_p, key=jax.random.key(0)
+        )
+        np.testing.assert_array_equal(sampled, greedy)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(temperature=-1.0, key=jax.random.key(0)), "temperature=-1.0"),
+        (dict(temperature=1.0), "a key: got temperature=1.0, top_p=1.0, key=None"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+    ],
+)
+def test_sampling_that_cannot_be_done_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=f"sampling needs.*{message}"):
+        decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=1, **kwargs)
+
+
+def test_a_negative_number_of_tokens_is_refused():
+    with pytest.raises(ValueError, match="max_new_tokens=-1, at least 0"):
+        decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=-1)
