@@ -129,18 +129,38 @@ class AttentionCase:
 
 
 def _cases():
+    random128 = RandomLists(blocks_per_row=128)
     for num_q_heads, num_kv_heads in ((28, 4), (32, 8)):
         for kilo_tokens in (32, 128):
-            sizes = dict(num_tokens=kilo_tokens * 1024, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
             label = f"{num_q_heads}/{num_kv_heads} {kilo_tokens}K"
-            yield AttentionCase(name=f"all {label}", lists=AllVisited(), **sizes)
-            for blocks in (32, 128):
-                lists = RandomLists(blocks_per_row=blocks)
-                yield AttentionCase(name=f"random{blocks} {label}", lists=lists, **sizes)
-    lists = RandomLists(blocks_per_row=128)
-    yield AttentionCase(name="random128 28/4 1024K", lists=lists, num_tokens=2**20)
+            for name, lists in (
+                ("all", AllVisited()),
+                ("random32", RandomLists(blocks_per_row=32)),
+                ("random128", random128),
+            ):
+                yield AttentionCase(
+                    name=f"{name} {label}",
+                    num_tokens=kilo_tokens * 1024,
+                    lists=lists,
+                    num_q_heads=num_q_heads,
+                    num_kv_heads=num_kv_heads,
+                )
+    yield AttentionCase(name="random128 28/4 1024K", lists=random128, num_tokens=2**20)
     for head_dim in (64, 256):
-        yield AttentionCase(name=f"random128 28/4 32K d{head_dim}", lists=lists, num_tokens=2**15, head_dim=head_dim)
+        yield AttentionCase(
+            name=f"random128 28/4 32K d{head_dim}", lists=random128, num_tokens=2**15, head_dim=head_dim
+        )
+
+    for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
+        yield AttentionCase(
+            name=f"cpu {kilo_tokens}K",
+            num_tokens=kilo_tokens * 1024,
+            lists=RandomShare(share=0.1),
+            num_q_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            dtype="float32",
+        )
 
 
 CASES = {case.name: case for case in _cases()}

@@ -53,7 +53,8 @@ class HopperConfig:
 
     def buffers(self, head_dim: int, dtype) -> dict[str, Any]:
         """The shared-memory arrays of the kernel, by name."""
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
+        transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
         kv_tile = (self.tile_kv, head_dim)
         return {
@@ -66,14 +67,13 @@ class HopperConfig:
 
     def barriers(self) -> dict[str, Any]:
         """The barriers of the kernel, by name: `x_ready` is filled by copies, `x_free` by the warpgroups that read."""
-        everyone = dict(num_arrivals=COMPUTE_WARPGROUPS)
         return {
             "q_ready": plgpu.Barrier(num_arrivals=1 + COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
-            "q_free": plgpu.Barrier(**everyone, num_barriers=self.num_q_buffers),
+            "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
             "k_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
-            "k_free": plgpu.Barrier(**everyone, num_barriers=self.num_k_stages),
+            "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_k_stages),
             "v_ready": plgpu.Barrier(num_barriers=self.num_v_stages),
-            "v_free": plgpu.Barrier(**everyone, num_barriers=self.num_v_stages),
+            "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_v_stages),
             "pos_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
             "turn": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         }
@@ -92,7 +92,7 @@ CONFIGS = {
     (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
     (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
     (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
-    (128, 128): HopperConfig(tile_kv=128, num_k_stages=3, num_v_stages=2),
+    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2),
     (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""

@@ -317,7 +317,7 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
         _end_turn(refs, shape, warpgroup)
         return s_acc[...]
 
-    s_qk = pl.run_scoped(scores, plgpu.ACC((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
+    s_qk = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
     s_qk = lax.cond(is_partial, _mask(refs, shape, warpgroup, row, 0, slot), lambda s_qk: s_qk, s_qk)
     pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
     weights, top, total, _ = _softmax(shape, s_qk, *_empty_softmax())
@@ -361,7 +361,10 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
         return out, state
 
     rows, columns = WARPGROUP_ROWS, shape.config.tile_kv
-    accumulators = plgpu.ACC((rows, columns), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
+    accumulators = (
+        plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32),
+        plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32),
+    )
     acc, (new_weights, top, total, decay) = pl.run_scoped(run, *accumulators)
     return acc, (new_weights.astype(weights.dtype), top, total), decay
 
@@ -379,7 +382,7 @@ def _last_tile(refs: Refs, shape: KernelShape, warpgroup, tile, acc, weights):
         _end_turn(refs, shape, warpgroup)
         return _drain(shape, o_acc, acc, weights, v, wait_n=0)
 
-    acc = pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+    acc = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
     plgpu.barrier_arrive(refs.barriers["v_free"].at[slot])
     return acc
 
