@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Everything, Part, QBlocks
+from mmi_jax.views import search
 from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS, Array, Int32
 from pallas_kernels.pytree import pytree, static_field
@@ -220,6 +221,6 @@ def _everything(q_blocks: QBlocks, extents, num_prompt_rows: int, capacity: int,
     step = blocks.kv // blocks.granule
     lowest, highest = (extent[0, : num_prompt_rows // blocks.granule : step] for extent in extents)
     least_from_here = jax.lax.cummin(lowest, reverse=True)
-    count = jnp.searchsorted(least_from_here, q_blocks.highest, side="right").astype(jnp.int32)
-    num_full = jnp.searchsorted(jax.lax.cummax(highest), q_blocks.lowest, side="right").astype(jnp.int32)
+    count = search(least_from_here, q_blocks.highest, side="right")
+    num_full = search(jax.lax.cummax(highest), q_blocks.lowest, side="right")
     return jnp.full_like(count, capacity), jnp.minimum(num_full, count), count

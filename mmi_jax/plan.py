@@ -18,6 +18,12 @@ from pallas_kernels import BlockIndex, coverage
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
+ESTIMATE_BYTES = 2**31
+"""Room for the float32 scores of all heads that are planned at once; heads beyond it wait their turn."""
+
+ESTIMATE_QUERIES = 64
+"""Queries that an estimate usually reads, for `ESTIMATE_BYTES`."""
+
 
 @pytree
 class Plan:
@@ -114,8 +120,12 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         )
         return _plan_head(pattern.parts(scope), scope)
 
-    # A few heads at a time: an estimate holds [last_q, s] scores in float32 for each.
-    planned, extra_order, variants = jax.lax.map(one, jnp.array(heads), batch_size=min(len(heads), ratio))
+    if pattern.reads_scores:
+        at_once = max(1, ESTIMATE_BYTES // (4 * ESTIMATE_QUERIES * k.shape[0]))
+        planned, extra_order, variants = jax.lax.map(one, jnp.array(heads), batch_size=min(len(heads), at_once))
+    else:
+        shared = one(jnp.int32(heads[0]))
+        planned, extra_order, variants = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(heads), *x.shape)), shared)
     num_heads = len(heads)
     if extra_order is None:
         extra_order, kv_pos, pos_row = jnp.zeros((num_heads, 0), jnp.int32), geometry.kv_pos[None], planned.variant

@@ -5,6 +5,7 @@ copied once per view, never once per query head. View 0 is the prompt itself, al
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class KeyView:
 
     def rank(self, pos):
         """Rows with a position below `pos`, in a view that is not sorted by a key."""
-        return jnp.searchsorted(self.pos, pos, side="left").astype(jnp.int32)
+        return search(self.pos, pos, side="left")
 
     def sink_rows(self, sink: int, blocks: Blocks):
         """First row of the first `sink` keys and one past their last, in whole kv blocks."""
@@ -81,9 +82,8 @@ class KeyView:
 
     def rows_of_key(self, low, high):
         """First row of key `low` and one past the last row of key `high`; equal where no row has such a key."""
-        first = jnp.searchsorted(self.key, low, side="left")
-        end = jnp.searchsorted(self.key, jnp.minimum(high, NO_KEY - 1), side="right")
-        return first.astype(jnp.int32), jnp.maximum(first, end).astype(jnp.int32)
+        first = search(self.key, low, side="left")
+        return first, jnp.maximum(first, search(self.key, jnp.minimum(high, NO_KEY - 1), side="right"))
 
 
 @pytree
@@ -150,6 +150,19 @@ def build_geometry(
         queries=queries,
         q_keys={repr(key): _sorted_queries(key, layout, q_start, num_queries) for key in sort_keys},
     )
+
+
+def search(ascending, values, *, side: Literal["left", "right"]):
+    """`jnp.searchsorted` as int32.
+
+    On an accelerator a loop costs kernel launches at every step of the binary search, so it is unrolled there; on a CPU
+    that only doubles the time to compile a plan.
+    """
+
+    def by(method):
+        return lambda a, v: jnp.searchsorted(a, v, side=side, method=method).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(ascending, jnp.asarray(values), cpu=by("scan"), default=by("scan_unrolled"))
 
 
 def _searchable(pos):

@@ -13,7 +13,7 @@ from mmi_jax.views import AllKeys, Geometry, Group, KeyView, View
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float
 from pallas_kernels.pytree import pytree, static_field
 
-SMALL_INDEX = 2**20
+SMALL_INDEX = 2**16
 """Block entries below which a list is never worth bounding more tightly than by all pairs of blocks."""
 
 
@@ -107,6 +107,11 @@ class Pattern(abc.ABC):
 
     A new pattern is one file with `parts`, and `views` if it lays out keys in another order than the prompt's.
     """
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether `parts` reads q or k; if not, one plan serves all heads of the pattern."""
+        return True
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """Key views that `parts` will ask the geometry for, when the keys are those of `group`."""

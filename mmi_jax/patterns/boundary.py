@@ -42,6 +42,11 @@ class QBoundary(Pattern):
         object.__setattr__(self, "inner", _Frozen(self.inner))
         _check_inner(self)
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether an inner pattern does."""
+        return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The views of every inner pattern."""
         return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(group, blocks))
@@ -90,6 +95,11 @@ class Boundary2D(Pattern):
         for q, k in itertools.product(groups, groups):
             pattern = self.other if q is None or k is None else self.inner.get((q, k), self.other)
             yield q, OfModality(k, listed), pattern
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether an inner pattern does."""
+        return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""

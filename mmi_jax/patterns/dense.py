@@ -16,6 +16,11 @@ class Dense(Pattern):
     1 1 1 1
     """
 
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
     def parts(self, scope: Scope) -> list[Part]:
         """One part that sees everything."""
         return [all_keys_part(scope)]

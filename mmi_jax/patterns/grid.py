@@ -18,6 +18,9 @@ from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import Array, Int32
 from pallas_kernels.pytree import pytree
 
+SHORTEST = {FramePlace: 64, RowPlace: 12}
+"""Tokens of a frame and of a row, at least, for which lists have room; past it a long prompt's head runs dense."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Pattern):
@@ -126,10 +129,9 @@ class Grid(Pattern):
         return Part(member=scope.member, visits=visits, max_blocks=max_blocks, order=lines.q_order, view=1)
 
     def _longest(self, scope: Scope) -> int:
-        """Kv blocks that one place fills, at most: frames hold 16 tokens or more, rows 8 or more."""
-        tokens = {FramePlace: 16, RowPlace: 8}
-        shortest = min(key.stride if isinstance(key, RankPhase) else tokens.get(type(key), 1) for key in self.strides)
-        return -(-scope.num_kv_blocks // shortest)
+        """Kv blocks that one place fills, at most."""
+        tokens = [key.stride if isinstance(key, RankPhase) else SHORTEST.get(type(key), 1) for key in self.strides]
+        return -(-scope.num_kv_blocks // min(tokens))
 
 
 @pytree

@@ -44,6 +44,11 @@ class SparseTransformerStrided(Pattern):
         """The keys sorted by position modulo the stride."""
         return (SortedBy(PositionPhase(self.stride), 0, group),)
 
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
     def parts(self, scope: Scope) -> list[Part]:
         """The window, and the same queries again sorted by phase."""
         blocks = scope.blocks
@@ -80,6 +85,11 @@ class SparseTransformerFixed(Pattern):
     def __post_init__(self):
         """Raises ValueError for a stride below 2."""
         check_at_least(self, stride=2)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order; the segments' first tokens are gathered."""
@@ -123,6 +133,11 @@ class SwinWindow(Pattern):
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by window."""
         return (SortedBy(self._key, self.sink, group),)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
 
     def parts(self, scope: Scope) -> list[Part]:
         """The vision queries sorted by window, and all others."""

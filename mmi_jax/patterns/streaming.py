@@ -33,6 +33,11 @@ class AShape(Pattern):
         """Raises ValueError for a negative sink or a window without the query itself."""
         check_at_least(self, sink=0, local=1)
 
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order."""
         return [window_part(scope, self.sink, self.local)]
@@ -63,6 +68,11 @@ class TriShape(Pattern):
     def __post_init__(self):
         """Raises ValueError for sizes out of range."""
         check_at_least(self, sink=0, local=1, last=1)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
 
     def parts(self, scope: Scope) -> list[Part]:
         """The window's part and the last queries' part."""
