@@ -16,7 +16,6 @@ from mmi_jax import (
     AShape,
     Blocks,
     BlockTopK,
-    Boundary2D,
     Buckets,
     Dense,
     Grid,
@@ -43,7 +42,7 @@ OTHER = (
     TriShape(sink=16, local=4, last=3),
     BlockTopK(num_blocks=2),
     QBoundary({VISION: AShape(sink=0, local=5)}),
-    Boundary2D({(VISION, VISION): AShape(sink=0, local=5)}),
+    STATIC,
 )
 TABLE = PatternTable(layers=(ONLINE, ONLINE, OTHER), model="tiny")
 
@@ -111,7 +110,7 @@ def test_padding_and_buckets_change_nothing():
 
 
 def test_room_for_new_tokens_changes_no_sparse_result():
-    sparse, roomy = prefill(ONE, table=TABLE), prefill(ONE, table=TABLE, max_new_tokens=30)
+    sparse, roomy = (prefill(ONE, table=ONLINE[2], max_new_tokens=room) for room in (0, 30))
     assert sparse.cache.capacity == 64 and roomy.cache.capacity == 96
     assert_same(sparse, roomy)
 
