@@ -6,20 +6,21 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import mosaic_gpu, reference, xla
+from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.attention.inputs import AttentionInputs, check_inputs
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import Array, Float, Int32
 
-Implementation = Literal["reference", "xla", "mosaic_gpu"]
+Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
 _BACKENDS: dict[Implementation, Callable] = {
     "reference": reference.attend,
     "xla": xla.attend,
     "mosaic_gpu": mosaic_gpu.attend,
+    "mosaic_tpu": mosaic_tpu.attend,
 }
 
-DEFAULT_ORDER: tuple[Implementation, ...] = ("mosaic_gpu", "xla")
+DEFAULT_ORDER: tuple[Implementation, ...] = ("mosaic_gpu", "mosaic_tpu", "xla")
 """What `implementation=None` tries, in this order, until one does not refuse."""
 
 

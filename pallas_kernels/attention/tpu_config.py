@@ -1,0 +1,92 @@
+"""TpuConfig: how the Mosaic TPU kernel cuts its work, and the VMEM and SMEM that costs."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+"""Lanes of a vector register; arrays are cut along their last axis at multiples of it."""
+
+START_TOKENS = 16
+"""Block starts are multiples of this: the rows of one bfloat16 register tile."""
+
+RING_ROWS, RINGS = 16, 2
+"""Rows of 128 list entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
+
+PIECE_ROWS = 4
+"""Rows of 128 list entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
+
+PIECES = RING_ROWS // PIECE_ROWS
+PIECE_ENTRIES = PIECE_ROWS * LANES
+
+MAX_INTERVALS = START_TOKENS
+"""A list entry keeps its interval's number in the low bits of its start."""
+
+ROW_FIELDS = 8
+"""int32 fields of a q block's own row: first, num_full, count, pos_row, and zeros."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuConfig:
+    """Tile sizes of the TPU kernel.
+
+    Args:
+      tile_kv: kv rows gathered in VMEM and computed as one dense tile; a multiple of the index's `block_kv`.
+      compute_kv: kv rows of one softmax step inside the tile; divides `tile_kv`.
+      compute_q: queries of one softmax step.
+      vmem_limit_bytes: VMEM that the compiler may use for this kernel, its temporaries included.
+    """
+
+    tile_kv: int = 1024
+    compute_kv: int = 1024
+    compute_q: int = 512
+    vmem_limit_bytes: int = 14 * 2**20
+
+    def __post_init__(self):
+        """Raises ValueError for sizes the kernel has no code for."""
+        if self.compute_kv % LANES or self.tile_kv % self.compute_kv:
+            raise ValueError(
+                f"compute_kv must be a multiple of {LANES} and divide tile_kv, got {self.compute_kv=}, {self.tile_kv=}"
+            )
+
+    def scratch(self, *, block_q: int, block_kv: int, width: int, kv_width: int, dtype) -> dict[str, Any]:
+        """The kernel's scratch by name; `width` is of the output's accumulator, `kv_width` of a gathered row."""
+        blocks = self.tile_kv // block_kv
+        return {
+            "kv_tiles": pltpu.VMEM((2, self.tile_kv, kv_width), dtype),
+            "pos_rows": pltpu.VMEM((2, blocks, block_kv // LANES + 1, 1, LANES), jnp.int32),
+            "acc": pltpu.VMEM((block_q, width), jnp.float32),
+            "top": pltpu.VMEM((block_q, LANES), jnp.float32),
+            "total": pltpu.VMEM((block_q, LANES), jnp.float32),
+            "q_pos_column": pltpu.VMEM((block_q, LANES), jnp.int32),
+            "lists": pltpu.SMEM((RINGS, RING_ROWS, 1, LANES), jnp.int32),
+            "slot": pltpu.SMEM((1,), jnp.int32),
+            "kv_arrived": pltpu.SemaphoreType.DMA((2,)),
+            "pos_arrived": pltpu.SemaphoreType.DMA((2,)),
+            "list_arrived": pltpu.SemaphoreType.DMA((RINGS, PIECES)),
+        }
+
+    def vmem_bytes(self, *, block_q: int, block_kv: int, width: int, kv_width: int, q_width: int, dtype) -> int:
+        """VMEM of scratch, double-buffered q, out, positions and lse, and the scores and weights of one step."""
+        scratch = self.scratch(block_q=block_q, block_kv=block_kv, width=width, kv_width=kv_width, dtype=dtype)
+        held = sum(_bytes(x.shape, x.dtype) for x in scratch.values() if x.memory_space == pltpu.VMEM)
+        moved = _bytes((block_q, q_width), dtype) + _bytes((block_q, width), dtype) + 2 * _bytes((1, block_q), "int32")
+        step = _bytes((block_q, self.compute_kv), jnp.float32) + _bytes((block_q, self.compute_kv), dtype)
+        return held + 2 * moved + step
+
+    def smem_bytes(self) -> int:
+        """SMEM of the lists, the slot, and the double-buffered rows of the q block, the next one, and the intervals."""
+        scratch = self.scratch(block_q=LANES, block_kv=LANES, width=LANES, kv_width=LANES, dtype=jnp.bfloat16)
+        held = sum(4 * math.prod(x.shape) for x in scratch.values() if x.memory_space == pltpu.SMEM)
+        return held + 4 * 2 * (2 * ROW_FIELDS + 2 * MAX_INTERVALS)
+
+
+def _bytes(shape, dtype) -> int:
+    """Bytes in VMEM: the last axis in whole lanes, the one before in whole sublanes."""
+    *outer, rows, lanes = shape
+    item = jnp.dtype(dtype).itemsize
+    sublanes = 8 * 4 // item if rows > 1 else 1
+    return math.prod(outer) * (-(-rows // sublanes) * sublanes) * (-(-lanes // LANES) * LANES) * item
