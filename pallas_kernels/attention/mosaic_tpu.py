@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def widths(head_dim: int) -> dict[str, int]:
 
 
 def launch(
-    inputs: AttentionInputs, config: TpuConfig, *, interpret=False
+    inputs: AttentionInputs, config: TpuConfig, *, interpret: Any = False
 ) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
     """Runs the kernel with this config; `interpret` as `pallas_call` takes it."""
     check_supported(inputs, config)
