@@ -31,10 +31,10 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def spinner(label: str) -> Iterator[None]:
-    """A spinner with the time gone by, for work that reports nothing until it is done."""
+def spinner(label: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the time gone by; the yielded function says what is being done: `stage("compiling")`."""
     columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr_console()) as progress:
         task = progress.add_task(label, total=1)
-        yield
+        yield lambda stage: progress.update(task, description=f"{label}: {stage}")
         progress.update(task, completed=1)

@@ -47,7 +47,8 @@ def decode(
         )
     graphdef, state = nnx.split(model)
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(max_new_tokens, 1))
-    logits, cache, tokens = prefilled.logits, prefilled.cache, []
+    cache = jax.tree.map(jnp.copy, prefilled.cache)  # steps write in place, and the caller's cache stays as it is
+    logits, tokens = prefilled.logits, []
     is_done = np.zeros(len(lengths), bool)
     for n in range(max_new_tokens):
         token = np.asarray(_sample(logits, keys[n], temperature, top_p))
@@ -60,7 +61,7 @@ def decode(
     return np.stack(tokens, axis=1).astype(np.int32) if tokens else np.zeros((len(lengths), 0), np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(graphdef, state, cache: KVCache, token, n):
     """Logits after one more token, the `n`-th new one, and the cache that holds it."""
     model: Any = nnx.merge(graphdef, state)

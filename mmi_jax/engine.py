@@ -1,5 +1,6 @@
 """prefill: a prompt through all layers of a model in one compiled program per bucket."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -102,6 +103,7 @@ def prefill(
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
     measures_recall: bool = True,
+    on_stage: Callable[[str], None] | None = None,
 ) -> PrefillResult:
     """Logits of the next token, the KV cache and a report, for a batch of right-padded prompts.
 
@@ -118,6 +120,7 @@ def prefill(
       blocks: tile sizes.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
+      on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
 
     Raises:
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
@@ -127,19 +130,11 @@ def prefill(
     table = _as_table(table, model.config)
     lengths = _lengths(prompt)
     num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks)
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "vision"):
+    clock = _Clock(on_stage)
+    with clock("vision"):
         x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
     layout = jax.tree.map(jnp.asarray, _fit_layout(prompt.layout, capacity))
     rope_pos = _fit(jnp.asarray(prompt.rope_pos), capacity, axis=2)
-    cache = empty_cache(
-        num_layers=table.num_layers,
-        batch=x.shape[0],
-        capacity=capacity,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        dtype=x.dtype,
-    )
     graphdef, state = nnx.split(model)
     program = _Program(
         graphdef=graphdef,
@@ -148,36 +143,42 @@ def prefill(
         implementation=implementation,
         measures_recall=measures_recall,
     )
-    k, v, hidden = cache.k, cache.v, jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
-    statistics = []
-    for start in range(0, num_tokens, chunk):
-        args = (
-            state,
-            x[:, start : start + chunk],
-            rope_pos[:, :, start : start + chunk],
-            layout,
-            jnp.int32(start),
-            jnp.asarray(lengths, jnp.int32),
-            (k, v, hidden),
-        )
-        with _timed(seconds, "compile"):
-            compiled = _compiled(program, *args)
-        with _timed(seconds, "prefill"):
-            (k, v, hidden), chunk_statistics = jax.block_until_ready(compiled(*args))
-        statistics.append(jax.device_get(chunk_statistics))
-    _check_finite(statistics, np.asarray(hidden))
-    report = PrefillReport.build(
-        layout=prompt.layout, table=table, padded_tokens=capacity, seconds=seconds, statistics=statistics
+    cache = empty_cache(
+        num_layers=table.num_layers,
+        batch=x.shape[0],
+        capacity=capacity,
+        num_kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        dtype=x.dtype,
     )
-    cache = dataclasses.replace(
+    filled = dataclasses.replace(
         cache,
-        k=k,
-        v=v,
         layout=layout,
         lengths=jnp.asarray(lengths, jnp.int32),
         next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
     )
+    cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, range(0, num_tokens, chunk), clock)
+    _check_finite(statistics, np.asarray(hidden))
+    report = PrefillReport.build(
+        layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
+    )
     return PrefillResult(logits=model.unembed(hidden), hidden=hidden, cache=cache, report=report)
+
+
+def _run_chunks(program: _Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
+    """All chunks one after another: the cache with its keys and values, the last hidden states, and statistics."""
+    carry = cache.k, cache.v, jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
+    statistics = []
+    for start in starts:
+        tokens = slice(start, start + starts.step)
+        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, jnp.int32(start), cache.lengths, carry)
+        with clock("compile"):
+            compiled = _compiled(program, *args)
+        with clock("prefill"):
+            carry, chunk_statistics = jax.block_until_ready(compiled(*args))
+        statistics.append(jax.device_get(chunk_statistics))
+    k, v, hidden = carry
+    return dataclasses.replace(cache, k=k, v=v), hidden, statistics
 
 
 def num_compiled_programs() -> int:
@@ -350,14 +351,17 @@ def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -
         raise ValueError(f"hidden states must be finite: layer {layer} left NaN or infinity in example {example}")
 
 
-class _timed:
-    """Adds the wall time of a block to `seconds[stage]`."""
+class _Clock:
+    """Wall time by stage: `with clock("vision"): ...` adds to `seconds["vision"]`."""
 
-    def __init__(self, seconds: dict[str, float], stage: str):
-        self.seconds, self.stage = seconds, stage
+    def __init__(self, on_stage: Callable[[str], None] | None):
+        self.seconds: dict[str, float] = {}
+        self.on_stage = on_stage
 
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
+    @contextlib.contextmanager
+    def __call__(self, stage: str):
+        if self.on_stage is not None:
+            self.on_stage(stage)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -81,9 +82,15 @@ def _read_prompt(task: PrefillTask, processor: Processor) -> Prompt:
 
 
 def _prefill(model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None) -> PrefillResult:
-    """One prefill behind a spinner: all layers are one compiled program, which reports nothing before its end."""
-    kind = "dense" if table is None else "sparse"
-    with console.spinner(f"{kind} prefill: vision, compiling, {model.config.num_layers} layers"):
+    """One prefill behind a spinner that names the stage; all layers are one program, which reports only its end."""
+    stages = {"vision": "vision tower", "compile": "compiling", "prefill": f"{model.config.num_layers} layers"}
+    num_chunks = itertools.count(1)
+    with console.spinner("dense prefill" if table is None else "sparse prefill") as show:
+
+        def on_stage(stage: str) -> None:
+            chunk = f" of chunk {next(num_chunks)}" if task.chunk_tokens and stage == "prefill" else ""
+            show(stages[stage] + chunk)
+
         return mmi_jax.prefill(
             model,
             prompt,
@@ -91,6 +98,7 @@ def _prefill(model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pat
             chunk_tokens=task.chunk_tokens,
             max_new_tokens=task.sampling.max_new_tokens,
             blocks=task.blocks,
+            on_stage=on_stage,
         )
 
 

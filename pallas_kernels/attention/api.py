@@ -1,6 +1,5 @@
 """block_sparse_attention: checks, the choice of a backend, and nothing else."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -13,11 +12,11 @@ from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
-_BACKENDS: dict[Implementation, Callable] = {
+_BACKENDS: dict[Implementation, xla.Attend] = {
     "reference": reference.attend,
-    "xla": xla.attend,
-    "mosaic_gpu": mosaic_gpu.attend,
-    "mosaic_tpu": mosaic_tpu.attend,
+    "xla": xla.with_gradients(xla.attend),
+    "mosaic_gpu": xla.with_gradients(mosaic_gpu.attend),
+    "mosaic_tpu": xla.with_gradients(mosaic_tpu.attend),
 }
 
 DEFAULT_ORDER: tuple[Implementation, ...] = ("mosaic_gpu", "mosaic_tpu", "xla")
@@ -41,7 +40,7 @@ def block_sparse_attention(
 
     A pair inside a visited block is attended iff the block is full, or `kv_pos <= q_pos` and the distance
     `q_pos - kv_pos` lies in the entry's interval. A query that attends nothing gives exact zeros and -inf.
-    Differentiable in q, k, v and the extra rows with `implementation="xla"`.
+    Differentiable in q, k, v and the extra rows; the backward pass of every kernel is XLA's.
 
     Args:
       q: queries, head-major; batch is folded into the head axis; `t = num_q_blocks * block_q`.

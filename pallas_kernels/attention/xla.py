@@ -4,6 +4,7 @@ Forward and backward walk the same lists with an online softmax (Dao et al. 2022
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +14,27 @@ from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.reference import pair_is_attended
 from pallas_kernels.notation import PAD_KV_POS, Array, Float
 
+type Attend = Callable[[AttentionInputs], tuple[Float[Array, "h t d"], Float[Array, "h t"]]]
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """A masked score: large and finite, so that a difference of two of them is 0 and not NaN."""
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
     """Attention output in the query's dtype and log-sum-exp in float32; a query that attends nothing: zeros, -inf."""
-    return _attend(inputs)
-
-
-@jax.custom_vjp
-def _attend(inputs):
     return jax.lax.map(lambda h: _head(inputs, h), jnp.arange(inputs.q.shape[0]))
 
 
-def _forward(inputs):
-    out, lse = _attend(inputs)
-    return (out, lse), (inputs, out, lse)
+def with_gradients(forward: Attend) -> Attend:
+    """A backend's forward pass with gradients in q, k, v and the extra rows, recomputed here from its lse."""
+    attend = jax.custom_vjp(forward)
+
+    def forward_with_residuals(inputs):
+        out, lse = forward(inputs)
+        return (out, lse), (inputs, out, lse)
+
+    attend.defvjp(forward_with_residuals, _backward)
+    return attend
 
 
 def _head_view(inputs: AttentionInputs, h):
@@ -141,6 +146,3 @@ def _head_gradients(inputs: AttentionInputs, d_out, lse, correction, h):
 def _add_rows(array, start, rows):
     old = jax.lax.dynamic_slice_in_dim(array, start, rows.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(array, old + rows, start, axis=0)
-
-
-_attend.defvjp(_forward, _backward)
