@@ -75,7 +75,7 @@ def attend_sparsely(
     Args:
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
     """
-    patterns = check_attention(q, k, v, patterns, layout)
+    patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = blocks or Blocks()
     if geometry is None:
@@ -165,7 +165,7 @@ def _gather_extra(x, order):
     return x[jnp.maximum(order, 0), kv_head]
 
 
-def check_attention(q, k, v, patterns, layout: TokenLayout) -> tuple[Pattern, ...]:
+def check_attention(q, k, v, patterns, layout: TokenLayout, q_start=None) -> tuple[Pattern, ...]:
     """The patterns, one per query head; raises ValueError for arguments that do not fit each other."""
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     if num_heads % num_kv_heads:
@@ -176,6 +176,11 @@ def check_attention(q, k, v, patterns, layout: TokenLayout) -> tuple[Pattern, ..
         raise ValueError(f"there are more queries than keys: q has {q.shape[1]} tokens, k has {k.shape[1]}")
     if layout.num_tokens != k.shape[1]:
         raise ValueError(f"the layout must describe every kv token: it has {layout.num_tokens}, k has {k.shape[1]}")
+    batch, num_layouts = q.shape[0], layout.modality.shape[0] if layout.modality.ndim > 1 else 1
+    if num_layouts not in (1, batch):
+        raise ValueError(f"the layout must describe 1 example or {batch}, got {num_layouts}")
+    if isinstance(q_start, int) and not 0 <= q_start <= k.shape[1] - q.shape[1]:
+        raise ValueError(f"queries must lie among the keys: {q_start=} and {q.shape[1]} queries, {k.shape[1]} keys")
     patterns = (patterns,) * num_heads if isinstance(patterns, Pattern) else tuple(patterns)
     if len(patterns) != num_heads:
         raise ValueError(f"patterns must name one pattern for each of the {num_heads} query heads, got {len(patterns)}")

@@ -40,13 +40,25 @@ def plain_attention(q, k, v, mask, scale):
     return _plain(q, k, v, mask, scale)
 
 
-def assert_close_to_reference(got, exact, plain, *, dtype, what: str = "out") -> None:
-    """Error against float64 at most twice the plain implementation's, plus one ulp of the largest exact value.
+def score_ulp(q, k, mask, scale):
+    """One float32 ulp of the largest sum that a score is accumulated in, [h]; at large scores more than one of the score.
+
+    Matrix products of different shapes add up in different orders, so two right implementations differ by this much.
+    """
+    ratio = q.shape[0] // k.shape[0]
+    q, k = (np.abs(np.asarray(x, np.float64)) for x in (q, k))
+    sums = np.einsum("htd,hsd->hts", q, np.repeat(k, ratio, axis=0)) * scale
+    return float(jnp.finfo(jnp.float32).eps) * np.where(mask, sums, 0).max(axis=(1, 2))
+
+
+def assert_close_to_reference(got, exact, plain, *, dtype, of_scores=0.0, what: str = "out") -> None:
+    """Error against float64 at most twice the plain implementation's, plus an ulp of the result and one of its scores.
 
     Args:
       got, plain: the two results in `dtype`.
       exact: the same in float64; -inf must be met exactly.
-      dtype: of the results; its epsilon is the ulp.
+      dtype: of the results; its epsilon times the largest exact value is the ulp.
+      of_scores: what `score_ulp` says; an error in a score changes a weight, and so the result, by that part.
     """
     got, exact, plain = (np.asarray(x, np.float64) for x in (got, exact, plain))
     finite = np.isfinite(exact)
@@ -54,18 +66,30 @@ def assert_close_to_reference(got, exact, plain, *, dtype, what: str = "out") ->
     if not finite.any():
         return
     error, plain_error = (np.max(np.abs(x[finite] - exact[finite])) for x in (got, plain))
-    ulp = float(jnp.finfo(dtype).eps) * np.max(np.abs(exact[finite]))
+    ulp = (float(jnp.finfo(dtype).eps) + of_scores) * np.max(np.abs(exact[finite]))
     allowed = 2 * plain_error + ulp
     # A NaN compares false, so it fails here too.
     assert error <= allowed, f"{what}: {error=:.3e} > {allowed=:.3e} = 2 * {plain_error:.3e} + {ulp=:.3e}"
 
 
 def assert_attention_close(got, q, k, v, mask, scale) -> None:
-    """`got = (out, lse)`, head-major, is masked dense attention. Keys nobody attends may hold NaN."""
+    """`got = (out, lse)`, head-major, is masked dense attention, head by head. Keys nobody attends may hold NaN."""
     is_attended = np.asarray(mask).any(axis=1).reshape(k.shape[0], -1, k.shape[1]).any(axis=1)[..., None]
     k, v = (jnp.where(is_attended, x, 0) for x in (k, v))
-    (out, lse), (exact, exact_lse) = got, exact_attention(q, k, v, mask, scale)
-    plain, plain_lse = plain_attention(q, k, v, mask, scale)
-    assert out.dtype == q.dtype and lse.dtype == jnp.float32
-    assert_close_to_reference(out, exact, plain, dtype=q.dtype)
-    assert_close_to_reference(lse, exact_lse, plain_lse, dtype=jnp.float32, what="lse")
+    assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32
+    exact, plain = exact_attention(q, k, v, mask, scale), plain_attention(q, k, v, mask, scale)
+    assert_heads_close(got, exact, plain, score_ulp(q, k, mask, scale), range(q.shape[0]))
+
+
+def assert_heads_close(got, exact, plain, ulps, heads) -> None:
+    """The named heads of `(out, lse)` are close; arguments as above, all heads of each."""
+    for h in heads:
+        (out, lse), (exact_out, exact_lse), (plain_out, plain_lse) = (
+            (x[h] for x in pair) for pair in (got, exact, plain)
+        )
+        assert_close_to_reference(
+            out, exact_out, plain_out, dtype=out.dtype, of_scores=ulps[h], what=f"out of head {h}"
+        )
+        assert_close_to_reference(
+            lse, exact_lse, plain_lse, dtype=jnp.float32, of_scores=ulps[h], what=f"lse of head {h}"
+        )

@@ -97,7 +97,11 @@ def mixed_prompt() -> TokenLayout:
     return concatenate([*pieces, text_tokens(2)])
 
 
-@functools.partial(jax.jit, static_argnames=("patterns", "blocks", "scale"))
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+"""Plans are compiled far more often than run here, and are integer work: nothing but time depends on it."""
+
+
+@functools.partial(jax.jit, static_argnames=("patterns", "blocks", "scale"), compiler_options=QUICK_TO_COMPILE)
 def _plan(q, k, layout, q_start, *, patterns, blocks, scale):
     geometry = prompt_geometry(layout, patterns, num_queries=q.shape[0], q_start=q_start, blocks=blocks)
     return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
