@@ -41,7 +41,7 @@ def plain_attention(q, k, v, mask, scale):
 
 
 def score_ulp(q, k, mask, scale):
-    """One float32 ulp of the largest sum that a score is accumulated in, [h]; at large scores more than one of the score.
+    """One float32 ulp of the largest sum that a score is accumulated in, [h].
 
     Matrix products of different shapes add up in different orders, so two right implementations differ by this much.
     """

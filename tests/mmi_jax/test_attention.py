@@ -115,13 +115,12 @@ def test_every_pattern_is_masked_dense_attention(run, name, implementation):
 
 
 def test_the_default_blocks(rng):
-    """Blocks of 128 tokens: two q blocks and a rest, several patterns in one call, left out pairs among them."""
-    patterns = (AShape(sink=8, local=30), VerticalSlash(vertical=130, slash=48, local=16), Dense(), Grid(local=40))
-    layout = concatenate([text_tokens(9), vision_tokens(20, 3, 5), text_tokens(4)])
-    q, k, v = random_qkv(rng, batch=1, t=313, s=313, heads=4, kv_heads=2, head_dim=16)
-    result = jax.jit(functools.partial(attend_sparsely, patterns=patterns, implementation="xla"))(
-        q, k, v, layout=layout
-    )
+    """Blocks of 128 tokens: four q blocks and a rest, several patterns in one call, all but one leaving out pairs."""
+    patterns = (AShape(sink=8, local=30), VerticalSlash(vertical=130, slash=32, local=16), Dense(), Grid(local=40))
+    layout = concatenate([text_tokens(9), vision_tokens(36, 3, 5), text_tokens(4)])
+    q, k, v = random_qkv(rng, batch=1, t=553, s=553, heads=4, kv_heads=2, head_dim=16)
+    attend = jax.jit(functools.partial(attend_sparsely, patterns=patterns, implementation="xla"))
+    result = attend(q, k, v, layout=layout)
     visits = visit_counts(jax.tree.map(lambda x: x[0], result.plan))
     assert visits.max() == 1 and (visits[[0, 1, 3]].sum(axis=(1, 2)) < visits[2].sum()).all()
     q, k, v = (x[0].transpose(1, 0, 2) for x in (q, k, v))
@@ -208,7 +207,8 @@ def test_a_pattern_of_ones_own_is_one_file(rng):
     plan = plan_of(EveryOther(100), text_tokens(75))
     mask = visit_counts(plan) > 0
     assert (mask[0] == every_other(75, 16)).all()
-    exact, _ = exact_attention(*(x[0].transpose(1, 0, 2) for x in (q, k, v)), np.repeat(mask, 2, axis=0), 0.25)
+    q, k, v = (x[0].transpose(1, 0, 2) for x in (q, k, v))
+    exact, _ = exact_attention(q, k, v, np.repeat(mask, 2, axis=0), 0.25)
     np.testing.assert_allclose(np.asarray(out)[0], exact.transpose(1, 0, 2), atol=2e-6)
 
 
