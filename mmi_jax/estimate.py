@@ -74,7 +74,7 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     Args:
       mass: attention on each token.
       is_counted: tokens to look at; the neighbours of the estimating queries, say, would drown the rest.
-      layout: of the tokens; where no frames are known, a token is compared with all others.
+      layout: of the tokens; a frame of one token, or tokens without frames, are compared with all others.
     """
     number = jnp.maximum(is_counted.sum(), 1)
     floor = jnp.where(is_counted, mass, 0.0).sum() / number * 2.0**-20 + 1e-30
@@ -84,7 +84,9 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     begins = (layout.frame != jnp.roll(layout.frame, 1)) | (layout.video != jnp.roll(layout.video, 1))
     frame = jnp.cumsum(begins & (jnp.arange(len(begins)) > 0))
     total, number = _segment_sums(frame, level, is_counted)
-    excess = level - (total / jnp.maximum(number, 1.0))[frame]
+    overall = total.sum() / jnp.maximum(number.sum(), 1.0)
+    mean = jnp.where(number > 1, total / jnp.maximum(number, 1.0), overall)  # a lone token has no frame to stand out of
+    excess = level - mean[frame]
     return jnp.where(is_counted, jnp.clip(excess, -MOST_SALIENCE, MOST_SALIENCE), 0.0)
 
 
