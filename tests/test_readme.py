@@ -1,0 +1,32 @@
+"""The README's first example runs as it stands, and every name in its other examples exists."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_first_example_runs():
+    exec(compile(blocks("python")[0], "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_import_of_the_examples_exists():
+    imports = [line for block in blocks("python") for line in block.splitlines() if re.match(r"(from|import) ", line)]
+    assert len(imports) >= 5
+    for line in imports:
+        exec(line, {})
+
+
+def test_every_file_of_the_tree_exists():
+    root = README.parent
+    tree = blocks("")[1]
+    folders = [name for line in tree.splitlines() if not line.startswith(" ") for name in re.findall(r"(\w+)/", line)]
+    assert {"pallas_kernels", "mmi_jax", "models", "tests", "tpu_scripts"} <= set(folders)
+    for folder in folders:
+        assert (root / folder).is_dir()
+    for name in ("block_index.py", "attention.py", "estimate.py", "assemble.py", "plan.py", "engine.py", "flax.py"):
+        assert name in tree and list(root.glob(f"*/{name}"))
