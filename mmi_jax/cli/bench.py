@@ -113,7 +113,17 @@ def _table(found: list[dict[str, Any]]) -> Table:
     """Times in milliseconds, median with the fastest and slowest call; and the parts of a plan."""
     parts = [name for name in ("plan_ms", "permute_ms", "attend_ms", "undo_ms") if name in found[0]]
     table = Table(title=f"{machine()['device']}, commit {machine()['commit']}", title_justify="left")
-    for column in ("case", "density", "rel. error", "ms (fastest, slowest)", *parts, "TFLOP/s", "dense ms", "speed-up"):
+    for column in (
+        "case",
+        "density",
+        "rel. error",
+        "ms (fastest, slowest)",
+        *parts,
+        "TFLOP/s",
+        "peak GB",
+        "dense ms",
+        "speed-up",
+    ):
         table.add_column(column, justify="left" if column == "case" else "right")
     for row in found:
         table.add_row(
@@ -123,6 +133,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
             f"{row['median_ms']:.1f} ({row['fastest_ms']:.1f}, {row['slowest_ms']:.1f})",
             *(f"{row[name]:.1f}" for name in parts),
             f"{row['tflops_per_s']:.3g}" if "tflops_per_s" in row else "",
+            f"{row['max_rss_bytes'] / 1e9:.2f}" if "max_rss_bytes" in row else "",
             f"{row['baseline_median_ms']:.1f}"
             if "speedup" in row
             else "does not fit"
