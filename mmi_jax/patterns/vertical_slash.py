@@ -27,8 +27,9 @@ class VerticalSlash(Pattern):
 
     Columns are exact to the token and gathered into kv blocks of their own; the first kv block of keys is always among
     them. Diagonals are kept in bands one granule wide and computed in whole tiles that start at any granule, so
-    neighbours of a chosen diagonal inside a tile are attended too. Distance is counted in keys of the group, from the
-    last key at or before the query.
+    neighbours of a chosen diagonal inside a tile are attended too, and at a distance that is not a multiple of the
+    granule at most half a granule of queries at an edge of their q block miss it. Distance is counted in keys of the
+    group, from the last key at or before the query.
 
     Args:
       vertical: columns, the forced first block included; tokens.
@@ -57,7 +58,9 @@ class VerticalSlash(Pattern):
         return [
             Part(
                 member=scope.member,
-                visits=lambda q_blocks: _slash_runs(bands, view.offset, *q_blocks.extent(anchor), blocks),
+                visits=lambda q_blocks: _slash_runs(
+                    bands, view.offset, view.rank(q_blocks.lowest), *q_blocks.extent(anchor), blocks
+                ),
                 max_blocks=scope.bound(len(bands) + 2) + scope.num_kv_blocks,
                 columns=(self._columns(weights.sum(axis=0), scope),),
             )
@@ -81,17 +84,19 @@ class VerticalSlash(Pattern):
         return jnp.sort(bands).astype(jnp.int32)
 
 
-def _slash_runs(bands, offset, first_anchor, last_anchor, blocks: Blocks) -> list[Runs]:
+def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blocks) -> list[Runs]:
     """Tiles that cover the bands for queries whose anchors lie between two rows, from the nearest band to the farthest.
 
     Each band needs the rows its diagonals cross; tiles are laid against the lower edge of what is covered already, so
-    they never overlap.
+    they never overlap. The nearest band reaches back to the first key that shares a position with a query, so that a
+    query inside an image of one position sees all of it.
     """
     tile = blocks.kv // blocks.granule
     first, end = first_anchor // blocks.granule, last_anchor // blocks.granule + 1
 
     def cover(covered_from, band):
-        low, high = first - band, jnp.minimum(end - band, covered_from)
+        low = jnp.where(band == 0, jnp.minimum(first, first_own // blocks.granule), first - band)
+        high = jnp.minimum(end - band, covered_from)
         number = jnp.where(high > 0, jnp.maximum(-(-(high - low) // tile), 0), 0)
         start = high - number * tile
         return jnp.where(number > 0, start, covered_from), (start, number)
