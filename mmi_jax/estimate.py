@@ -68,8 +68,8 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     frame's mean a frame as a whole, or the pull towards recent ones, counts for nothing. Far below the typical
     attention all tokens are alike, so that differences among tokens nobody attends to are not taken for structure.
 
-    Of 1,000 random prompts with such tokens, such a frame and such a pull beside a line of 2.5 to 5 nats, raw attention
-    found about one line in four, this all of them; without the cut-off it missed 21.
+    Of 1,000 random prompts with such tokens, such a frame and such a pull beside a line of 2.5 to 5 nats (made as in
+    tests/mmi_jax/test_planted.py), raw attention missed 682 lines, this without the cut-off 3, with it none.
 
     Args:
       mass: attention on each token.
