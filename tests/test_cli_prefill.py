@@ -109,8 +109,8 @@ def test_the_demo_draws_its_patterns(demo):
     assert names == ["density.png", *(f"mask-layer0-head{n}.png" for n in range(4)), "patterns.png"]
     assert demo.printed["plots"] == [str(demo.directory / Path(path).name) for path in demo.printed["plots"]]
     for name in names:
-        width, height = Image.open(demo.directory / name).size
-        assert width > 500 and height > 300
+        with Image.open(demo.directory / name) as picture:
+            assert picture.width > 500 and picture.height > 300
     assert not list(demo.directory.glob(".*"))
 
 
