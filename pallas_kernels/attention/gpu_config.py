@@ -34,6 +34,7 @@ class HopperConfig:
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
+      fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
     """
 
     tile_kv: int
@@ -41,6 +42,7 @@ class HopperConfig:
     num_v_stages: int
     num_q_buffers: int = 2
     take_turns: bool = False
+    fixes_top: bool = True
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""

@@ -166,3 +166,35 @@ def test_none_falls_through_to_xla_without_a_hopper_gpu():
         v_extra=inputs.v_extra,
     )
     assert_close(got, inputs)
+
+
+def steep_inputs(**sizes):
+    """Scores that grow along the keys by far more than float32 can hold relative to those of the first tile."""
+    inputs = mixed_inputs(num_q_heads=2, num_q_blocks=4, num_shared=512, num_extra=0, **sizes)
+    steepness = jnp.linspace(0.0, 200.0, inputs.k.shape[1]).astype(inputs.k.dtype)
+    q = inputs.q.at[0].set(jnp.abs(inputs.q[0]))  # the other head keeps scores of both signs
+    return dataclasses.replace(inputs, q=q, k=jnp.abs(inputs.k) * steepness[None, :, None])
+
+
+def test_interpreted_kernel_repeats_rows_that_outgrow_their_first_tile(monkeypatch):
+    inputs = steep_inputs(head_dim=64)
+    repeated = []
+
+    def record(table, lse, find=mosaic_gpu._rows_to_repeat):
+        repeated.append(int((find(table, lse)[:, 4] >= 0).sum()))
+        return find(table, lse)
+
+    monkeypatch.setattr(mosaic_gpu, "_rows_to_repeat", record)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
+    assert 0 < repeated[0] < inputs.index.count.size, "some q tiles, and not all, are repeated"
+    assert_close(got, inputs)
+
+
+def test_rows_to_repeat_are_those_that_say_so_and_end_the_table():
+    table = mosaic_gpu.work_table(jax.tree.map(jnp.asarray, RandomLists(blocks_per_row=3).index(2, 1024, 128)))
+    lse = jnp.zeros((2, 1024)).at[1, 300].set(jnp.inf).at[0, 1023].set(jnp.inf).at[0, 5].set(-jnp.inf)
+    again = np.asarray(mosaic_gpu._rows_to_repeat(table, lse))
+    count = list(again[:, 4]).index(-1)
+    assert {(row[0], row[1]) for row in again[:count]} == {(1, 256), (0, 896)}
+    assert (again[count:, 4] == -1).all()
