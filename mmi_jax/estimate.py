@@ -50,13 +50,12 @@ def diagonal_mass(weights: Float[Array, "q s"], anchor: Int32[Array, " q"], widt
     num_bands = -(-s // width) + 1
     lead = width // 2
 
-    def add(total, row):
-        weight, at = row
+    def shift(weight, at):
         padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
         by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
-        return total + jnp.where(at >= 0, by_distance, 0.0), None
+        return jnp.where(at >= 0, by_distance, 0.0)
 
-    by_distance, _ = jax.lax.scan(add, jnp.zeros(s, weights.dtype), (weights, anchor))
+    by_distance = jax.vmap(shift)(weights, anchor).sum(axis=0)
     return jnp.pad(by_distance, (lead, num_bands * width - lead - s)).reshape(num_bands, width).sum(axis=1)
 
 

@@ -12,6 +12,10 @@ from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
 from mmi_jax.patterns.checks import check_at_least
 
 
+BANDS_AT_ONCE = 8
+"""Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VerticalSlash(Pattern):
     """A few key columns that all queries see, and a few diagonals at fixed distances.
@@ -102,7 +106,7 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
         return jnp.where(number > 0, start, covered_from), (start, number)
 
     far = jnp.full_like(first, jnp.iinfo(jnp.int32).max)
-    _, (start, number) = jax.lax.scan(cover, far, bands)
+    _, (start, number) = jax.lax.scan(cover, far, bands, unroll=min(BANDS_AT_ONCE, len(bands)))
     num_below = jnp.clip(-(start // tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
     rows = (start + num_below * tile) * blocks.granule
     return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]
