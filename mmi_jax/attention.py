@@ -92,6 +92,7 @@ def attend_sparsely(
 
 def plan_batch(patterns: Sequence[Pattern], q, k, geometry: Geometry, *, scale: float, blocks: Blocks) -> Plan:
     """The plan of every example of a batch, leading axis b on every array."""
+    q, k = jax.lax.stop_gradient((q, k))  # a plan is made of integers; kernels of estimates have no backward pass
 
     def example(q, k, geometry):
         return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
@@ -122,8 +123,11 @@ def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
     """What a kernel reads: rows in permuted order, keys laid out in views, batch folded into the heads."""
     batch = q.shape[0]
     q_rows = jax.vmap(lambda plan, q: plan.q_order.apply(q.transpose(1, 0, 2)))(plan, q)
-    k_view, v_view = (jax.vmap(_lay_out)(x, plan.kv_order) for x in (k, v))
-    k_extra, v_extra = (jax.vmap(_gather_extra)(x, plan.extra_order) for x in (k, v))
+    k_view, k_extra = jax.vmap(_lay_out)(k, plan.kv_order), jax.vmap(_gather_extra)(k, plan.extra_order)
+    v_view, v_extra = jax.vmap(_lay_out)(v, plan.kv_order), jax.vmap(_gather_extra)(v, plan.extra_order)
+    # A padded token may hold NaN, and a weight of 0 does not silence it.
+    v_view = jnp.where((plan.kv_order >= 0)[:, None, :, None], v_view, 0)
+    v_extra = jnp.where((plan.extra_order >= 0)[..., None], v_extra, 0)
     index = jax.tree.map(_fold, plan.index)
     first_pos_row = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * plan.kv_pos.shape[1]
     return AttentionInputs(
@@ -136,6 +140,7 @@ def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
         kv_pos=_fold(plan.kv_pos),
         index=dataclasses.replace(index, pos_row=_fold(plan.index.pos_row + first_pos_row)),
         scale=scale,
+        is_silent=True,
     )
 
 

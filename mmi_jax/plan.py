@@ -112,7 +112,8 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
     def one(head):
         scope = Scope(
             q=q[:, head],
-            k=k[:, head // ratio],
+            all_k=k,
+            kv_head=head // ratio,
             geometry=geometry,
             member=geometry.queries.is_real,
             scale=scale,

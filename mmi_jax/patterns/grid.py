@@ -85,10 +85,9 @@ class Grid(Pattern):
 
     def find_lines(self, scope: Scope) -> "Lines":
         """The stride and phase on which the last queries spend most attention, and the views sorted by that stride."""
-        weights, rows = scope.last_attention(self.last_q)
-        mass = weights.sum(axis=0)
-        q_pos = jnp.where(rows >= 0, scope.geometry.q_pos[jnp.maximum(rows, 0)], NO_LIMIT)
-        is_far = scope.group_pos <= jnp.min(q_pos) - self.local  # neither window nor padding
+        mass, q_pos = scope.last_mass(self.last_q)
+        first_pos = jnp.min(jnp.where(q_pos >= 0, q_pos, NO_LIMIT))
+        is_far = scope.group_pos <= first_pos - self.local  # neither window nor padding
         views = [scope.geometry.view(view) for view in self.views(scope.group, scope.blocks)]
         is_counted = is_far & (scope.geometry.keys.modality == VISION)
         salience = estimate.salience(mass, is_counted, scope.geometry.keys)

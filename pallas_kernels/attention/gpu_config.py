@@ -34,6 +34,7 @@ class HopperConfig:
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
+      stagger: full blocks by which a thread block starts further down its list than its neighbour; 0 starts all alike.
       fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
     """
 
@@ -42,6 +43,7 @@ class HopperConfig:
     num_v_stages: int
     num_q_buffers: int = 2
     take_turns: bool = False
+    stagger: int = 0
     fixes_top: bool = True
 
     def __post_init__(self):
@@ -50,6 +52,8 @@ class HopperConfig:
             raise ValueError(f"tile_kv must be 64 or 128, got {self.tile_kv=}")
         if min(self.num_k_stages, self.num_v_stages) < 2:
             raise ValueError(f"stages must be at least 2, got {self.num_k_stages=}, {self.num_v_stages=}")
+        if self.stagger < 0:
+            raise ValueError(f"stagger must be at least 0, got {self.stagger=}")
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 

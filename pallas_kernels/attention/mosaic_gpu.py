@@ -95,7 +95,7 @@ def launch(
 def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Array]:
     """What the kernel reads besides the work table, by the names of `Refs`."""
     index = inputs.index
-    v, v_extra = silence_padding(inputs)
+    v, v_extra = (inputs.v, inputs.v_extra) if inputs.is_silent else silence_padding(inputs)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))  # noqa: E731
     arrays = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))

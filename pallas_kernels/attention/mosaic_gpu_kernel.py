@@ -185,11 +185,14 @@ def _load_q(refs: Refs, shape: KernelShape, n, table_row):
 def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     """Copies the kv tiles of a q tile, which are `tile, tile + 1, ...` of this thread block; K goes one ahead of V."""
     config = shape.config
-    head, first, num_full, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
-    num_full *= shape.tiles_per_block
+    head, first, num_full_blocks, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
+    num_full = num_full_blocks * shape.tiles_per_block
+    shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
 
     def step(j, last_start):
-        entry = jnp.minimum(first + j // shape.tiles_per_block, shape.num_entries - 1)
+        block = j // shape.tiles_per_block
+        block = jnp.where(block < num_full_blocks, _rotated(block + shift, num_full_blocks), block)
+        entry = jnp.minimum(first + block, shape.num_entries - 1)
         start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
 
         @pl.when(j < num_tiles)
@@ -208,6 +211,11 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
         return start
 
     lax.fori_loop(0, jnp.where(num_tiles > 0, num_tiles + 1, 0), step, jnp.int32(0))
+
+
+def _rotated(block, num_blocks):
+    """Full blocks may come in any order: thread blocks that share a list need not all read one block at one time."""
+    return jnp.where(block >= num_blocks, block - num_blocks, block)
 
 
 def _copy_tile(refs: Refs, shape: KernelShape, name, head, start, tile):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import config as shape_checks
 from problems import random_problem
 
 from pallas_kernels import BlockIndex, block_sparse_attention, coverage
@@ -223,14 +222,6 @@ def wrong_inputs():
         "kv_pos": (change(kv_pos=lambda x: x[:, 1:]), "kv_pos must have s . x = 72 positions, got 71"),
         "name": (lambda a: a | {"implementation": "cuda"}, "implementation='cuda' is unknown: expected one of"),
     }
-
-
-@pytest.fixture
-def no_shape_checks():
-    """As users run it: our own messages, not the test suite's type checker, must catch bad input."""
-    shape_checks.update("jaxtyping_disable", True)
-    yield
-    shape_checks.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("rule", wrong_inputs())

@@ -70,10 +70,11 @@ def test_launch_refuses_a_config_that_does_not_fit():
         mosaic_gpu.launch(mixed_inputs(head_dim=256), CONFIGS[128, 128])
 
 
-def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks():
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger):
     inputs = mixed_inputs(head_dim=64)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
+        got = mosaic_gpu.launch(inputs, dataclasses.replace(SMALL, stagger=stagger), num_programs=2, interpretable=True)
     assert_close(got, inputs)
 
 
@@ -134,7 +135,12 @@ def test_check_supported_needs_a_positive_scale():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(dict(tile_kv=96), "64 or 128"), (dict(num_k_stages=1), "at least 2"), (dict(num_q_buffers=3), "1 or 2")],
+    [
+        (dict(tile_kv=96), "64 or 128"),
+        (dict(num_k_stages=1), "at least 2"),
+        (dict(num_q_buffers=3), "1 or 2"),
+        (dict(stagger=-1), "at least 0"),
+    ],
 )
 def test_config_names_the_rule(change, message):
     with pytest.raises(ValueError, match=message):
