@@ -124,6 +124,12 @@ def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> C
     return Columns(tokens=tokens, is_hidden=is_hidden)
 
 
+def mean_up_to(most: int | float, num_kv_blocks: int) -> float:
+    """Mean over the rows of a causal triangle of `num_kv_blocks` blocks, each of which visits `most` where it can."""
+    most = min(most, num_kv_blocks)
+    return most - most * (most - 1) / (2 * num_kv_blocks)
+
+
 class Pattern(abc.ABC):
     """What one head attends to. A subclass is a frozen dataclass, hashable, static under jit.
 
@@ -135,9 +141,18 @@ class Pattern(abc.ABC):
         """Whether `parts` reads q or k; if not, one plan serves all heads of the pattern."""
         return True
 
+    @property
+    def holds_scores(self) -> bool:
+        """Whether `parts` holds scores of single queries for all keys, so that heads of a long prompt take turns."""
+        return self.reads_scores
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """Key views that `parts` will ask the geometry for, when the keys are those of `group`."""
         return ()
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks, of `num_kv_blocks`, that a q block typically visits, for cost models; None if unknown."""
+        return None
 
     @abc.abstractmethod
     def parts(self, scope: Scope) -> list[Part]:

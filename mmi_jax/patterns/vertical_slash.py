@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Part, Runs
-from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
+from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
-
 
 BANDS_AT_ONCE = 8
 """Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
@@ -50,6 +49,11 @@ class VerticalSlash(Pattern):
     def __post_init__(self):
         """Raises ValueError for sizes below 1."""
         check_at_least(self, vertical=1, slash=1, local=1, last_q=1)
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        bands = 2 * self.slash / blocks.kv + self.local / blocks.kv  # a band alone crosses two blocks
+        return mean_up_to(self.vertical / blocks.kv + bands + 1, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order, with gathered columns."""

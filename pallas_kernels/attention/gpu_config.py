@@ -25,6 +25,10 @@ ROW_FIELDS = 32
 """int32 columns of the work table: TMA writes to shared memory at multiples of 128 bytes."""
 
 
+STAGGERED_BLOCKS = 64
+"""Full blocks from which a list counts as long: in shorter ones neighbours are soon apart by themselves."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HopperConfig:
     """Block sizes and buffers of the Hopper kernel.
@@ -34,7 +38,7 @@ class HopperConfig:
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
-      stagger: full blocks by which a thread block starts further down its list than its neighbour; 0 starts all alike.
+      stagger: full blocks by which a thread block starts further down a long list than its neighbour; 0 starts all alike.
       fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
     """
 
@@ -98,7 +102,7 @@ CONFIGS = {
     (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
     (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
     (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
-    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2),
+    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2, stagger=7),
     (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""

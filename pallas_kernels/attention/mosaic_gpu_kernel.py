@@ -26,7 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS, HopperConfig
+from pallas_kernels.attention.gpu_config import (
+    COMPUTE_WARPGROUPS,
+    ROW_FIELDS,
+    STAGGERED_BLOCKS,
+    WARPGROUP_ROWS,
+    HopperConfig,
+)
 
 MASKED = -1e38
 """A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
@@ -188,6 +194,7 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     head, first, num_full_blocks, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
     num_full = num_full_blocks * shape.tiles_per_block
     shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
+    shift = jnp.where(num_full_blocks >= STAGGERED_BLOCKS, shift, 0)
 
     def step(j, last_start):
         block = j // shape.tiles_per_block

@@ -1,9 +1,12 @@
-"""The same in XLA: runs anywhere, holds all scores of the heads it is given in float32."""
+"""The same in XLA: runs anywhere, holds the scores of a few heads at a time in float32."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.notation import Array, Float, Int32
+
+SCORE_BYTES = 2**31
+"""Room for the float32 scores of the heads that are estimated at once; heads beyond it wait their turn."""
 
 
 def column_mass(
@@ -13,10 +16,12 @@ def column_mass(
     """Attention mass per key, see `api.column_mass`."""
     heads_per_row = k.shape[1] // kv_pos.shape[0]
 
-    def head(q, g, q_pos):
+    def head(args):
+        q, g, q_pos = args
         return attention_rows(q, k[:, g], q_pos, kv_pos[g // heads_per_row], scale).sum(axis=0)
 
-    return jax.vmap(head)(q, kv_head, q_pos)
+    at_once = max(1, SCORE_BYTES // (4 * q.shape[1] * k.shape[0]))
+    return jax.lax.map(head, (q, kv_head, q_pos), batch_size=min(len(q), at_once))
 
 
 def attention_rows(

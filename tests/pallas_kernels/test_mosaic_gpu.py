@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention import mosaic_gpu, mosaic_gpu_kernel, reference
 from pallas_kernels.attention.cases import AllVisited, RandomLists, mixed_inputs
 from pallas_kernels.attention.gpu_config import (
     CONFIGS,
@@ -71,7 +71,8 @@ def test_launch_refuses_a_config_that_does_not_fit():
 
 
 @pytest.mark.parametrize("stagger", [0, 3])
-def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger):
+def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_kernel, "STAGGERED_BLOCKS", 1)
     inputs = mixed_inputs(head_dim=64)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = mosaic_gpu.launch(inputs, dataclasses.replace(SMALL, stagger=stagger), num_programs=2, interpretable=True)
