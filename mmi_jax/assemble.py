@@ -43,7 +43,7 @@ class _Runs(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """Visited blocks in row order: first kv row, interval id, q block and whether there is one [l]; and row ends [i]."""
+    """Visited blocks in row order: first kv row, interval, q block, whether there is one [l]; and row ends [i]."""
 
     start: Array
     interval: Array

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from mmi_jax.blocks import Blocks
 from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns.base import Pattern
+from mmi_jax.patterns.dense import Dense
+from mmi_jax.plain import attend_densely, cudnn_takes, is_plain
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
 from pallas_kernels.attention.api import Implementation, attend_inputs
@@ -24,12 +26,18 @@ class SparseAttention:
     Args:
       out: attention output in q's dtype.
       lse: log-sum-exp of the scaled scores that were visited, float32; -inf for padding.
-      plan: the plan of each example, leading axis b on every array.
+      plan: the plan of each example, leading axis b on every array; None where nothing had to be planned.
     """
 
     out: Float[Array, "b t h d"]
     lse: Float[Array, "b h t"]
-    plan: Plan
+    plan: Plan | None
+
+    def density(self) -> Float[Array, "b h"]:
+        """Visited tiles over the tiles of dense causal attention, float32."""
+        if self.plan is None:
+            return jnp.ones(self.lse.shape[:2], jnp.float32)
+        return jax.vmap(lambda plan: plan.density())(self.plan)
 
 
 def sparse_attention(
@@ -69,15 +77,24 @@ def sparse_attention(
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
     scale: float | None = None, blocks: Blocks | None = None, implementation: Implementation | None = None,
+    starts_plain: bool | None = None,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
 
     Args:
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
+      starts_plain: whether the queries are a plain prompt's first tokens (see `plain.is_plain`), which a caller under
+        jit knows and the traced layout hides; looked up when None. Dense heads alone then need no plan.
     """
     patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = blocks or Blocks()
+    if implementation is None and all(pattern == Dense() for pattern in patterns) and cudnn_takes(q):
+        if starts_plain is None:
+            starts_plain = q.shape[1] == k.shape[1] and is_plain(layout)
+        if starts_plain:
+            out, lse = attend_densely(q, k, v, layout=layout, scale=scale)
+            return SparseAttention(out=out, lse=lse, plan=None)
     if geometry is None:
         geometry = batch_geometry(
             layout, patterns, batch=q.shape[0], num_queries=q.shape[1], q_start=q_start, blocks=blocks

@@ -17,8 +17,10 @@ from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache
+from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.plain import is_plain
 from mmi_jax.report import PrefillReport
 from mmi_jax.table import PatternTable, uniform_table
 from pallas_kernels.attention.api import Implementation
@@ -90,6 +92,7 @@ class _Program:
     blocks: Blocks
     implementation: Implementation | None
     measures_recall: bool
+    starts_plain: bool
 
 
 def prefill(
@@ -103,6 +106,7 @@ def prefill(
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
     measures_recall: bool = True,
+    may_run_dense: bool = True,
     on_stage: Callable[[str], None] | None = None,
 ) -> PrefillResult:
     """Logits of the next token, the KV cache and a report, for a batch of right-padded prompts.
@@ -120,6 +124,8 @@ def prefill(
       blocks: tile sizes.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
+      may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
+        this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
 
     Raises:
@@ -130,6 +136,8 @@ def prefill(
     table = _as_table(table, model.config)
     lengths = _lengths(prompt)
     num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks)
+    if may_run_dense and chunk >= num_tokens:
+        table = _faster(table, num_tokens, blocks)
     clock = _Clock(on_stage)
     with clock("vision"):
         x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
@@ -142,6 +150,7 @@ def prefill(
         blocks=blocks,
         implementation=implementation,
         measures_recall=measures_recall,
+        starts_plain=chunk >= num_tokens and is_plain(prompt.layout),
     )
     cache = empty_cache(
         num_layers=table.num_layers,
@@ -229,7 +238,7 @@ def _run_chunk(program: _Program, state, x, rope_pos, layout: TokenLayout, q_sta
                 )
                 result = attend_sparsely(
                     q, k_all[n], v_all[n], patterns, layout=layout, geometry=geometry, q_start=q_start,
-                    blocks=program.blocks, implementation=program.implementation,
+                    blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
                 )  # fmt: skip
                 return result.out, (k_all, v_all, _statistics(program, result, q, k_all[n], layout, q_start))
 
@@ -254,7 +263,7 @@ def _statistics(program: _Program, result: SparseAttention, q, k, layout: TokenL
             for x, layout_part in ((q, queries), (k, layout))
         ]
     ).all(axis=0)
-    density = jax.vmap(lambda plan: plan.density())(result.plan)
+    density = result.density()
     num_real = queries.is_real.sum(axis=1)
     if program.measures_recall:
         recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
@@ -290,6 +299,13 @@ def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> Patt
         return uniform_table(table or Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
     table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
     return table
+
+
+def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTable:
+    """The table with dense heads where the device's cost model finds them faster."""
+    costs = costs_of_device()
+    layers = tuple(faster_patterns(row, num_tokens=num_tokens, blocks=blocks, costs=costs) for row in table.layers)
+    return dataclasses.replace(table, layers=layers)
 
 
 def _sizes(

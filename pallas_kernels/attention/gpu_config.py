@@ -38,7 +38,7 @@ class HopperConfig:
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
-      stagger: full blocks by which a thread block starts further down a long list than its neighbour; 0 starts all alike.
+      stagger: full blocks by which a thread block starts further down a long list than its neighbour.
       fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
     """
 

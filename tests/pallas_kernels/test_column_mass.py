@@ -1,4 +1,4 @@
-"""Attention mass per key: the meaning in float64, vmap without copies, and the Hopper kernel interpreted and lowered."""
+"""Attention mass per key: the meaning in float64, vmap without copies, the Hopper kernel interpreted and lowered."""
 
 import functools
 
