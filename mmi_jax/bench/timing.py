@@ -47,17 +47,18 @@ class Program:
 
 def compile_program(fun: Callable[..., Any], *args: Any) -> Program:
     """The function compiled for arguments of these shapes: arrays, or `jax.ShapeDtypeStruct`s in their place."""
-    return _compile(jax.jit(fun).lower(*args))
+    return compile_lowered(jax.jit(fun).lower(*args))
 
 
 def compile_programs(functions: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Program]:
     """Several functions compiled side by side, each for its own arguments, before anything is timed."""
     lowered = {name: jax.jit(fun).lower(*args) for name, (fun, args) in functions.items()}
     with ThreadPoolExecutor() as pool:
-        return dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+        return dict(zip(lowered, pool.map(compile_lowered, lowered.values()), strict=True))
 
 
-def _compile(lowered: jax.stages.Lowered) -> Program:
+def compile_lowered(lowered: jax.stages.Lowered) -> Program:
+    """The traced function compiled; may run in a thread of its own."""
     start = time.perf_counter()
     compiled = lowered.compile()
     return Program(call=compiled, compile_ms=(time.perf_counter() - start) * 1e3)

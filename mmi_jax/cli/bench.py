@@ -17,10 +17,13 @@ from mmi_jax.bench.attention import bench_attention
 from mmi_jax.bench.dense import best_dense
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
 from mmi_jax.bench.rules import RULE_CASES, check_rules
+from mmi_jax.bench.tune import TuneProblem, entry, keep, tune
 from mmi_jax.cli.bench_run import Run, in_own_process, run_all
-from mmi_jax.cli.bench_table import attention_table, check_table, plans_table
+from mmi_jax.cli.bench_table import attention_table, check_table, plans_table, tune_table
 from mmi_jax.cli.errors import one_line_errors
+from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.cases import CASES
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
 app = typer.Typer(name="bench", help="Time attention beside its dense baseline; outputs are checked first.")
 
@@ -143,6 +146,43 @@ def check(
         names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
         runs = [Run(name, name) for name in names]
         run_all(runs, measure, check_table, json_file, stops_at_error=debug, times_matmul=False)
+
+
+@app.command("tune")
+def tune_configs(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="As the kernel runs it: 64, 128, 256, which is all of them unless given.")
+    ] = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Query and kv heads; 28/4 and 32/8 unless given.")] = None,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt.")] = 2**15,
+    block_kv: Annotated[int, typer.Option(min=64, help="Rows of a kv block.")] = 128,
+    repeats: RepeatsOption = 5,
+    table: Annotated[Path, typer.Option(help="Where the best go, after every problem.")] = gpu_tuned.PATH,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Search the Hopper kernel's configs: outputs checked, the ranking printed, the best kept in a table."""
+
+    def measure(problem: TuneProblem) -> dict[str, Any]:
+        figures = tune(problem, repeats=repeats)
+        keep(table, entry(problem, figures["ranking"]))
+        return figures
+
+    with one_line_errors(shows_traceback=debug):
+        _share_memory(peers=False)
+        if not has_hopper_gpu():
+            raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+        runs = [
+            Run(problem.label, problem)
+            for d in head_dim or (64, 128, 256)
+            for num_q_heads, num_kv_heads in map(_heads, heads or ["28/4", "32/8"])
+            for problem in [
+                TuneProblem(
+                    head_dim=d, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, num_tokens=tokens, block_kv=block_kv
+                )
+            ]
+        ]
+        run_all(runs, measure, tune_table, json_file, stops_at_error=debug)
 
 
 def _chosen(asked: list[str] | None, known: list[str], default: list[str]) -> list[str]:

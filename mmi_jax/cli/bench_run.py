@@ -82,7 +82,8 @@ def _progress(name: str, figures: dict[str, Any]) -> str:
         return f"{name}: failed: {figures['error']}"
     time = f", {figures['median_ms']:.4g} ms" if "median_ms" in figures else ""
     rate = f", {figures['tflops_per_s']:.4g} TFLOP/s" if "tflops_per_s" in figures else ""
-    return f"{name}: relative error {figures['relative_error']:.1e}{time}{rate}"
+    error = f", relative error {figures['relative_error']:.1e}" if "relative_error" in figures else ""
+    return f"{name}: measured{error}{time}{rate}"
 
 
 def _replace(path: Path, line: str) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 from rich.table import Table
 
+RANKS = 10
+"""Configs of a search that its table shows, the best first; those that failed come after them."""
+
 PLAN_PARTS = ("views_ms", "plan_ms", "permute_ms", "attend_ms", "undo_ms")
 
 
@@ -70,6 +73,28 @@ def check_table(result: dict[str, Any]) -> Table:
             continue
         errors = (f"{case[name]:.1e}" for name in ("relative_error", "lse_error"))
         table.add_row(case["case"], *errors, str(case["num_empty_rows"]))
+    return table
+
+
+def tune_table(result: dict[str, Any]) -> Table:
+    """The best configs of each problem, and those that were wrong or could not run."""
+    table = _table(result, "", "K stages", "V stages", "q buffers", "turns", "random TFLOP/s", "all TFLOP/s")
+    for case in result["cases"]:
+        if "error" in case:
+            table.add_row(f"{case['case']}: failed: {case['error']}")
+            continue
+        able = [row for row in case["ranking"] if "error" not in row]
+        failed = [row for row in case["ranking"] if "error" in row]
+        for row in able[:RANKS] + failed:
+            config, rates = row["config"], row["tflops_per_s"]
+            sizes = (str(config[f"num_{name}"]) for name in ("k_stages", "v_stages", "q_buffers"))
+            why = f": {row['error']}" if "error" in row else ""
+            table.add_row(
+                f"{case['case']}, kv tile {config['tile_kv']}{why}",
+                *sizes,
+                "yes" if config["take_turns"] else "no",
+                *(f"{rates[name]:.4g}" if name in rates else "" for name in ("random", "all")),
+            )
     return table
 
 
