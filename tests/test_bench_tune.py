@@ -1,6 +1,7 @@
 """`mmi bench tune`: the fastest right config is chosen, a wrong one never; and the table it goes to."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -42,10 +43,10 @@ _attend = jax.jit(reference.attend)
 
 def stand_ins(**of_fast) -> Any:
     """Each config a millisecond slower than the one before it, but `FAST` as told."""
+    count = itertools.count()
 
     def compile_all(configs, inputs):
-        slow = {config: StandIn(ms=10.0 + n) for n, config in enumerate(configs)}
-        return slow | {FAST: StandIn(**of_fast)}
+        return {c: StandIn(**of_fast) if c == FAST else StandIn(ms=10.0 + next(count)) for c in configs}
 
     return compile_all
 
@@ -56,7 +57,9 @@ def test_the_fastest_config_is_first_and_becomes_the_entry():
     assert entry.config == FAST and entry.key == (64, 128, 2)
     assert entry.tflops_per_s == found["ranking"][0]["tflops_per_s"] and set(entry.tflops_per_s) == {"all", "random"}
     rates = [row["tflops_per_s"]["random"] for row in found["ranking"]]
-    assert rates == sorted(rates, reverse=True) and len(rates) == len(tune.candidates(PROBLEM))
+    tried = {HopperConfig(**row["config"]) for row in found["ranking"]}
+    assert rates == sorted(rates, reverse=True) and len(rates) == len(tried)
+    assert tried > {*tune.sizes(PROBLEM), *tune.variants([FAST])}
 
 
 def test_a_wrong_config_is_never_chosen_and_last_with_the_reason():
@@ -76,12 +79,17 @@ def test_without_a_right_config_there_is_no_entry():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_candidates_fit_the_shared_memory_and_hold_the_built_in_configs(head_dim):
-    problem = dataclasses.replace(PROBLEM, head_dim=head_dim)
-    found = tune.candidates(problem)
+def test_sizes_fit_the_shared_memory_and_hold_the_built_in_configs(head_dim):
+    found = tune.sizes(dataclasses.replace(PROBLEM, head_dim=head_dim))
     assert all(config.shared_memory_bytes(head_dim, "bfloat16") <= SHARED_MEMORY_BYTES for config in found)
     assert {config for (d, _), config in CONFIGS.items() if d == head_dim} <= set(found)
-    assert len(set(found)) == len(found) and {config.take_turns for config in found} == {False, True}
+    assert len(set(found)) == len(found)
+
+
+def test_a_variant_differs_in_one_field():
+    found = [dataclasses.asdict(config) for config in tune.variants([FAST])]
+    changed = [{name for name, value in dataclasses.asdict(FAST).items() if value != one[name]} for one in found]
+    assert changed == [{name} for name, values in tune.DIALS.items() for _ in values]
 
 
 def test_both_kinds_of_lists_have_one_shape():

@@ -25,6 +25,10 @@ from pallas_kernels.attention.inputs import AttentionInputs
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""
 
+DIALS: dict[str, tuple[Any, ...]] = {"take_turns": (True,), "fixes_top": (False,)}
+"""Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
+
+NUM_TURNED = 2
 NUM_FINALISTS = 4
 """Configs that are timed on every kind of list, after one measurement of each on random ones."""
 
@@ -72,21 +76,24 @@ class TuneProblem:
         return {"random": inputs, "all": dataclasses.replace(inputs, index=every)}
 
 
-def candidates(problem: TuneProblem) -> list[HopperConfig]:
-    """The built-in configs of this head dim, and others whose declaration fits the shared memory.
+def sizes(problem: TuneProblem) -> list[HopperConfig]:
+    """The built-in configs of this head dim, and others in tiles and stages whose declaration fits the shared memory.
 
     One q buffer is tried only where it buys stages for which two leave no room.
     """
     fits = lambda config: config.shared_memory_bytes(problem.head_dim, problem.dtype) <= SHARED_MEMORY_BYTES  # noqa: E731
     tiles = [tile for tile in (128, 64) if problem.block_kv % tile == 0]
     found = [config for (d, tile), config in CONFIGS.items() if d == problem.head_dim and tile in tiles]
-    for tile, (k, v), turns in itertools.product(tiles, STAGES, (False, True)):
-        two, one = (
-            HopperConfig(tile_kv=tile, num_k_stages=k, num_v_stages=v, num_q_buffers=n, take_turns=turns)
-            for n in (2, 1)
-        )
-        found.append(two if fits(two) else one)
+    for tile, (k, v) in itertools.product(tiles, STAGES):
+        two = HopperConfig(tile_kv=tile, num_k_stages=k, num_v_stages=v)
+        found.append(two if fits(two) else dataclasses.replace(two, num_q_buffers=1))
     return list(dict.fromkeys(filter(fits, found)))
+
+
+def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
+    """Each of these configs with one of `DIALS` turned."""
+    turned = ({name: value} for name, values in DIALS.items() for value in values)
+    return [dataclasses.replace(config, **change) for change in turned for config in configs]
 
 
 def compile_configs(
@@ -120,7 +127,7 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
     """
     inputs = problem.inputs()
     expected = {name: sample(x) for name, x in inputs.items()}
-    programs = compile_all(candidates(problem), inputs["random"])
+    programs: dict[HopperConfig, Program | Exception] = {}
 
     def rate(config: HopperConfig, name: str, repeats: int) -> float:
         """TFLOP/s on one kind of list, the output checked first."""
@@ -133,7 +140,14 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
         del out, lse
         return _flops(inputs[name]) / program.time(inputs[name], repeats=repeats).median_ms / 1e9
 
-    screened, failed = _rates(programs, lambda config: {"random": rate(config, "random", 1)})
+    def screen(configs: Sequence[HopperConfig]):
+        programs.update(compile_all(configs, inputs["random"]))
+        return _rates(configs, lambda config: {"random": rate(config, "random", 1)})
+
+    screened, failed = screen(sizes(problem))
+    fastest = sorted(screened, key=lambda config: -screened[config]["random"])
+    more, more_failed = screen(variants(fastest[:NUM_TURNED]))
+    screened, failed = screened | more, failed | more_failed
     finalists = sorted(screened, key=lambda config: -screened[config]["random"])[:NUM_FINALISTS]
     finals, failed_late = _rates(finalists, lambda config: {name: rate(config, name, repeats) for name in inputs})
     if not finals:

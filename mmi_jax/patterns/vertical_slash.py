@@ -11,7 +11,6 @@ from mmi_jax.parts import Columns, Part, Runs
 from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
 from mmi_jax.patterns.checks import check_at_least
 
-
 BANDS_AT_ONCE = 8
 """Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
 
