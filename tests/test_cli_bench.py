@@ -87,8 +87,7 @@ def test_dense_rows_see_what_stands_before_them():
 
 def test_without_torch_every_peer_gives_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    inputs = SMALL.inputs()
-    found = torch_peers.rows(inputs, flops=1.0, repeats=1)
+    found = bench_attention(SMALL, implementation="xla", with_dense=False, with_peers=True, repeats=1)["others"]
     assert [row["name"] for row in found] == [*torch_peers.DENSE, torch_peers.FLEX]
     assert all(row["error"].startswith("torch is not installed") for row in found)
 

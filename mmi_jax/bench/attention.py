@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from mmi_jax.bench import torch_peers
 from mmi_jax.bench.dense import MASKED_LIMIT, dense_row, masked_row
 from mmi_jax.bench.rows import chosen, dense_flops, rate
-from mmi_jax.bench.sampled import sample
+from mmi_jax.bench.sampled import SampledRows, sample, sample_dense
 from mmi_jax.bench.timing import compile_program
 from pallas_kernels.attention.api import Implementation, attend_inputs
 from pallas_kernels.attention.cases import AttentionCase
+from pallas_kernels.attention.inputs import AttentionInputs
 
 
 def bench_attention(
@@ -54,16 +55,29 @@ def bench_attention(
         "flops": flops,
         **rate(flops, timing),
     }
-    others = []
-    if with_dense:
-        others.append(dense_row(inputs.q, inputs.k, inputs.v, scale=inputs.scale, repeats=repeats))
-        others += [masked_row(inputs)] if case.num_tokens <= MASKED_LIMIT else []
-    if with_peers:
-        others += torch_peers.rows(inputs, flops=flops, repeats=repeats)
+    others = _others(inputs, expected, flops, with_dense=with_dense, with_peers=with_peers, repeats=repeats)
     figures["others"] = [_beside(other, timing.median_ms) for other in others]
     if jax.default_backend() == "cpu":
         figures["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return figures
+
+
+def _others(
+    inputs: AttentionInputs, expected: SampledRows, flops: float, *, with_dense: bool, with_peers: bool, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each other implementation; `expected` holds sampled rows over the lists."""
+    if not (with_dense or with_peers):
+        return []
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    dense = sample_dense(q, k, v, scale=scale)
+    rows = []
+    if with_dense:
+        rows.append(dense_row(q, k, v, dense, scale=scale, repeats=repeats))
+        rows += [masked_row(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
+    if with_peers:
+        rows += torch_peers.dense_rows(q, k, v, dense, scale=scale, repeats=repeats)
+        rows.append(torch_peers.flex_row(inputs, expected, flops=flops, repeats=repeats))
+    return rows
 
 
 def _beside(other: dict[str, Any], our_ms: float) -> dict[str, Any]:

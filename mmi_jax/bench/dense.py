@@ -8,7 +8,7 @@ import numpy as np
 
 from mmi_jax.bench import torch_peers
 from mmi_jax.bench.rows import dense_flops, rate, row
-from mmi_jax.bench.sampled import sample, sample_dense
+from mmi_jax.bench.sampled import SampledRows, sample_dense
 from mmi_jax.bench.timing import compile_program
 from mmi_jax.planted import GRID, planted_qkv, video_prompt
 from pallas_kernels import coverage
@@ -20,14 +20,21 @@ MASKED_LIMIT = 4096
 
 
 def dense_row(
-    q: Float[Array, "h t d"], k: Float[Array, "g t d"], v: Float[Array, "g t d"], *, scale: float, repeats: int
-) -> dict[str, Any]:
-    """Figures of dense causal `jax.nn.dot_product_attention`, checked first: cuDNN on a GPU, XLA elsewhere."""
+    q: Float[Array, "h t d"], k: Float[Array, "g t d"], v: Float[Array, "g t d"], expected: SampledRows,
+    *, scale: float, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of dense causal `jax.nn.dot_product_attention`, checked first: cuDNN on a GPU, XLA elsewhere.
+
+    Args:
+      q, k, v: head-major.
+      expected: of `sample_dense`.
+      scale: factor on the scores.
+      repeats: measurements.
+    """
 
     def measure():
         arrays = [x.transpose(1, 0, 2)[None] for x in (q, k, v)]
         program = compile_program(_attention(scale=scale, is_causal=True), *arrays)
-        expected = sample_dense(q, k, v, scale=scale)
         out = np.asarray(program(*arrays)[0, expected.rows, expected.heads])
         errors = expected.check(out, None, dtype=str(q.dtype))
         return errors | rate(dense_flops(*q.shape), program.time(*arrays, repeats=repeats))
@@ -35,8 +42,13 @@ def dense_row(
     return row(f"{_backend()} dense, jax", measure)
 
 
-def masked_row(inputs: AttentionInputs) -> dict[str, Any]:
-    """The error of dense attention under the lists' own mask, against which ours is held; not timed."""
+def masked_row(inputs: AttentionInputs, expected: SampledRows) -> dict[str, Any]:
+    """The error of dense attention under the lists' own mask, against which ours is held; not timed.
+
+    Args:
+      inputs: short, as the mask is quadratic.
+      expected: of `sample`.
+    """
 
     def measure():
         arrays = [x.transpose(1, 0, 2)[None] for x in (inputs.q, inputs.k, inputs.v)]
@@ -44,7 +56,6 @@ def masked_row(inputs: AttentionInputs) -> dict[str, Any]:
         program = compile_program(
             lambda mask, *arrays: _attention(scale=inputs.scale)(*arrays, mask=mask), mask, *arrays
         )
-        expected = sample(inputs)
         out = np.asarray(program(mask, *arrays)[0, expected.rows, expected.heads])
         return expected.check(out, None, dtype=str(inputs.q.dtype))
 
@@ -70,9 +81,10 @@ def planted_dense_rows(
     )
     q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
     scale = head_dim**-0.5
-    rows = [dense_row(q, k, v, scale=scale, repeats=repeats)]
+    expected = sample_dense(q, k, v, scale=scale)
+    rows = [dense_row(q, k, v, expected, scale=scale, repeats=repeats)]
     if with_peers:
-        rows += torch_peers.dense_rows(q, k, v, scale=scale, repeats=repeats)
+        rows += torch_peers.dense_rows(q, k, v, expected, scale=scale, repeats=repeats)
     return tuple(rows)
 
 
@@ -95,5 +107,5 @@ def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peer
         "dense_ms": round(best["median_ms"] * (num_tokens / measured_at) ** 2, 3),
         "dense_measured_at": measured_at,
         "is_dense_extrapolated": measured_at < num_tokens,
-        "dense_rows": list(rows),
+        "dense_of_all_ms": {found["name"]: found.get("median_ms", found.get("error")) for found in rows},
     }

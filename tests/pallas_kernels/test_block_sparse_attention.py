@@ -19,7 +19,7 @@ from tests.closeness import assert_attention_close, assert_close_to_reference
 
 HOPPER = pytest.param("mosaic_gpu", marks=pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU"))
 IMPLEMENTATIONS = ("reference", "xla", HOPPER)
-HOPPER_SIZES = dict(head_dim=64, t=640, s=448, x=128, block_q=128, block_kv=64, dtype="bfloat16")
+HOPPER_SIZES: dict[str, Any] = dict(head_dim=64, t=640, s=448, x=128, block_q=128, block_kv=64, dtype="bfloat16")
 """The same problem, in the smallest blocks and the types that the Hopper kernel takes."""
 
 # head dim, query heads, kv heads, dtype: every head dim and every GQA ratio in both dtypes.
@@ -28,12 +28,12 @@ SIZES = [(64, 2, 2, "float32"), (80, 4, 2, "float32"), (96, 7, 1, "float32"), (1
          (128, 7, 1, "bfloat16"), (256, 4, 2, "bfloat16")]  # fmt: skip
 
 
-def problem_for(implementation, rng, **sizes):
+def problem_for(implementation, rng, **sizes: Any):
     """A random problem of a size and type that the backend takes: float16 stands in for float32 on Hopper."""
     if implementation != "mosaic_gpu":
         return random_problem(rng, **sizes)
-    dtype = {"dtype": "float16"} if sizes.get("dtype") == "float32" else {}
-    return random_problem(rng, **HOPPER_SIZES | sizes | dtype)
+    dtype: dict[str, Any] = {"dtype": "float16"} if sizes.get("dtype") == "float32" else {}
+    return random_problem(rng, **(HOPPER_SIZES | sizes | dtype))
 
 
 def exp_error(implementation):
