@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mmi_jax import estimate
 from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
@@ -132,6 +131,8 @@ def prefill(
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
         q or k are not finite in a layer; the message names it.
     """
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
     buckets, blocks = buckets or Buckets(), blocks or Blocks()
     table = _as_table(table, model.config)
     lengths = _lengths(prompt)
@@ -216,6 +217,8 @@ def _run_chunk(program: _Program, state, x, rope_pos, layout: TokenLayout, q_sta
       The caches, and the hidden state of every prompt's last token if it stands in this chunk; and statistics of each
       layer: density and recall `[layers, b, h]`, and whether q and k were finite `[layers, b]`.
     """
+    from flax import nnx
+
     k, v, hidden = carry
     model: Any = nnx.merge(program.graphdef, state)
     rotary = model.rotary(rope_pos)

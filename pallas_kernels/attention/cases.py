@@ -71,7 +71,8 @@ class RandomShare:
 
 def _random_rows(rng, count):
     """One after another, `count[i]` blocks of each row `i`: some left of the diagonal, ascending, and the diagonal."""
-    rows = (np.append(np.sort(rng.permutation(i)[: c - 1]), i) for i, c in enumerate(count))
+    draw = lambda i, n: np.sort(rng.choice(i, n, replace=False, shuffle=False))  # noqa: E731
+    rows = (np.append(draw(i, c - 1), i) for i, c in enumerate(count))
     return np.concatenate(list(rows))
 
 
@@ -150,6 +151,14 @@ def _cases():
         yield AttentionCase(
             name=f"random128 28/4 32K d{head_dim}", lists=random128, num_tokens=2**15, head_dim=head_dim
         )
+    for kilo_tokens in (4, 8, 16):  # short prompts, where dense attention is hard to beat
+        for heads in ((28, 4), (32, 8)):
+            yield AttentionCase(
+                name=f"all {heads[0]}/{heads[1]} {kilo_tokens}K", num_tokens=kilo_tokens * 1024, lists=AllVisited(),
+                num_q_heads=heads[0], num_kv_heads=heads[1],
+            )  # fmt: skip
+    # Short enough for dense attention under the lists' own mask: whose error is larger?
+    yield AttentionCase(name="random8 28/4 4K", lists=RandomLists(blocks_per_row=8), num_tokens=4096)
 
     for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
         yield AttentionCase(
@@ -164,7 +173,7 @@ def _cases():
 
 
 CASES = {case.name: case for case in _cases()}
-"""Problems by name: `all`, `random32` or `random128`, then heads and tokens; and two for a CPU."""
+"""Problems by name: `all`, or `random` with blocks per row, then heads and tokens; and two for a CPU."""
 
 
 def mixed_inputs(

@@ -113,10 +113,12 @@ def padded_head_dim(head_dim: int) -> int:
     return next(d for d in (64, 128, 256) if head_dim <= d)
 
 
-def choose_config(head_dim: int, block_kv: int) -> HopperConfig:
-    """The table's config for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:
+    """The tuned config, else the built-in one, for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+    from pallas_kernels.attention.gpu_tuned import tuned_config  # it reads a file, when first called
+
     tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
-    return CONFIGS[head_dim, tile_kv]
+    return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
 
 
 def has_hopper_gpu() -> bool:

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import mosaic_gpu, mosaic_gpu_kernel, reference
+from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_kernel, reference
 from pallas_kernels.attention.cases import AllVisited, RandomLists, mixed_inputs
 from pallas_kernels.attention.gpu_config import (
     CONFIGS,
@@ -20,6 +20,7 @@ from pallas_kernels.attention.gpu_config import (
     has_hopper_gpu,
     padded_head_dim,
 )
+from pallas_kernels.attention.gpu_tuned import read_table
 
 SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
 
@@ -50,19 +51,34 @@ def assert_close(got, inputs):
     assert error <= bound, f"{error=} exceeds {bound=}"
 
 
-@pytest.mark.parametrize("key", CONFIGS, ids=str)
-@pytest.mark.parametrize("num_extra", [0, 128])
-def test_every_config_lowers_for_cuda(key, num_extra):
-    head_dim, tile_kv = key
-    dtype = "float16" if num_extra else "bfloat16"
-    inputs = mixed_inputs(head_dim=head_dim, block_kv=tile_kv, num_extra=num_extra, dtype=dtype)
-    run = jax.jit(functools.partial(mosaic_gpu.launch, config=CONFIGS[key]))
+def known_configs():
+    """Head dim, block width and config of the built-in table and of the tuned one, if it ships."""
+    built_in = [(d, tile_kv, config) for (d, tile_kv), config in CONFIGS.items()]
+    tuned = read_table(gpu_tuned.PATH) if gpu_tuned.PATH.exists() else ()
+    return list(dict.fromkeys(built_in + [(entry.head_dim, entry.block_kv, entry.config) for entry in tuned]))
+
+
+def lowered_cases():
+    """Every config at its own head dim in both dtypes, with and without extra rows; and at the head dims it pads."""
+    for d, block_kv, config in known_configs():
+        for dtype in ("bfloat16", "float16"):
+            for num_extra in (0, 128):
+                yield d, block_kv, config, dtype, num_extra
+            for padded in (80, 96) if d == 128 else ():
+                yield padded, block_kv, config, dtype, 128
+
+
+@pytest.mark.parametrize(("head_dim", "block_kv", "config", "dtype", "num_extra"), [*lowered_cases()], ids=str)
+def test_every_config_lowers_for_cuda(head_dim, block_kv, config, dtype, num_extra):
+    inputs = mixed_inputs(head_dim=head_dim, block_kv=block_kv, num_extra=num_extra, dtype=dtype)
+    run = jax.jit(functools.partial(mosaic_gpu.launch, config=config))
     assert "mosaic_gpu" in run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("head_dim", "tile_kv"), CONFIGS, ids=str)
-def test_every_config_fits_shared_memory(head_dim, tile_kv):
-    assert CONFIGS[head_dim, tile_kv].shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
+@pytest.mark.parametrize(("head_dim", "block_kv", "config"), known_configs(), ids=str)
+def test_every_config_fits_shared_memory(head_dim, block_kv, config):
+    assert block_kv % config.tile_kv == 0
+    assert config.shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
 
 
 def test_launch_refuses_a_config_that_does_not_fit():
