@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from mmi_jax.bench.attention import bench_attention
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
 from mmi_jax.bench.rules import RULE_CASES, check_rules
 from mmi_jax.cli import main
+from mmi_jax.cost import CostModel
 from mmi_jax.layout import TEXT, VISION
 from mmi_jax.patterns import Grid
 from mmi_jax.planted import GRID, planted_qkv, video_prompt
@@ -126,8 +128,21 @@ def test_a_plan_has_its_parts_and_the_whole():
 
 
 def test_a_whole_that_differs_from_its_parts_is_not_timed(monkeypatch):
-    monkeypatch.setattr("mmi_jax.bench.plans.sparse_attention", lambda q, k, v, *_, **__: 2 * q)
+    monkeypatch.setattr("mmi_jax.bench.plans.attend_sparsely", lambda q, *_, **__: SimpleNamespace(out=2 * q))
     with pytest.raises(RuntimeError, match=r"the whole must equal its parts within 0.1"):
+        bench_plan("a-shape", SIZES, implementation="xla", repeats=1)
+
+
+def test_heads_that_run_dense_are_counted_and_checked_as_dense(monkeypatch):
+    dense_is_free = CostModel(
+        dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, static_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
+        estimate_ns=1.0, hold_ns=1.0,
+    )  # fmt: skip
+    monkeypatch.setattr("mmi_jax.bench.plans.costs_of_device", lambda: dense_is_free)
+    figures = bench_plan("a-shape", SIZES, implementation="xla", repeats=1)
+    assert figures["dense_heads"] == SIZES.num_q_heads
+    monkeypatch.setattr("mmi_jax.bench.plans.attend_sparsely", lambda q, *_, **__: SimpleNamespace(out=2 * q))
+    with pytest.raises(RuntimeError, match="relative error against float64"):
         bench_plan("a-shape", SIZES, implementation="xla", repeats=1)
 
 

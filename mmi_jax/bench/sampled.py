@@ -59,6 +59,13 @@ class SampledRows:
             raise RuntimeError(f"the log-sum-exp must be within {LSE_LIMIT} of float64, got {lse_error:.2e}")
         return {"relative_error": error, "lse_error": lse_error}
 
+    def of_heads(self, heads: np.ndarray) -> "SampledRows":
+        """The rows of some of the heads; at least one of them was sampled if it is the first or the last."""
+        is_kept = np.isin(self.heads, heads)
+        return SampledRows(
+            heads=self.heads[is_kept], rows=self.rows[is_kept], out=self.out[is_kept], lse=self.lse[is_kept]
+        )
+
     def of(self, x) -> np.ndarray:
         """These rows of a head-major array on the device, in float64."""
         return np.asarray(x[self.heads, self.rows]).astype(np.float64)

@@ -25,7 +25,7 @@ from pallas_kernels.attention.inputs import AttentionInputs
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""
 
-DIALS: dict[str, tuple[Any, ...]] = {"take_turns": (True,), "fixes_top": (False,)}
+DIALS: dict[str, tuple[Any, ...]] = {"stagger": (0, 7), "fixes_top": (False,), "take_turns": (True,)}
 """Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
 
 NUM_TURNED = 2
@@ -93,7 +93,8 @@ def sizes(problem: TuneProblem) -> list[HopperConfig]:
 def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
     """Each of these configs with one of `DIALS` turned."""
     turned = ({name: value} for name, values in DIALS.items() for value in values)
-    return [dataclasses.replace(config, **change) for change in turned for config in configs]
+    changed = [dataclasses.replace(config, **change) for change in turned for config in configs]
+    return [config for config in dict.fromkeys(changed) if config not in configs]
 
 
 def compile_configs(

@@ -40,7 +40,7 @@ def plans_table(result: dict[str, Any]) -> Table:
     """Parts, their sum and the whole of each plan; dense attention, with ~ where it is extrapolated."""
     table = _table(
         result, "", "tokens", "heads", "density", "rel. error", *(name.removesuffix("_ms") for name in PLAN_PARTS),
-        "sum", "whole (fastest, slowest)", "beside attend", "attend TFLOP/s", "dense", "speed-up",
+        "sum", "whole (fastest, slowest)", "heads run dense", "beside attend", "attend TFLOP/s", "dense", "speed-up",
     )  # fmt: skip
     for case in result["cases"]:
         if "error" in case:
@@ -56,6 +56,7 @@ def plans_table(result: dict[str, Any]) -> Table:
             *(f"{case[name]:.4g}" for name in PLAN_PARTS),
             f"{sum(case[name] for name in PLAN_PARTS):.4g}",
             _spread(case),
+            str(case["dense_heads"]),
             f"{case['share_beside_attend']:.0%}",
             f"{case['tflops_per_s']:.4g}",
             dense,

@@ -103,8 +103,9 @@ def test_everything_else_is_planned(rng, cudnn_by_xla, layout):
 
 
 DENSE_IS_FREE = CostModel(
-    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, static_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0, estimate_ns=1.0, hold_ns=1.0
-)
+    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, static_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
+    estimate_ns=1.0, hold_ns=1.0,
+)  # fmt: skip
 
 
 def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_xla):
