@@ -23,6 +23,7 @@ RULE_CASES: dict[str, dict[str, Any]] = {
     ),
     "d128, blocks of 256": dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
     "d64, 28 query heads on 4": dict(num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
+    "d128, steep": dict(head_dim=128, num_q_blocks=8, num_shared=2048, num_extra=0, steepness=200.0),
     "d256": dict(head_dim=256, num_q_heads=6, num_kv_heads=2, num_q_blocks=16, num_shared=2048),
 }
 """Arguments of `mixed_inputs` by name; "tiny" is short enough for a sanitizer."""

@@ -122,6 +122,7 @@ class AttentionCase:
             kv_pos=pos[None],
             index=jax.tree.map(jnp.asarray, self.lists.index(self.num_q_heads, self.num_tokens, self.block)),
             scale=self.head_dim**-0.5,
+            is_silent=True,
         )
 
     def flops(self, index: BlockIndex) -> float:
@@ -187,6 +188,7 @@ def mixed_inputs(
     dtype="bfloat16",
     block_q: int = 128,
     block_kv: int = 128,
+    steepness: float = 0.0,
     seed: int = 0,
 ) -> AttentionInputs:
     """A small problem that meets every rule of the contract at once.
@@ -194,6 +196,9 @@ def mixed_inputs(
     Random full and partial blocks, shared and extra, under three distance intervals; unsorted key positions, two rows
     of them; a q block that visits nothing, one that visits a single block, a padded query, and padded keys whose k and
     v are NaN.
+
+    With a `steepness` the scores of the first head grow along the keys, by many times it: far beyond those of any tile
+    that is visited early.
     """
     rng = np.random.default_rng(seed)
     t, view = num_q_blocks * block_q, num_shared + num_extra
@@ -221,8 +226,14 @@ def mixed_inputs(
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     k, v = (draw(num_kv_heads, num_shared, head_dim).at[:, num_shared - 10 :].set(jnp.nan) for _ in range(2))
+    q = draw(num_q_heads, t, head_dim)
+    if steepness:
+        q, k = (
+            q.at[0].set(jnp.abs(q[0])),
+            jnp.abs(k) * jnp.linspace(0.0, steepness, num_shared)[None, :, None].astype(dtype),
+        )
     return AttentionInputs(
-        q=draw(num_q_heads, t, head_dim),
+        q=q,
         k=k,
         v=v,
         k_extra=draw(num_q_heads, num_extra, head_dim),
