@@ -158,7 +158,7 @@ def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
     columns = [
         head,
         block * index.block_q + part * TILE_Q,
-        jnp.minimum(repeat(index.first), last_entry),
+        jnp.clip(repeat(index.first), 0, last_entry),  # an empty row's may be anything
         repeat(index.num_full),
         repeat(index.count),
         repeat(index.pos_row),

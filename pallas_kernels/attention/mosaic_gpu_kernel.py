@@ -191,7 +191,9 @@ def _load_q(refs: Refs, shape: KernelShape, n, table_row):
 def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     """Copies the kv tiles of a q tile, which are `tile, tile + 1, ...` of this thread block; K goes one ahead of V."""
     config = shape.config
-    head, first, num_full_blocks, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
+    head, first, num_full_blocks, num_blocks, pos_row = (
+        refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, COUNT, POS_ROW)
+    )
     num_full = num_full_blocks * shape.tiles_per_block
     shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
     shift = jnp.where(num_full_blocks >= STAGGERED_BLOCKS, shift, 0)
@@ -200,7 +202,8 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
         block = j // shape.tiles_per_block
         block = jnp.where(block < num_full_blocks, _rotated(block + shift, num_full_blocks), block)
         entry = jnp.minimum(first + block, shape.num_entries - 1)
-        start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
+        # The masked tile of an empty row may be any: the entry that its `first` names is nobody's and may hold anything.
+        start = jnp.where(num_blocks > 0, refs.start[head, entry], 0) + j % shape.tiles_per_block * config.tile_kv
 
         @pl.when(j < num_tiles)
         def _k():
