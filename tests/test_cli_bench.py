@@ -78,6 +78,16 @@ def test_sampled_rows_follow_the_lists():
     np.testing.assert_allclose(expected_lse, np.asarray(lse[1])[rows], rtol=1e-5)
 
 
+def test_a_row_that_visits_nothing_is_minus_infinity_exactly():
+    rows = sampled.SampledRows(
+        heads=np.zeros(2, int), rows=np.arange(2), out=np.array([[0.0], [1.0]]), lse=np.array([-np.inf, 2.0])
+    )
+    assert rows.check(rows.out, rows.lse, dtype="float32") == {"relative_error": 0.0, "lse_error": 0.0}
+    for wrong in (np.array([-1e9, 2.0]), np.array([np.nan, 2.0]), np.array([-np.inf, np.inf])):
+        with pytest.raises(RuntimeError, match="log-sum-exp must be within"):
+            rows.check(rows.out, wrong, dtype="float32")
+
+
 def test_dense_rows_see_what_stands_before_them():
     inputs = SMALL.inputs()
     rows = sampled.sample_dense(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
