@@ -7,6 +7,7 @@ from rich.table import Table
 RANKS = 10
 """Configs of a search that its table shows, the best first; those that failed come after them."""
 
+LISTS = ("random", "all")
 PLAN_PARTS = ("views_ms", "plan_ms", "permute_ms", "attend_ms", "undo_ms")
 
 
@@ -70,20 +71,16 @@ def check_table(result: dict[str, Any]) -> Table:
 
 def tune_table(result: dict[str, Any]) -> Table:
     """The best configs of each problem, and those that were wrong or could not run."""
-    table = _table(result, "", "K stages", "V stages", "q buffers", "turns", "random TFLOP/s", "all TFLOP/s")
-    for case in _measured_cases(result):
+    cases = _measured_cases(result)
+    fields = list(cases[0]["ranking"][0]["config"]) if cases else []
+    table = _table(result, "", *fields, "random TFLOP/s", "all TFLOP/s")
+    for case in cases:
         able = [row for row in case["ranking"] if "error" not in row]
         failed = [row for row in case["ranking"] if "error" in row]
         for row in able[:RANKS] + failed:
-            config, rates = row["config"], row["tflops_per_s"]
-            sizes = (str(config[f"num_{name}"]) for name in ("k_stages", "v_stages", "q_buffers"))
+            rates = (f"{row['tflops_per_s'][name]:.4g}" if name in row["tflops_per_s"] else "" for name in LISTS)
             why = f": {row['error']}" if "error" in row else ""
-            table.add_row(
-                f"{case['case']}, kv tile {config['tile_kv']}{why}",
-                *sizes,
-                "yes" if config["take_turns"] else "no",
-                *(f"{rates[name]:.4g}" if name in rates else "" for name in ("random", "all")),
-            )
+            table.add_row(f"{case['case']}{why}", *(str(row["config"][name]) for name in fields), *rates)
     return table
 
 
