@@ -35,7 +35,8 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     if not has_hopper_gpu():
         raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
     check_supported(inputs)
-    return launch(inputs, choose_config(padded_head_dim(inputs.q.shape[-1]), inputs.index.block_kv))
+    head_dim = padded_head_dim(inputs.q.shape[-1])
+    return launch(inputs, choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head))
 
 
 def check_supported(inputs: AttentionInputs) -> None:
