@@ -194,8 +194,8 @@ def mixed_inputs(
     """A small problem that meets every rule of the contract at once.
 
     Random full and partial blocks, shared and extra, under three distance intervals; unsorted key positions, two rows
-    of them; a q block that visits nothing and names no entry, one that visits a single block, a padded query, and padded keys whose k and
-    v are NaN.
+    of them; a q block that visits nothing and names no entry, one that visits a single block, a padded query, and
+    padded keys whose k and v are NaN.
 
     With a `steepness` the scores of the first head grow along the keys, by many times it: far beyond those of any tile
     that is visited early.

@@ -202,7 +202,7 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
         block = j // shape.tiles_per_block
         block = jnp.where(block < num_full_blocks, _rotated(block + shift, num_full_blocks), block)
         entry = jnp.minimum(first + block, shape.num_entries - 1)
-        # The masked tile of an empty row may be any: the entry that its `first` names is nobody's and may hold anything.
+        # An empty row's masked tile may be any: the entry that its `first` names is nobody's and may hold anything.
         start = jnp.where(num_blocks > 0, refs.start[head, entry], 0) + j % shape.tiles_per_block * config.tile_kv
 
         @pl.when(j < num_tiles)
