@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_tpu_kernel import KernelShape, Refs, attention_kernel
+from pallas_kernels.attention.mosaic_tpu_kernel import attention_kernel
+from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs
 from pallas_kernels.attention.tpu_config import (
     LANES,
     MAX_INTERVALS,
@@ -153,9 +154,11 @@ def launch(
 
 
 def row_fields(index: BlockIndex) -> Int32[Array, "rows 1 8"]:
-    """One row per q block: where its list begins, its full entries, all entries, and its row of key positions."""
-    first = jnp.minimum(index.first, index.start.shape[1] - 1)
-    fields = jnp.stack([first, index.num_full, index.count, index.pos_row], axis=-1)
+    """One row per q block: where its list begins, its full entries, all entries, its row of key positions, its last."""
+    end = index.start.shape[1] - 1
+    first, last = jnp.minimum(index.first, end), jnp.clip(index.first + index.count - 1, 0, end)
+    last_entry = jnp.take_along_axis(index.start + index.interval, last, axis=1)
+    fields = jnp.stack([first, index.num_full, index.count, index.pos_row, last_entry], axis=-1)
     fields = jnp.pad(fields, ((0, 0), (0, 0), (0, ROW_FIELDS - fields.shape[-1])))
     return fields.reshape(-1, 1, ROW_FIELDS)
 

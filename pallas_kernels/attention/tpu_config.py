@@ -26,7 +26,7 @@ MAX_INTERVALS = START_TOKENS
 """A list entry keeps its interval's number in the low bits of its start."""
 
 ROW_FIELDS = 8
-"""int32 fields of a q block's own row: first, num_full, count, pos_row, and zeros."""
+"""int32 fields of a q block's own row: first, num_full, count, pos_row, last, and zeros."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

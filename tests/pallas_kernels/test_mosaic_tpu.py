@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_kernel, reference, xla
+from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_loads, reference, xla
 from pallas_kernels.attention.cases import mixed_inputs
 from pallas_kernels.attention.tpu_config import MAX_INTERVALS, PIECE_ENTRIES, TpuConfig
 
@@ -108,7 +108,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
 
 
 def test_a_missing_wait_is_a_race(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu_kernel, "_wait_tile", lambda *args: None)
+    monkeypatch.setattr(mosaic_tpu_loads, "wait_tile", lambda *args: None)
     found, _ = races(mixed_inputs(head_dim=64))
     assert found
 
