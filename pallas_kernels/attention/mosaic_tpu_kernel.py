@@ -69,19 +69,21 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
     def tile(n, slot):
         loads.start_next(refs, shape, row, following, n, num_tiles, 1 - slot)
-        loads.wait_tile(refs, shape, row, n, slot)
-        is_dense = ((n + 1) * shape.blocks <= row.full_end) & ((n > 0) | row.is_full)
-
-        @pl.when(n == 0)
-        def _first():
-            _choose_reference(refs, shape, slot)
+        is_dense = row.is_dense(shape, n)
 
         @pl.when(is_dense)
         def _dense():
+            loads.wait_dense(refs, slot)
             _compute(refs, shape, slot, None)
 
         @pl.when(jnp.logical_not(is_dense))
         def _with_mask():
+            loads.wait_tile(refs, shape, row, n, slot)
+
+            @pl.when(n == 0)
+            def _first():
+                _choose_reference(refs, shape, slot)
+
             _compute(refs, shape, slot, _tile_limits(refs, shape, row, n, slot))
 
         return 1 - slot

@@ -134,6 +134,10 @@ class Row:
         """Where the full entries end in the order they are taken in; the very first may be partial."""
         return jnp.minimum(self.num_full + 1, self.count)
 
+    def is_dense(self, shape: KernelShape, n):
+        """Whether tile `n` holds full blocks alone; the first tile counts as mixed."""
+        return (n > 0) & ((n + 1) * shape.blocks <= self.full_end)
+
 
 def read_row(ref, shape: KernelShape, i) -> Row:
     """The row of q block `i` of this head."""
@@ -170,47 +174,68 @@ def _piece_copy(refs: Refs, row: Row, piece, begin):
     )
 
 
+def _listed(refs: Refs, row: Row, e):
+    """Entry `e` of the list, its piece having arrived."""
+    at = row.offset + e
+    return refs.lists[row.ring, (at >> LANE_BITS) & (RING_ROWS - 1), 0, at & (LANES - 1)]
+
+
 def entry(refs: Refs, row: Row, e):
     """The `e`-th entry to be taken, its piece having arrived: the block's start and the number of its interval."""
-    at = row.offset + e - 1
-    listed = refs.lists[row.ring, (at >> LANE_BITS) & (RING_ROWS - 1), 0, at & (LANES - 1)]
-    value = jnp.where(e == 0, row.last, listed)
+    value = jnp.where(e == 0, row.last, _listed(refs, row, e - 1))
     return value & -START_TOKENS, value & (START_TOKENS - 1)
 
 
 def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_tiles, slot) -> None:
     """Starts the loads of the tile after tile `n`: of this q block, or the first of the next one."""
 
-    @pl.when(n + 1 < num_tiles)
-    def _same():
-        start_tile(refs, shape, row, n + 1, slot)
+    is_dense = row.is_dense(shape, n + 1) & jnp.logical_not(_reaches_next_piece(shape, row, n + 1))
 
-    @pl.when((n + 1 == num_tiles) & (following.count > 0))
-    def _following():
-        start_tile(refs, shape, following, 0, slot)
+    @pl.when(is_dense)
+    def _dense():
+        for b in range(shape.blocks):
+            value = _listed(refs, row, (n + 1) * shape.blocks + b - 1)
+            _kv_copy(refs, shape, row, value & -START_TOKENS, b, slot).start()
+
+    @pl.when(jnp.logical_not(is_dense))
+    def _mixed():
+        @pl.when(n + 1 < num_tiles)
+        def _same():
+            start_tile(refs, shape, row, n + 1, slot)
+
+        @pl.when((n + 1 == num_tiles) & (following.count > 0))
+        def _following():
+            start_tile(refs, shape, following, 0, slot)
+
+
+def _reaches_next_piece(shape: KernelShape, row: Row, n):
+    """Whether tile `n` is the first that needs its piece of the list."""
+    before = row.offset + n * shape.blocks - 1
+    end = jnp.minimum(before + shape.blocks, row.offset + row.count - 1)
+    return (n == 0) | (end >> PIECE_BITS > before >> PIECE_BITS)
 
 
 def start_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     """Starts the loads of a tile: its kv blocks, and key positions where they are partial."""
     begin = n * shape.blocks
     end = jnp.minimum(begin + shape.blocks, row.count)
-    piece = (row.offset + end - 1) >> PIECE_BITS
 
-    @pl.when((n == 0) | (piece > (row.offset + begin - 1) >> PIECE_BITS))
+    @pl.when(_reaches_next_piece(shape, row, n))
     def _next_piece():  # a tile reaches one at most: VMEM holds fewer blocks than a piece has entries
+        piece = (row.offset + end - 1) >> PIECE_BITS
         _piece_copy(refs, row, piece, 0).wait()
         start_piece(refs, shape, row, piece + 1)
 
     @pl.when(end - begin == shape.blocks)
     def _whole():
         for b in range(shape.blocks):
-            _kv_copy(refs, shape, row, begin + b, b, slot).start()
+            _kv_copy(refs, shape, row, entry(refs, row, begin + b)[0], b, slot).start()
 
     @pl.when(end - begin < shape.blocks)
     def _part():
         @pl.loop(0, end - begin)
         def _block(b):
-            _kv_copy(refs, shape, row, begin + b, b, slot).start()
+            _kv_copy(refs, shape, row, entry(refs, row, begin + b)[0], b, slot).start()
 
     _for_partial(shape, row, n, lambda b: _pos_copy(refs, shape, row, begin + b, b, slot).start())
 
@@ -228,9 +253,8 @@ def _for_partial(shape: KernelShape, row: Row, n, act) -> None:
         act(b)
 
 
-def _kv_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
-    """The copy of the block that is taken `e`-th to place `b` of a tile."""
-    start, _ = entry(refs, row, e)
+def _kv_copy(refs: Refs, shape: KernelShape, row: Row, start, b, slot):
+    """The copy of the block that starts at `start` to place `b` of a tile."""
     if shape.num_extra:
         start = start + jnp.where(start >= shape.num_shared, row.own_rows, 0)
     rows = pl.ds(pl.multiple_of(start, START_TOKENS), shape.block_kv)
@@ -250,27 +274,33 @@ def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
     )
 
 
+def wait_dense(refs: Refs, slot) -> None:
+    """Waits for all blocks of a tile."""
+    _wait(refs.kv_tiles.at[slot], refs.kv_arrived.at[slot])
+
+
+def _wait(ref, arrived) -> None:
+    pltpu.make_async_copy(ref, ref, arrived).wait()  # a wait counts bytes: any copy of that size will do
+
+
 def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     """Waits for a tile's blocks and positions; zeros the places without a block."""
     num_blocks = jnp.minimum(row.count - n * shape.blocks, shape.blocks)
-
-    def wait(ref, arrived):
-        pltpu.make_async_copy(ref, ref, arrived.at[slot]).wait()  # a wait counts bytes: any copy of that size will do
 
     block = lambda b: pl.ds(pl.multiple_of(b * shape.block_kv, shape.block_kv), shape.block_kv)  # noqa: E731
 
     @pl.when(num_blocks == shape.blocks)
     def _whole():
-        wait(refs.kv_tiles.at[slot], refs.kv_arrived)
+        wait_dense(refs, slot)
 
     @pl.when(num_blocks < shape.blocks)
     def _part():
         @pl.loop(0, num_blocks)
         def _present(b):
-            wait(refs.kv_tiles.at[slot, block(b)], refs.kv_arrived)
+            _wait(refs.kv_tiles.at[slot, block(b)], refs.kv_arrived.at[slot])
 
         @pl.loop(num_blocks, shape.blocks)
         def _missing(b):  # a weight of 0 does not silence a NaN
             refs.kv_tiles[slot, block(b)] = jnp.zeros((shape.block_kv, refs.kv_tiles.shape[2]), refs.kv_tiles.dtype)
 
-    _for_partial(shape, row, n, lambda b: wait(refs.pos_rows.at[slot, b], refs.pos_arrived))
+    _for_partial(shape, row, n, lambda b: _wait(refs.pos_rows.at[slot, b], refs.pos_arrived.at[slot]))
