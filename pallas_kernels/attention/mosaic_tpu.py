@@ -15,7 +15,7 @@ from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs
 from pallas_kernels.attention.tpu_config import (
     LANES,
     MAX_INTERVALS,
-    PIECE_ROWS,
+    PIECE_ENTRIES,
     ROW_FIELDS,
     START_TOKENS,
     TpuConfig,
@@ -84,7 +84,8 @@ def launch(
     is_packed = size["kv_width"] == LANES
     width, block_q, num_q_blocks = size["width"], index.block_q, index.num_q_blocks
     out_width = LANES // 2 if is_packed else width
-    entries, kv_pos = list_rows(index), position_rows(inputs.kv_pos, index.block_kv)
+    parts = tuple(range(size["kv_width"] // LANES))
+    entries, kv_pos = list_entries(index), position_rows(inputs.kv_pos, index.block_kv)
     shape = KernelShape(
         config=config,
         block_kv=index.block_kv,
@@ -92,10 +93,10 @@ def launch(
         heads_per_kv_head=inputs.heads_per_kv_head,
         num_shared=inputs.k.shape[1],
         num_extra=inputs.k_extra.shape[1],
-        list_rows=-(-index.start.shape[1] // LANES),
+        list_entries=-(-index.start.shape[1] // LANES) * LANES,
         pos_rows=-(-inputs.kv_pos.shape[1] // LANES),
-        v_lanes=(0, width),
-        k_lanes=(0, width) if is_packed else (width, 2 * width),
+        v_parts=parts[: width // LANES],
+        k_parts=parts[-width // LANES :],
         score_scale=inputs.scale * math.log2(math.e),
     )
     arrays = dict(
@@ -163,14 +164,14 @@ def row_fields(index: BlockIndex) -> Int32[Array, "rows 1 8"]:
     return fields.reshape(-1, 1, ROW_FIELDS)
 
 
-def list_rows(index: BlockIndex) -> Int32[Array, "rows 1 lanes"]:
-    """The heads' lists one after another in rows of 128 entries, and rows that a last copy may run into.
+def list_entries(index: BlockIndex) -> Int32[Array, "1 entries"]:
+    """The heads' lists one after another, each padded to 128 entries, and entries that a last copy may run into.
 
     An entry is its start, a multiple of 16, plus the number of its interval.
     """
     entries = index.start + index.interval
-    entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1, 1, LANES)
-    return jnp.pad(entries, ((0, PIECE_ROWS), (0, 0), (0, 0)))
+    entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1)
+    return jnp.pad(entries, (0, PIECE_ENTRIES))[None]
 
 
 def position_rows(kv_pos: Int32[Array, "n sx"], block_kv: int) -> Int32[Array, "rows 1 lanes"]:
@@ -187,10 +188,12 @@ def interval_bounds(index: BlockIndex) -> Int32[Array, "h 1 32"]:
     return jnp.concatenate([jnp.pad(low, missing), jnp.pad(width, missing)], axis=1)[:, None]
 
 
-def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "g rows lanes"]:
-    """Values and keys of a token side by side, so that one DMA brings both: shared rows, then each head's own.
+def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "g groups parts 16 lanes"]:
+    """Values and keys of a token together, so that one DMA brings both: shared rows, then each head's own.
 
-    Values that no query may look at, which may be NaN, are zeros: a weight of 0 does not silence a NaN.
+    In groups of 16 tokens, within a group by 128 lanes: what a DMA moves is one piece of memory, which takes the scalar
+    unit fewer instructions than a strided copy. Values that no query may look at, which may be NaN, are zeros: a weight
+    of 0 does not silence a NaN.
     """
     num_kv_heads, _, d = inputs.k.shape
     v, v_extra = silence_padding(inputs)
@@ -200,7 +203,9 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
 
     shared = side_by_side(v, inputs.k)
     own = side_by_side(v_extra, inputs.k_extra).reshape(num_kv_heads, -1, 2 * begin_of_keys)
-    return jnp.concatenate([shared, own], axis=1)
+    rows = jnp.concatenate([shared, own], axis=1)
+    grouped = rows.reshape(num_kv_heads, -1, START_TOKENS, 2 * begin_of_keys // LANES, LANES)
+    return grouped.transpose(0, 1, 3, 2, 4)
 
 
 def silence_padding(inputs: AttentionInputs):

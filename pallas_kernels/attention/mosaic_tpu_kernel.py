@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import mosaic_tpu_loads as loads
 from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs, Row
-from pallas_kernels.attention.tpu_config import LANES, MAX_INTERVALS
+from pallas_kernels.attention.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
 
 MASKED = -1e38
 """A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
@@ -109,7 +109,8 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
     Masked ones count as well, unless they are NaN: any number will do that is near a query's true maximum.
     """
     begin = min(shape.block_kv, shape.config.tile_kv - LANES) - LANES
-    scores = _scores(refs.q[0], refs.kv_tiles[slot, pl.ds(begin, 2 * LANES), pl.ds(*_span(shape.k_lanes))])
+    keys, _ = _keys_and_values(refs, shape, slot, begin, 2 * LANES)
+    scores = _scores(refs.q[0], keys)
     columns = [jnp.where(x > LOWEST, x, LOWEST) for x in _columns(scores)]
     highest = jnp.max(jnp.maximum(*columns), axis=1, keepdims=True)
     refs.top[...] = jnp.broadcast_to(highest * shape.score_scale, refs.top.shape)
@@ -163,13 +164,9 @@ def _compute(refs: Refs, shape: KernelShape, slot, limits) -> None:
 
 
 def _keys_and_values(refs: Refs, shape: KernelShape, slot, begin, step):
-    rows = pl.ds(begin, step)
-    return (refs.kv_tiles[slot, rows, pl.ds(*_span(lanes))] for lanes in (shape.k_lanes, shape.v_lanes))
-
-
-def _span(lanes):
-    begin, end = lanes
-    return begin, end - begin
+    groups = pl.ds(begin // START_TOKENS, step // START_TOKENS)
+    part = lambda p: refs.kv_tiles[slot, groups, p].reshape(step, LANES)  # noqa: E731
+    return (jnp.concatenate([part(p) for p in parts], axis=1) for parts in (shape.k_parts, shape.v_parts))
 
 
 def _columns(scores):
@@ -190,7 +187,9 @@ def _weighted(weights, v_sd):
     """The sum of values by their weights, given as columns of 128 keys."""
     weights = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
     contract = (((1,), (0,)), ((), ()))
-    return lax.dot_general(weights, v_sd, contract, precision=_precision(v_sd.dtype), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        weights, v_sd, contract, precision=_precision(v_sd.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def _masked(scores, begin: int, limits, shape: KernelShape, q_pos):

@@ -21,9 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_config import (
     LANES,
     PIECE_ENTRIES,
-    PIECE_ROWS,
     PIECES,
-    RING_ROWS,
+    RING_ENTRIES,
     START_TOKENS,
     TpuConfig,
 )
@@ -32,6 +31,8 @@ LANE_BITS = LANES.bit_length() - 1
 """Shifts and masks instead of divisions: signed ones cost the scalar unit several instructions each."""
 
 PIECE_BITS = PIECE_ENTRIES.bit_length() - 1
+
+START_BITS = START_TOKENS.bit_length() - 1
 
 FIRST, NUM_FULL, COUNT, POS_ROW, LAST = range(5)
 """Fields of a q block's row."""
@@ -47,8 +48,8 @@ class KernelShape:
       num_q_blocks: q blocks of a head.
       heads_per_kv_head: query heads that share one kv head.
       num_shared, num_extra: kv rows all heads of a kv head share, and those of each query head behind them.
-      list_rows, pos_rows: rows of 128 entries in one head's list, and of 128 positions in one row of `kv_pos`.
-      v_lanes, k_lanes: `(begin, end)` of values and keys in a gathered row.
+      list_entries, pos_rows: entries of one head's list, and rows of 128 positions in one row of `kv_pos`.
+      v_parts, k_parts: which 128 lanes of a gathered row hold values and keys.
       score_scale: factor on the scores, for base-2 exponentials.
     """
 
@@ -58,10 +59,10 @@ class KernelShape:
     heads_per_kv_head: int
     num_shared: int
     num_extra: int
-    list_rows: int
+    list_entries: int
     pos_rows: int
-    v_lanes: tuple[int, int]
-    k_lanes: tuple[int, int]
+    v_parts: tuple[int, ...]
+    k_parts: tuple[int, ...]
     score_scale: float
 
     @property
@@ -146,7 +147,7 @@ def read_row(ref, shape: KernelShape, i) -> Row:
     return Row(
         kv_head=lax.div(head, shape.heads_per_kv_head),
         own_rows=lax.rem(head, shape.heads_per_kv_head) * shape.num_extra,
-        list_begin=head * shape.list_rows,
+        list_begin=head * shape.list_entries,
         first=field(FIRST),
         num_full=field(NUM_FULL),
         count=field(COUNT),
@@ -161,15 +162,15 @@ def start_piece(refs: Refs, shape: KernelShape, row: Row, piece) -> None:
 
     @pl.when((row.count > 0) & (piece * PIECE_ENTRIES < row.offset + row.count))
     def _start():
-        begin = row.list_begin + (row.first >> LANE_BITS) + piece * PIECE_ROWS
+        begin = row.list_begin + (row.first & -LANES) + piece * PIECE_ENTRIES
         _piece_copy(refs, row, piece, begin).start()
 
 
 def _piece_copy(refs: Refs, row: Row, piece, begin):
     place = piece & (PIECES - 1)
     return pltpu.make_async_copy(
-        refs.entries.at[pl.ds(begin, PIECE_ROWS)],
-        refs.lists.at[row.ring, pl.ds(place * PIECE_ROWS, PIECE_ROWS)],
+        refs.entries.at[0, pl.ds(pl.multiple_of(begin, LANES), PIECE_ENTRIES)],
+        refs.lists.at[pl.ds(pl.multiple_of(row.ring * RING_ENTRIES + place * PIECE_ENTRIES, LANES), PIECE_ENTRIES)],
         refs.list_arrived.at[row.ring, place],
     )
 
@@ -177,7 +178,7 @@ def _piece_copy(refs: Refs, row: Row, piece, begin):
 def _listed(refs: Refs, row: Row, e):
     """Entry `e` of the list, its piece having arrived."""
     at = row.offset + e
-    return refs.lists[row.ring, (at >> LANE_BITS) & (RING_ROWS - 1), 0, at & (LANES - 1)]
+    return refs.lists[row.ring * RING_ENTRIES + (at & (RING_ENTRIES - 1))]
 
 
 def entry(refs: Refs, row: Row, e):
@@ -257,12 +258,16 @@ def _kv_copy(refs: Refs, shape: KernelShape, row: Row, start, b, slot):
     """The copy of the block that starts at `start` to place `b` of a tile."""
     if shape.num_extra:
         start = start + jnp.where(start >= shape.num_shared, row.own_rows, 0)
-    rows = pl.ds(pl.multiple_of(start, START_TOKENS), shape.block_kv)
+    groups = pl.ds(start >> START_BITS, shape.block_kv // START_TOKENS)
     return pltpu.make_async_copy(
-        refs.kv.at[row.kv_head, rows],
-        refs.kv_tiles.at[slot, pl.ds(pl.multiple_of(b * shape.block_kv, shape.block_kv), shape.block_kv)],
-        refs.kv_arrived.at[slot],
+        refs.kv.at[row.kv_head, groups], refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot]
     )
+
+
+def _place(shape: KernelShape, b):
+    """The groups of 16 rows of place `b` of a tile."""
+    groups = shape.block_kv // START_TOKENS
+    return pl.ds(b * groups, groups)
 
 
 def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
@@ -287,8 +292,6 @@ def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     """Waits for a tile's blocks and positions; zeros the places without a block."""
     num_blocks = jnp.minimum(row.count - n * shape.blocks, shape.blocks)
 
-    block = lambda b: pl.ds(pl.multiple_of(b * shape.block_kv, shape.block_kv), shape.block_kv)  # noqa: E731
-
     @pl.when(num_blocks == shape.blocks)
     def _whole():
         wait_dense(refs, slot)
@@ -297,10 +300,11 @@ def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     def _part():
         @pl.loop(0, num_blocks)
         def _present(b):
-            _wait(refs.kv_tiles.at[slot, block(b)], refs.kv_arrived.at[slot])
+            _wait(refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot])
 
         @pl.loop(num_blocks, shape.blocks)
         def _missing(b):  # a weight of 0 does not silence a NaN
-            refs.kv_tiles[slot, block(b)] = jnp.zeros((shape.block_kv, refs.kv_tiles.shape[2]), refs.kv_tiles.dtype)
+            groups = shape.block_kv // START_TOKENS
+            refs.kv_tiles[slot, _place(shape, b)] = jnp.zeros((groups, *refs.kv_tiles.shape[2:]), refs.kv_tiles.dtype)
 
     _for_partial(shape, row, n, lambda b: _wait(refs.pos_rows.at[slot, b], refs.pos_arrived.at[slot]))

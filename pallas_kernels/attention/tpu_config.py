@@ -13,14 +13,13 @@ LANES = 128
 START_TOKENS = 16
 """Block starts are multiples of this: the rows of one bfloat16 register tile."""
 
-RING_ROWS, RINGS = 16, 2
-"""Rows of 128 list entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
+RING_ENTRIES, RINGS = 2048, 2
+"""List entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
 
-PIECE_ROWS = 4
-"""Rows of 128 list entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
+PIECE_ENTRIES = 512
+"""List entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
 
-PIECES = RING_ROWS // PIECE_ROWS
-PIECE_ENTRIES = PIECE_ROWS * LANES
+PIECES = RING_ENTRIES // PIECE_ENTRIES
 
 MAX_INTERVALS = START_TOKENS
 """A list entry keeps its interval's number in the low bits of its start."""
@@ -56,13 +55,13 @@ class TpuConfig:
         """The kernel's scratch by name; `width` is of the output's accumulator, `kv_width` of a gathered row."""
         blocks = self.tile_kv // block_kv
         return {
-            "kv_tiles": pltpu.VMEM((2, self.tile_kv, kv_width), dtype),
+            "kv_tiles": pltpu.VMEM((2, self.tile_kv // START_TOKENS, kv_width // LANES, START_TOKENS, LANES), dtype),
             "pos_rows": pltpu.VMEM((2, blocks, block_kv // LANES + 1, 1, LANES), jnp.int32),
             "acc": pltpu.VMEM((block_q, width), jnp.float32),
             "top": pltpu.VMEM((block_q, LANES), jnp.float32),
             "total": pltpu.VMEM((block_q, LANES), jnp.float32),
             "q_pos_column": pltpu.VMEM((block_q, LANES), jnp.int32),
-            "lists": pltpu.SMEM((RINGS, RING_ROWS, 1, LANES), jnp.int32),
+            "lists": pltpu.SMEM((RINGS * RING_ENTRIES,), jnp.int32),
             "slot": pltpu.SMEM((1,), jnp.int32),
             "kv_arrived": pltpu.SemaphoreType.DMA((2,)),
             "pos_arrived": pltpu.SemaphoreType.DMA((2,)),
