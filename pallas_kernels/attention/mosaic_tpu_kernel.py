@@ -74,17 +74,22 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
         @pl.when(is_dense)
         def _dense():
             loads.wait_dense(refs, slot)
-            _compute(refs, shape, slot, None)
+            _compute(refs, shape, slot, is_dense=True)
 
         @pl.when(jnp.logical_not(is_dense))
         def _with_mask():
             loads.wait_tile(refs, shape, row, n, slot)
 
             @pl.when(n == 0)
-            def _first():
+            def _first():  # together, so that the scalar unit works beside the vector unit
                 _choose_reference(refs, shape, slot)
+                _write_limits(refs, shape, row, n, slot)
 
-            _compute(refs, shape, slot, _tile_limits(refs, shape, row, n, slot))
+            @pl.when(n > 0)
+            def _later():
+                _write_limits(refs, shape, row, n, slot)
+
+            _compute(refs, shape, slot, is_dense=False)
 
         return 1 - slot
 
@@ -116,16 +121,21 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
     refs.top[...] = jnp.broadcast_to(highest * shape.score_scale, refs.top.shape)
 
 
-def _tile_limits(refs: Refs, shape: KernelShape, row: Row, n, slot):
-    return [_limits(refs, shape, row, n, b, slot) for b in range(shape.blocks)]
-
-
-def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
-    """What `_masked` compares for place `b` of a tile: offset positions, a list of int32 [1, 128], and a bound.
+def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
+    """Writes what `_masked` compares, for each block of a tile: its offset positions, and in the last row a bound.
 
     A pair is attended iff `0 <= distance < width`, `distance = q_pos - kv_pos - low`. As unsigned integers that is one
     comparison; adding 2^31 to both sides makes it a signed one: `q_pos - (kv_pos + low + 2^31) < width - 2^31`.
     """
+    for b in range(shape.blocks):
+        positions, bound = _limits(refs, shape, row, n, b, slot)
+        for part, position in enumerate(positions):
+            refs.limits[b, part] = position
+        refs.limits[b, len(positions)] = jnp.full((1, LANES), bound, jnp.int32)
+
+
+def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
+    """Of place `b` of a tile: offset positions, a list of int32 [1, 128], and the bound."""
     e = n * shape.blocks + b
     start, interval = loads.entry(refs, row, jnp.minimum(e, row.count - 1))
     low, width = refs.intervals[0, 0, interval], refs.intervals[0, 0, MAX_INTERVALS + interval]
@@ -143,20 +153,20 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
     return [jnp.where(is_partial, p, 0)[:1] for p in positions], bound
 
 
-def _compute(refs: Refs, shape: KernelShape, slot, limits) -> None:
-    """Adds a tile to the sums, `config.compute_kv` keys at a time; `limits` is None where all is full.
+def _compute(refs: Refs, shape: KernelShape, slot, *, is_dense: bool) -> None:
+    """Adds a tile to the sums, some keys at a time; without masks where it is dense.
 
     Groups of `config.compute_q` queries are independent of each other: the compiler runs the matrix products of one
     beside the softmax of another.
     """
-    block_q, step = refs.q.shape[1], shape.config.compute_kv
+    block_q, step = refs.q.shape[1], shape.config.compute_kv if is_dense else shape.config.masked_kv
     group = min(block_q, shape.config.compute_q)
     for begin, q_begin in itertools.product(range(0, shape.config.tile_kv, step), range(0, block_q, group)):
         q_rows = pl.ds(q_begin, group)
         keys, values = _keys_and_values(refs, shape, slot, begin, step)
         scores = _scores(refs.q[0, q_rows], keys)
-        if limits is not None:
-            scores = _masked(scores, begin, limits, shape, refs.q_pos_column[q_rows])
+        if not is_dense:
+            scores = _masked(refs, shape, scores, begin, q_rows)
         reference = refs.top[q_rows]
         weights = [jnp.exp2(column * shape.score_scale - reference) for column in _columns(scores)]
         refs.total[q_rows] += _tree(jnp.add, weights)
@@ -192,15 +202,15 @@ def _weighted(weights, v_sd):
     )
 
 
-def _masked(scores, begin: int, limits, shape: KernelShape, q_pos):
+def _masked(refs: Refs, shape: KernelShape, scores, begin: int, q_rows):
     """The scores with those of pairs that are not attended replaced, 128 keys at a time."""
     per_block = shape.block_kv // LANES
+    q_pos = refs.q_pos_column[q_rows]
     columns = []
     for n, column in enumerate(_columns(scores)):
         block, part = divmod(begin // LANES + n, per_block)
-        positions, bound = limits[block]
-        is_attended = q_pos - jnp.broadcast_to(positions[part], q_pos.shape) < bound
-        columns.append(jnp.where(is_attended, column, MASKED))
+        positions, bound = (jnp.broadcast_to(refs.limits[block, r], q_pos.shape) for r in (part, per_block))
+        columns.append(jnp.where(q_pos - positions < bound, column, MASKED))
     return jnp.concatenate(columns, axis=1)
 
 
@@ -223,19 +233,19 @@ def _attend_carefully(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot)
     def _tile(n):
         loads.start_tile(refs, shape, row, n, slot)
         loads.wait_tile(refs, shape, row, n, slot)
-        limits = _tile_limits(refs, shape, row, n, slot)
+        _write_limits(refs, shape, row, n, slot)
 
         @pl.loop(0, refs.q.shape[1], step=LANES)
         def _rows(q_begin):
-            _careful_step(refs, shape, slot, limits, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
+            _careful_step(refs, shape, slot, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
 
     refs.top[...] *= shape.score_scale
 
 
-def _careful_step(refs: Refs, shape: KernelShape, slot, limits, q_rows) -> None:
+def _careful_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
     """Adds a tile to the running softmax of some queries."""
     keys, values = _keys_and_values(refs, shape, slot, 0, shape.config.tile_kv)
-    scores = _masked(_scores(refs.q[0, q_rows], keys), 0, limits, shape, refs.q_pos_column[q_rows])
+    scores = _masked(refs, shape, _scores(refs.q[0, q_rows], keys), 0, q_rows)
     columns, top = _columns(scores), refs.top[q_rows]
     new_top = jnp.maximum(top, jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True))
     weights = [jnp.exp2((column - new_top) * shape.score_scale) for column in columns]

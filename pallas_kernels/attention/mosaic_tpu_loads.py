@@ -99,6 +99,7 @@ class Refs:
     top: Any
     total: Any
     q_pos_column: Any
+    limits: Any
     lists: Any
     slot: Any
     kv_arrived: Any

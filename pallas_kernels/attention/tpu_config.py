@@ -34,22 +34,24 @@ class TpuConfig:
 
     Args:
       tile_kv: kv rows gathered in VMEM and computed as one dense tile; a multiple of the index's `block_kv`.
-      compute_kv: kv rows of one softmax step inside the tile; divides `tile_kv`.
+      compute_kv: kv rows of one softmax step inside a dense tile; divides `tile_kv`.
+      masked_kv: the same inside a tile with masks.
       compute_q: queries of one softmax step.
       vmem_limit_bytes: VMEM that the compiler may use for this kernel, its temporaries included.
     """
 
     tile_kv: int = 1024
     compute_kv: int = 1024
+    masked_kv: int = 256
     compute_q: int = 512
     vmem_limit_bytes: int = 14 * 2**20
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
-        if self.compute_kv % LANES or self.tile_kv % self.compute_kv:
-            raise ValueError(
-                f"compute_kv must be a multiple of {LANES} and divide tile_kv, got {self.compute_kv=}, {self.tile_kv=}"
-            )
+        for name in ("compute_kv", "masked_kv"):
+            step = getattr(self, name)
+            if step % LANES or self.tile_kv % step:
+                raise ValueError(f"{name} must be a multiple of {LANES} and divide {self.tile_kv=}, got {step}")
 
     def scratch(self, *, block_q: int, block_kv: int, width: int, kv_width: int, dtype) -> dict[str, Any]:
         """The kernel's scratch by name; `width` is of the output's accumulator, `kv_width` of a gathered row."""
@@ -61,6 +63,7 @@ class TpuConfig:
             "top": pltpu.VMEM((block_q, LANES), jnp.float32),
             "total": pltpu.VMEM((block_q, LANES), jnp.float32),
             "q_pos_column": pltpu.VMEM((block_q, LANES), jnp.int32),
+            "limits": pltpu.VMEM((blocks, block_kv // LANES + 1, 1, LANES), jnp.int32),
             "lists": pltpu.SMEM((RINGS * RING_ENTRIES,), jnp.int32),
             "slot": pltpu.SMEM((1,), jnp.int32),
             "kv_arrived": pltpu.SemaphoreType.DMA((2,)),

@@ -191,9 +191,9 @@ def test_api_names_it():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("sizes", [dict(compute_kv=192), dict(tile_kv=1024, compute_kv=768)])
+@pytest.mark.parametrize("sizes", [dict(compute_kv=192), dict(tile_kv=1024, compute_kv=768), dict(masked_kv=192)])
 def test_config_refuses_steps_that_do_not_fit_the_tile(sizes):
-    with pytest.raises(ValueError, match="compute_kv must be a multiple of 128 and divide tile_kv"):
+    with pytest.raises(ValueError, match="_kv must be a multiple of 128 and divide self.tile_kv"):
         TpuConfig(**sizes)
 
 
