@@ -211,7 +211,8 @@ for head_dim, dtype, block_q in ((64, "bfloat16", 128), (128, "bfloat16", 512), 
     sizes = dict(head_dim=head_dim, dtype=dtype, block_q=block_q, num_shared=4096, num_extra=1024)
     inputs = mixed_inputs(**sizes)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
-    launch = functools.partial(mosaic_tpu.launch, config=mosaic_tpu.choose_config(inputs))
+    config = mosaic_tpu.choose_config(inputs, topology.devices[0].device_kind)
+    launch = functools.partial(mosaic_tpu.launch, config=config)
     jax.jit(launch).trace(shapes).lower(lowering_platforms=("tpu",)).compile()
     print("compiled", head_dim, dtype)
 """
