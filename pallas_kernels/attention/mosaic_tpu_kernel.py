@@ -253,18 +253,24 @@ def _careful_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
     refs.top[q_rows] = new_top
     refs.total[q_rows] = refs.total[q_rows] * decay + _tree(jnp.add, weights)
     added = _weighted(weights, values)
-    refs.acc[q_rows] = refs.acc[q_rows] * jnp.concatenate([decay] * (added.shape[1] // LANES), axis=1) + added
+    refs.acc[q_rows] = refs.acc[q_rows] * _widen(decay, added.shape[1]) + added
+
+
+def _widen(column, width: int):
+    """128 equal lanes repeated to `width` of them."""
+    return jnp.concatenate([column] * (width // LANES), axis=1)
 
 
 def _store(refs: Refs, shape: KernelShape):
     """Writes the output and lse, zeros and -inf where nothing was attended; returns whether the sums lost nothing."""
-    total = jnp.sum(refs.total[...], axis=1, keepdims=True)
-    width = refs.out.shape[2]
-    refs.out[0] = (refs.acc[:, :width] / jnp.where(total == 0, 1.0, total)).astype(refs.out.dtype)
     total_row = jnp.sum(refs.total[...].T, axis=0, keepdims=True)
     is_empty = total_row == 0
-    lse = refs.top[...].T[:1] * float(np.log(2.0)) + jnp.log(jnp.where(is_empty, 1.0, total_row))
+    divisor = jnp.where(is_empty, 1.0, total_row)
+    lse = refs.top[...].T[:1] * float(np.log(2.0)) + jnp.log(divisor)
     refs.lse[0] = jnp.where(is_empty, -jnp.inf, lse)
+    factor = jnp.broadcast_to(1.0 / divisor, (LANES, divisor.shape[1])).T  # divided as a row: a column has 128 times it
+    width = refs.out.shape[2]
+    refs.out[0] = (refs.acc[:, :width] * _widen(factor, refs.acc.shape[1])[:, :width]).astype(refs.out.dtype)
     low, high = SOUND
     is_right = (is_empty & (refs.q_pos[0] < 0)) | ((total_row >= low) & (total_row <= high))
     is_finite = jnp.abs(refs.acc[...]) < jnp.inf

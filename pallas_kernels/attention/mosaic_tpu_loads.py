@@ -196,8 +196,8 @@ def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_
     @pl.when(is_dense)
     def _dense():
         for b in range(shape.blocks):
-            value = _listed(refs, row, (n + 1) * shape.blocks + b - 1)
-            _kv_copy(refs, shape, row, value & -START_TOKENS, b, slot).start()
+            # the interval in the low bits of an entry does not reach the group it starts at
+            _kv_copy(refs, shape, row, _listed(refs, row, (n + 1) * shape.blocks + b - 1), b, slot).start()
 
     @pl.when(jnp.logical_not(is_dense))
     def _mixed():
