@@ -91,7 +91,8 @@ def launch(
     width, block_q, num_q_blocks = size["width"], index.block_q, index.num_q_blocks
     out_width = LANES // 2 if is_packed else width
     parts = tuple(range(size["kv_width"] // LANES))
-    entries, kv_pos = list_entries(index), position_rows(inputs.kv_pos, index.block_kv)
+    entries, kv_pos = entry_values(inputs), position_rows(inputs.kv_pos, index.block_kv)
+    rows = row_fields(index, entries)
     shape = KernelShape(
         config=config,
         block_kv=index.block_kv,
@@ -106,12 +107,12 @@ def launch(
         score_scale=inputs.scale * math.log2(math.e),
     )
     arrays = dict(
-        row=row_fields(index),
-        next_row=row_fields(index),
+        row=rows,
+        next_row=rows,
         intervals=interval_bounds(index),
         q=_place(inputs.q, begin=out_width if is_packed else 0, width=width),
         q_pos=inputs.q_pos.reshape(num_heads * num_q_blocks, 1, block_q),
-        entries=entries,
+        entries=flat_lists(entries),
         kv=gathered_rows(inputs, out_width),
         kv_pos=kv_pos,
     )
@@ -160,22 +161,28 @@ def launch(
     return out[..., :head_dim], lse.reshape(num_heads, t)
 
 
-def row_fields(index: BlockIndex) -> Int32[Array, "rows 1 8"]:
+def entry_values(inputs: AttentionInputs) -> Int32[Array, "h l"]:
+    """Each entry as a row of what is gathered, a multiple of 16, plus the number of its interval.
+
+    A head's own rows lie behind the shared ones and those of the heads before it (see `gathered_rows`).
+    """
+    index, (num_heads, num_extra, _) = inputs.index, inputs.k_extra.shape
+    own_rows = (jnp.arange(num_heads, dtype=jnp.int32) % inputs.heads_per_kv_head * num_extra)[:, None]
+    return index.start + index.interval + jnp.where(index.start >= inputs.k.shape[1], own_rows, 0)
+
+
+def row_fields(index: BlockIndex, entries: Int32[Array, "h l"]) -> Int32[Array, "rows 1 8"]:
     """One row per q block: where its list begins, its full entries, all entries, its row of key positions, its last."""
-    end = index.start.shape[1] - 1
+    end = entries.shape[1] - 1
     first, last = jnp.minimum(index.first, end), jnp.clip(index.first + index.count - 1, 0, end)
-    last_entry = jnp.take_along_axis(index.start + index.interval, last, axis=1)
+    last_entry = jnp.take_along_axis(entries, last, axis=1)
     fields = jnp.stack([first, index.num_full, index.count, index.pos_row, last_entry], axis=-1)
     fields = jnp.pad(fields, ((0, 0), (0, 0), (0, ROW_FIELDS - fields.shape[-1])))
     return fields.reshape(-1, 1, ROW_FIELDS)
 
 
-def list_entries(index: BlockIndex) -> Int32[Array, "1 entries"]:
-    """The heads' lists one after another, each padded to 128 entries, and entries that a last copy may run into.
-
-    An entry is its start, a multiple of 16, plus the number of its interval.
-    """
-    entries = index.start + index.interval
+def flat_lists(entries: Int32[Array, "h l"]) -> Int32[Array, "1 entries"]:
+    """The heads' lists one after another, each padded to 128 entries, and entries that a last copy may run into."""
     entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1)
     return jnp.pad(entries, (0, PIECE_ENTRIES))[None]
 

@@ -137,7 +137,7 @@ def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
 def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
     """Of place `b` of a tile: offset positions, a list of int32 [1, 128], and the bound."""
     e = n * shape.blocks + b
-    start, interval = loads.entry(refs, row, jnp.minimum(e, row.count - 1))
+    start, interval = loads.entry(refs, shape, row, jnp.minimum(e, row.count - 1))
     low, width = refs.intervals[0, 0, interval], refs.intervals[0, 0, MAX_INTERVALS + interval]
     is_full, is_missing = (e < row.full_end) & ((e > 0) | row.is_full), e >= row.count
     bound = jnp.where(is_full, INT_MAX, jnp.where(is_missing, INT_MIN, width + INT_MIN))

@@ -182,10 +182,18 @@ def _listed(refs: Refs, row: Row, e):
     return refs.lists[row.ring * RING_ENTRIES + (at & (RING_ENTRIES - 1))]
 
 
-def entry(refs: Refs, row: Row, e):
-    """The `e`-th entry to be taken, its piece having arrived: the block's start and the number of its interval."""
-    value = jnp.where(e == 0, row.last, _listed(refs, row, e - 1))
-    return value & -START_TOKENS, value & (START_TOKENS - 1)
+def _taken(refs: Refs, row: Row, e):
+    """The `e`-th entry to be taken, its piece having arrived."""
+    return jnp.where(e == 0, row.last, _listed(refs, row, e - 1))
+
+
+def entry(refs: Refs, shape: KernelShape, row: Row, e):
+    """Of the `e`-th entry to be taken: the block's start in the kv view and the number of its interval."""
+    value = _taken(refs, row, e)
+    start = value & -START_TOKENS
+    if shape.num_extra:
+        start = start - jnp.where(start >= shape.num_shared, row.own_rows, 0)
+    return start, value & (START_TOKENS - 1)
 
 
 def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_tiles, slot) -> None:
@@ -196,7 +204,6 @@ def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_
     @pl.when(is_dense)
     def _dense():
         for b in range(shape.blocks):
-            # the interval in the low bits of an entry does not reach the group it starts at
             _kv_copy(refs, shape, row, _listed(refs, row, (n + 1) * shape.blocks + b - 1), b, slot).start()
 
     @pl.when(jnp.logical_not(is_dense))
@@ -231,13 +238,13 @@ def start_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     @pl.when(end - begin == shape.blocks)
     def _whole():
         for b in range(shape.blocks):
-            _kv_copy(refs, shape, row, entry(refs, row, begin + b)[0], b, slot).start()
+            _kv_copy(refs, shape, row, _taken(refs, row, begin + b), b, slot).start()
 
     @pl.when(end - begin < shape.blocks)
     def _part():
         @pl.loop(0, end - begin)
         def _block(b):
-            _kv_copy(refs, shape, row, entry(refs, row, begin + b)[0], b, slot).start()
+            _kv_copy(refs, shape, row, _taken(refs, row, begin + b), b, slot).start()
 
     _for_partial(shape, row, n, lambda b: _pos_copy(refs, shape, row, begin + b, b, slot).start())
 
@@ -255,11 +262,9 @@ def _for_partial(shape: KernelShape, row: Row, n, act) -> None:
         act(b)
 
 
-def _kv_copy(refs: Refs, shape: KernelShape, row: Row, start, b, slot):
-    """The copy of the block that starts at `start` to place `b` of a tile."""
-    if shape.num_extra:
-        start = start + jnp.where(start >= shape.num_shared, row.own_rows, 0)
-    groups = pl.ds(start >> START_BITS, shape.block_kv // START_TOKENS)
+def _kv_copy(refs: Refs, shape: KernelShape, row: Row, value, b, slot):
+    """The copy of an entry's block to place `b` of a tile; the entry's interval, in its low bits, is shifted out."""
+    groups = pl.ds(value >> START_BITS, shape.block_kv // START_TOKENS)
     return pltpu.make_async_copy(
         refs.kv.at[row.kv_head, groups], refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot]
     )
@@ -273,7 +278,7 @@ def _place(shape: KernelShape, b):
 
 def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
     """The copy of the aligned rows of 128 positions that hold those of the block that is taken `e`-th."""
-    start, _ = entry(refs, row, e)
+    start, _ = entry(refs, shape, row, e)
     begin = row.pos_row * shape.pos_rows + (start >> LANE_BITS)
     return pltpu.make_async_copy(
         refs.kv_pos.at[pl.ds(begin, shape.block_rows)], refs.pos_rows.at[slot, b], refs.pos_arrived.at[slot]
