@@ -168,7 +168,8 @@ def entry_values(inputs: AttentionInputs) -> Int32[Array, "h l"]:
     """
     index, (num_heads, num_extra, _) = inputs.index, inputs.k_extra.shape
     own_rows = (jnp.arange(num_heads, dtype=jnp.int32) % inputs.heads_per_kv_head * num_extra)[:, None]
-    return index.start + index.interval + jnp.where(index.start >= inputs.k.shape[1], own_rows, 0)
+    start = jnp.asarray(index.start)
+    return start + index.interval + jnp.where(start >= inputs.k.shape[1], own_rows, 0)
 
 
 def row_fields(index: BlockIndex, entries: Int32[Array, "h l"]) -> Int32[Array, "rows 1 8"]:
