@@ -90,22 +90,9 @@ def launch(
     is_packed = size["kv_width"] == LANES
     width, block_q, num_q_blocks = size["width"], index.block_q, index.num_q_blocks
     out_width = LANES // 2 if is_packed else width
-    parts = tuple(range(size["kv_width"] // LANES))
     entries, kv_pos = entry_values(inputs), position_rows(inputs.kv_pos, index.block_kv)
     rows = row_fields(index, entries)
-    shape = KernelShape(
-        config=config,
-        block_kv=index.block_kv,
-        num_q_blocks=num_q_blocks,
-        heads_per_kv_head=inputs.heads_per_kv_head,
-        num_shared=inputs.k.shape[1],
-        num_extra=inputs.k_extra.shape[1],
-        list_entries=-(-index.start.shape[1] // LANES) * LANES,
-        pos_rows=-(-inputs.kv_pos.shape[1] // LANES),
-        v_parts=parts[: width // LANES],
-        k_parts=parts[-width // LANES :],
-        score_scale=inputs.scale * math.log2(math.e),
-    )
+    shape = _kernel_shape(inputs, config, size)
     arrays = dict(
         row=rows,
         next_row=rows,
@@ -159,6 +146,23 @@ def launch(
     )
     out, lse = run(*arrays.values())
     return out[..., :head_dim], lse.reshape(num_heads, t)
+
+
+def _kernel_shape(inputs: AttentionInputs, config: TpuConfig, size: dict[str, int]) -> KernelShape:
+    index, width, parts = inputs.index, size["width"], tuple(range(size["kv_width"] // LANES))
+    return KernelShape(
+        config=config,
+        block_kv=index.block_kv,
+        num_q_blocks=index.num_q_blocks,
+        heads_per_kv_head=inputs.heads_per_kv_head,
+        num_shared=inputs.k.shape[1],
+        num_extra=inputs.k_extra.shape[1],
+        list_entries=-(-index.start.shape[1] // LANES) * LANES,
+        pos_rows=-(-inputs.kv_pos.shape[1] // LANES),
+        v_parts=parts[: width // LANES],
+        k_parts=parts[-width // LANES :],
+        score_scale=inputs.scale * math.log2(math.e),
+    )
 
 
 def entry_values(inputs: AttentionInputs) -> Int32[Array, "h l"]:
