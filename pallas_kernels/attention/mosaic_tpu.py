@@ -10,11 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_tpu_kernel import KernelShape, Refs, attention_kernel
+from pallas_kernels.attention.mosaic_tpu_kernel import attention_kernel
+from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs
 from pallas_kernels.attention.tpu_config import (
     LANES,
     MAX_INTERVALS,
-    PIECE_ROWS,
+    PIECE_ENTRIES,
     ROW_FIELDS,
     START_TOKENS,
     TpuConfig,
@@ -31,13 +32,19 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     """
     if jax.default_backend() != "tpu":
         raise NotImplementedError(f"mosaic_tpu needs a TPU, got {jax.default_backend()=}")
-    return launch(inputs, choose_config(inputs))
+    return launch(inputs, choose_config(inputs, jax.devices()[0].device_kind))
 
 
-def choose_config(inputs: AttentionInputs) -> TpuConfig:
-    """Tiles of 1024 keys, or of one block where blocks are larger."""
+def choose_config(inputs: AttentionInputs, device_kind: str = "") -> TpuConfig:
+    """Tiles of 1024 keys, or of one block where blocks are larger, and the steps that schedule best on this chip.
+
+    Args:
+      inputs: the arguments; their `block_kv` alone is looked at.
+      device_kind: as a TPU device names its kind, "TPU v5 lite"; an unknown one gets the other chips' steps.
+    """
     tile_kv = max(1024, inputs.index.block_kv)
-    return TpuConfig(tile_kv=tile_kv, compute_kv=tile_kv)
+    masked_kv = 512 if device_kind.startswith("TPU v5") else 256
+    return TpuConfig(tile_kv=tile_kv, compute_kv=tile_kv, masked_kv=masked_kv)
 
 
 def check_supported(inputs: AttentionInputs, config: TpuConfig) -> None:
@@ -83,27 +90,16 @@ def launch(
     is_packed = size["kv_width"] == LANES
     width, block_q, num_q_blocks = size["width"], index.block_q, index.num_q_blocks
     out_width = LANES // 2 if is_packed else width
-    entries, kv_pos = list_rows(index), position_rows(inputs.kv_pos, index.block_kv)
-    shape = KernelShape(
-        config=config,
-        block_kv=index.block_kv,
-        num_q_blocks=num_q_blocks,
-        heads_per_kv_head=inputs.heads_per_kv_head,
-        num_shared=inputs.k.shape[1],
-        num_extra=inputs.k_extra.shape[1],
-        list_rows=-(-index.start.shape[1] // LANES),
-        pos_rows=-(-inputs.kv_pos.shape[1] // LANES),
-        v_lanes=(0, width),
-        k_lanes=(0, width) if is_packed else (width, 2 * width),
-        score_scale=inputs.scale * math.log2(math.e),
-    )
+    entries, kv_pos = entry_values(inputs), position_rows(inputs.kv_pos, index.block_kv)
+    rows = row_fields(index, entries)
+    shape = _kernel_shape(inputs, config, size)
     arrays = dict(
-        row=row_fields(index),
-        next_row=row_fields(index),
+        row=rows,
+        next_row=rows,
         intervals=interval_bounds(index),
         q=_place(inputs.q, begin=out_width if is_packed else 0, width=width),
         q_pos=inputs.q_pos.reshape(num_heads * num_q_blocks, 1, block_q),
-        entries=entries,
+        entries=flat_lists(entries),
         kv=gathered_rows(inputs, out_width),
         kv_pos=kv_pos,
     )
@@ -152,22 +148,50 @@ def launch(
     return out[..., :head_dim], lse.reshape(num_heads, t)
 
 
-def row_fields(index: BlockIndex) -> Int32[Array, "rows 1 8"]:
-    """One row per q block: where its list begins, its full entries, all entries, and its row of key positions."""
-    first = jnp.clip(index.first, 0, index.start.shape[1] - 1)  # an empty row's may be anything
-    fields = jnp.stack([first, index.num_full, index.count, index.pos_row], axis=-1)
+def _kernel_shape(inputs: AttentionInputs, config: TpuConfig, size: dict[str, int]) -> KernelShape:
+    index, width, parts = inputs.index, size["width"], tuple(range(size["kv_width"] // LANES))
+    return KernelShape(
+        config=config,
+        block_kv=index.block_kv,
+        num_q_blocks=index.num_q_blocks,
+        heads_per_kv_head=inputs.heads_per_kv_head,
+        num_shared=inputs.k.shape[1],
+        num_extra=inputs.k_extra.shape[1],
+        list_entries=-(-index.start.shape[1] // LANES) * LANES,
+        pos_rows=-(-inputs.kv_pos.shape[1] // LANES),
+        v_parts=parts[: width // LANES],
+        k_parts=parts[-width // LANES :],
+        score_scale=inputs.scale * math.log2(math.e),
+    )
+
+
+def entry_values(inputs: AttentionInputs) -> Int32[Array, "h l"]:
+    """Each entry as a row of what is gathered, a multiple of 16, plus the number of its interval.
+
+    A head's own rows lie behind the shared ones and those of the heads before it (see `gathered_rows`). An entry that
+    no row owns may hold anything and be copied all the same: it is brought into range.
+    """
+    index, (num_heads, num_extra, _) = inputs.index, inputs.k_extra.shape
+    own_rows = (jnp.arange(num_heads, dtype=jnp.int32) % inputs.heads_per_kv_head * num_extra)[:, None]
+    start = jnp.clip(index.start, 0, inputs.kv_pos.shape[1] - index.block_kv)
+    interval = jnp.clip(index.interval, 0, index.intervals.shape[1] - 1)
+    return start + interval + jnp.where(start >= inputs.k.shape[1], own_rows, 0)
+
+
+def row_fields(index: BlockIndex, entries: Int32[Array, "h l"]) -> Int32[Array, "rows 1 8"]:
+    """One row per q block: where its list begins, its full entries, all entries, its row of key positions, its last."""
+    end = entries.shape[1] - 1
+    first, last = (jnp.clip(entry, 0, end) for entry in (index.first, index.first + index.count - 1))
+    last_entry = jnp.take_along_axis(entries, last, axis=1)
+    fields = jnp.stack([first, index.num_full, index.count, index.pos_row, last_entry], axis=-1)
     fields = jnp.pad(fields, ((0, 0), (0, 0), (0, ROW_FIELDS - fields.shape[-1])))
     return fields.reshape(-1, 1, ROW_FIELDS)
 
 
-def list_rows(index: BlockIndex) -> Int32[Array, "rows 1 lanes"]:
-    """The heads' lists one after another in rows of 128 entries, and rows that a last copy may run into.
-
-    An entry is its start, a multiple of 16, plus the number of its interval.
-    """
-    entries = index.start + index.interval
-    entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1, 1, LANES)
-    return jnp.pad(entries, ((0, PIECE_ROWS), (0, 0), (0, 0)))
+def flat_lists(entries: Int32[Array, "h l"]) -> Int32[Array, "1 entries"]:
+    """The heads' lists one after another, each padded to 128 entries, and entries that a last copy may run into."""
+    entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1)
+    return jnp.pad(entries, (0, PIECE_ENTRIES))[None]
 
 
 def position_rows(kv_pos: Int32[Array, "n sx"], block_kv: int) -> Int32[Array, "rows 1 lanes"]:
@@ -184,10 +208,12 @@ def interval_bounds(index: BlockIndex) -> Int32[Array, "h 1 32"]:
     return jnp.concatenate([jnp.pad(low, missing), jnp.pad(width, missing)], axis=1)[:, None]
 
 
-def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "g rows lanes"]:
-    """Values and keys of a token side by side, so that one DMA brings both: shared rows, then each head's own.
+def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "g groups parts 16 lanes"]:
+    """Values and keys of a token together, so that one DMA brings both: shared rows, then each head's own.
 
-    Values that no query may look at, which may be NaN, are zeros: a weight of 0 does not silence a NaN.
+    In groups of 16 tokens, within a group by 128 lanes: what a DMA moves is one piece of memory, which takes the scalar
+    unit fewer instructions than a strided copy. Values that no query may look at, which may be NaN, are zeros: a weight
+    of 0 does not silence a NaN.
     """
     num_kv_heads, _, d = inputs.k.shape
     v, v_extra = silence_padding(inputs)
@@ -197,7 +223,9 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
 
     shared = side_by_side(v, inputs.k)
     own = side_by_side(v_extra, inputs.k_extra).reshape(num_kv_heads, -1, 2 * begin_of_keys)
-    return jnp.concatenate([shared, own], axis=1)
+    rows = jnp.concatenate([shared, own], axis=1)
+    grouped = rows.reshape(num_kv_heads, -1, START_TOKENS, 2 * begin_of_keys // LANES, LANES)
+    return grouped.transpose(0, 1, 3, 2, 4)
 
 
 def silence_padding(inputs: AttentionInputs):

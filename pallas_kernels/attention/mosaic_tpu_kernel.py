@@ -7,14 +7,18 @@ was brought to SMEM meanwhile:
     DMA      tile 1      tile 2      next q block's tile 0
     compute  tile 0      tile 1      tile 2                 store
 
-Tiles of full blocks alone are computed without a mask. The tile that follows them may mix full, partial and missing
-blocks; each of its blocks obeys `0 <= q_pos - kv_pos - low < width`, one comparison of offset integers (see `_masked`).
-The running sum stays spread over 128 lanes until the end (Dao et al. 2022, "FlashAttention", Algorithm 1).
+Tiles of full blocks alone are computed without a mask. Others mix full, partial and missing blocks; each of their
+blocks obeys `0 <= q_pos - kv_pos - low < width`, one comparison of offset integers (see `_masked`).
+
+The softmax keeps no running maximum. Weights are `exp2(score - reference)` with one reference per query, the highest
+score of a sample of the first tile's keys: a float's exponent has room for scores that rise 2^7 above it, so nothing is
+ever rescaled, and the vector units have half the work. A q block whose sums leave that room, or fall so low that
+weights were flushed to zero, is computed once more with a running maximum (Dao et al. 2022, "FlashAttention",
+Algorithm 1). Sums stay spread over 128 lanes until the end.
 """
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_config import (
-    LANES,
-    MAX_INTERVALS,
-    PIECE_ENTRIES,
-    PIECE_ROWS,
-    PIECES,
-    RING_ROWS,
-    START_TOKENS,
-    TpuConfig,
-)
+from pallas_kernels.attention import mosaic_tpu_loads as loads
+from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs, Row
+from pallas_kernels.attention.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
 
 MASKED = -1e38
 """A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
@@ -39,287 +36,110 @@ MASKED = -1e38
 LOWEST = -1e30
 """The running maximum before the first attended key; below every real score."""
 
-LANE_BITS = LANES.bit_length() - 1
-"""Shifts and masks instead of divisions: signed ones cost the scalar unit several instructions each."""
+SOUND = 2.0**-80, 2.0**96
+"""Sums of weights that lost nothing: a million weights flushed below 2^-126 would not show in them, and values up to
+2^31 do not overflow; whether any did is looked at."""
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-
-FIRST, NUM_FULL, COUNT, POS_ROW = range(4)
-"""Fields of a q block's row."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelShape:
-    """What the body knows when it is traced.
-
-    Args:
-      config: tile sizes.
-      block_kv: kv rows of one list entry.
-      num_q_blocks: q blocks of a head.
-      heads_per_kv_head: query heads that share one kv head.
-      num_shared, num_extra: kv rows all heads of a kv head share, and those of each query head behind them.
-      list_rows, pos_rows: rows of 128 entries in one head's list, and of 128 positions in one row of `kv_pos`.
-      v_lanes, k_lanes: `(begin, end)` of values and keys in a gathered row.
-      score_scale: factor on the scores, for base-2 exponentials.
-    """
-
-    config: TpuConfig
-    block_kv: int
-    num_q_blocks: int
-    heads_per_kv_head: int
-    num_shared: int
-    num_extra: int
-    list_rows: int
-    pos_rows: int
-    v_lanes: tuple[int, int]
-    k_lanes: tuple[int, int]
-    score_scale: float
-
-    @property
-    def blocks(self) -> int:
-        """Entries of one tile."""
-        return self.config.tile_kv // self.block_kv
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of 128 positions that hold a block's positions wherever it starts."""
-        return self.block_kv // LANES + 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Refs:
-    """Every array of the kernel by name."""
-
-    # Inputs: SMEM, VMEM, then HBM.
-    row: Any
-    next_row: Any
-    intervals: Any
-    q: Any
-    q_pos: Any
-    entries: Any
-    kv: Any
-    kv_pos: Any
-    # Outputs.
-    out: Any
-    lse: Any
-    # Scratch.
-    kv_tiles: Any
-    pos_rows: Any
-    acc: Any
-    top: Any
-    total: Any
-    q_pos_column: Any
-    lists: Any
-    slot: Any
-    kv_arrived: Any
-    pos_arrived: Any
-    list_arrived: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """The list of one q block: scalars of its head, of its own, and which ring of SMEM holds its entries."""
-
-    kv_head: Any
-    own_rows: Any
-    list_begin: Any
-    first: Any
-    num_full: Any
-    count: Any
-    pos_row: Any
-    ring: Any
-
-    @property
-    def offset(self):
-        """Lane of the first entry in its row of 128."""
-        return self.first & (LANES - 1)
 
 
 def attention_kernel(refs: Refs, shape: KernelShape) -> None:
     """Attention of one q block of one head, and the first loads of the next q block."""
     i = pl.program_id(1)
-    row, following = _row(refs.row, shape, i), _row(refs.next_row, shape, i + 1)
+    row, following = loads.read_row(refs.row, shape, i), loads.read_row(refs.next_row, shape, i + 1)
     following = dataclasses.replace(following, count=jnp.where(i + 1 < shape.num_q_blocks, following.count, 0))
 
     @pl.when(i == 0)
     def _first_of_a_head():
         refs.slot[0] = 0
-        _start_piece(refs, shape, row, 0)
+        loads.start_piece(refs, shape, row, 0)
 
         @pl.when(row.count > 0)
         def _start():
-            _start_tile(refs, shape, row, 0, 0)
+            loads.start_tile(refs, shape, row, 0, 0)
 
-    _start_piece(refs, shape, following, 0)
+    loads.start_piece(refs, shape, following, 0)
+    refs.q_pos_column[...] = jnp.broadcast_to(refs.q_pos[0], (LANES, refs.q.shape[1])).T
     _reset(refs)
     num_tiles = pl.cdiv(row.count, shape.blocks)
 
     @pl.when((num_tiles == 0) & (following.count > 0))
     def _nothing_to_compute():
-        _start_tile(refs, shape, following, 0, refs.slot[0])
-
-    @pl.when(row.count > row.num_full - lax.rem(row.num_full, shape.blocks))
-    def _has_masked_tiles():
-        refs.q_pos_column[...] = jnp.broadcast_to(refs.q_pos[0], (LANES, refs.q.shape[1])).T
+        loads.start_tile(refs, shape, following, 0, refs.slot[0])
 
     def tile(n, slot):
-        _start_next(refs, shape, row, following, n, num_tiles, 1 - slot)
-        _wait_tile(refs, shape, row, n, slot)
-        is_dense = (n + 1) * shape.blocks <= row.num_full
+        loads.start_next(refs, shape, row, following, n, num_tiles, 1 - slot)
+        is_dense = row.is_dense(shape, n)
 
         @pl.when(is_dense)
         def _dense():
-            _compute(refs, shape, slot, None)
+            loads.wait_dense(refs, slot)
+            _compute(refs, shape, slot, is_dense=True)
 
         @pl.when(jnp.logical_not(is_dense))
         def _with_mask():
-            _compute(refs, shape, slot, [_limits(refs, shape, row, n, b, slot) for b in range(shape.blocks)])
+            loads.wait_tile(refs, shape, row, n, slot)
+
+            @pl.when(n == 0)
+            def _first():  # together, so that the scalar unit works beside the vector unit
+                _choose_reference(refs, shape, slot)
+                _write_limits(refs, shape, row, n, slot)
+
+            @pl.when(n > 0)
+            def _later():
+                _write_limits(refs, shape, row, n, slot)
+
+            _compute(refs, shape, slot, is_dense=False)
 
         return 1 - slot
 
-    refs.slot[0] = lax.fori_loop(0, num_tiles, tile, refs.slot[0])
-    _store(refs, shape)
+    slot = lax.fori_loop(0, num_tiles, tile, refs.slot[0])
+    refs.slot[0] = slot
+    is_sound = _store(refs, shape)
+
+    @pl.when((num_tiles > 0) & jnp.logical_not(is_sound))
+    def _once_more():
+        _attend_carefully(refs, shape, row, num_tiles, 1 - slot)
+        _store(refs, shape)
 
 
-def _row(ref, shape: KernelShape, i) -> Row:
-    field = lambda name: ref[0, 0, name]  # noqa: E731
-    head = pl.program_id(0)
-    return Row(
-        kv_head=lax.div(head, shape.heads_per_kv_head),
-        own_rows=lax.rem(head, shape.heads_per_kv_head) * shape.num_extra,
-        list_begin=head * shape.list_rows,
-        first=field(FIRST),
-        num_full=field(NUM_FULL),
-        count=field(COUNT),
-        pos_row=field(POS_ROW),
-        ring=lax.rem(i, 2),
-    )
+def _reset(refs: Refs) -> None:
+    refs.acc[...] = jnp.zeros_like(refs.acc)
+    refs.total[...] = jnp.zeros_like(refs.total)
 
 
-def _start_piece(refs: Refs, shape: KernelShape, row: Row, piece) -> None:
-    """Starts the copy of 512 entries of a list from HBM to SMEM, if the list reaches that far."""
+def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
+    """Sets the exponent that weights are taken relative to: the highest score of keys of the first two blocks.
 
-    @pl.when((row.count > 0) & (piece * PIECE_ENTRIES < row.offset + row.count))
-    def _start():
-        begin = row.list_begin + (row.first >> LANE_BITS) + piece * PIECE_ROWS
-        _piece_copy(refs, row, piece, begin).start()
-
-
-def _piece_copy(refs: Refs, row: Row, piece, begin):
-    place = piece & (PIECES - 1)
-    return pltpu.make_async_copy(
-        refs.entries.at[pl.ds(begin, PIECE_ROWS)],
-        refs.lists.at[row.ring, pl.ds(place * PIECE_ROWS, PIECE_ROWS)],
-        refs.list_arrived.at[row.ring, place],
-    )
+    Masked ones count as well, unless they are NaN: any number will do that is near a query's true maximum.
+    """
+    begin = min(shape.block_kv, shape.config.tile_kv - LANES) - LANES
+    keys, _ = _keys_and_values(refs, shape, slot, begin, 2 * LANES)
+    scores = _scores(refs.q[0], keys)
+    columns = [jnp.where(x > LOWEST, x, LOWEST) for x in _columns(scores)]
+    highest = jnp.max(jnp.maximum(*columns), axis=1, keepdims=True)
+    refs.top[...] = jnp.broadcast_to(highest * shape.score_scale, refs.top.shape)
 
 
-def _entry(refs: Refs, row: Row, e):
-    """Entry `e` of a row whose piece has arrived: the block's start and the number of its interval."""
-    at = row.offset + e
-    value = refs.lists[row.ring, (at >> LANE_BITS) & (RING_ROWS - 1), 0, at & (LANES - 1)]
-    return value & -START_TOKENS, value & (START_TOKENS - 1)
-
-
-def _start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_tiles, slot) -> None:
-    """Starts the loads of the tile after tile `n`: of this q block, or the first of the next one."""
-    stays = n + 1 < num_tiles
-    pick = lambda a, b: jnp.where(stays, a, b)  # noqa: E731
-    chosen = Row(**{f.name: pick(getattr(row, f.name), getattr(following, f.name)) for f in dataclasses.fields(Row)})
-
-    @pl.when(chosen.count > 0)
-    def _start():
-        _start_tile(refs, shape, chosen, pick(n + 1, 0), slot)
-
-
-def _start_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
-    """Starts the loads of a tile: its kv blocks, and key positions where they are partial."""
-    begin = n * shape.blocks
-    end = jnp.minimum(begin + shape.blocks, row.count)
-    piece = lax.div(row.offset + end - 1, PIECE_ENTRIES)
-
-    @pl.when((n == 0) | (piece > lax.div(row.offset + begin - 1, PIECE_ENTRIES)))
-    def _next_piece():  # a tile reaches one at most: VMEM holds fewer blocks than a piece has entries
-        _piece_copy(refs, row, piece, 0).wait()
-        _start_piece(refs, shape, row, piece + 1)
-
-    @pl.when(end - begin == shape.blocks)
-    def _whole():
-        for b in range(shape.blocks):
-            _kv_copy(refs, shape, row, begin + b, b, slot).start()
-
-    @pl.when(end - begin < shape.blocks)
-    def _part():
-        @pl.loop(0, end - begin)
-        def _block(b):
-            _kv_copy(refs, shape, row, begin + b, b, slot).start()
-
-    @pl.loop(jnp.maximum(row.num_full - begin, 0), end - begin)
-    def _positions(b):
-        _pos_copy(refs, shape, row, begin + b, b, slot).start()
-
-
-def _kv_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
-    """The copy of entry `e`'s block to place `b` of a tile."""
-    start, _ = _entry(refs, row, e)
-    if shape.num_extra:
-        start = start + jnp.where(start >= shape.num_shared, row.own_rows, 0)
-    rows = pl.ds(pl.multiple_of(start, START_TOKENS), shape.block_kv)
-    return pltpu.make_async_copy(
-        refs.kv.at[row.kv_head, rows],
-        refs.kv_tiles.at[slot, pl.ds(pl.multiple_of(b * shape.block_kv, shape.block_kv), shape.block_kv)],
-        refs.kv_arrived.at[slot],
-    )
-
-
-def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
-    """The copy of the aligned rows of 128 positions that hold those of entry `e`'s block."""
-    start, _ = _entry(refs, row, e)
-    begin = row.pos_row * shape.pos_rows + (start >> LANE_BITS)
-    return pltpu.make_async_copy(
-        refs.kv_pos.at[pl.ds(begin, shape.block_rows)], refs.pos_rows.at[slot, b], refs.pos_arrived.at[slot]
-    )
-
-
-def _wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
-    """Waits for a tile's blocks and positions; zeros the values of places without a block."""
-    begin = n * shape.blocks
-    num_blocks = jnp.minimum(row.count - begin, shape.blocks)
-
-    def wait(ref, arrived):
-        pltpu.make_async_copy(ref, ref, arrived.at[slot]).wait()  # a wait counts bytes: any copy of that size will do
-
-    block = lambda b: pl.ds(pl.multiple_of(b * shape.block_kv, shape.block_kv), shape.block_kv)  # noqa: E731
-
-    @pl.when(num_blocks == shape.blocks)
-    def _whole():
-        wait(refs.kv_tiles.at[slot], refs.kv_arrived)
-
-    @pl.when(num_blocks < shape.blocks)
-    def _part():
-        @pl.loop(0, num_blocks)
-        def _present(b):
-            wait(refs.kv_tiles.at[slot, block(b)], refs.kv_arrived)
-
-        @pl.loop(num_blocks, shape.blocks)
-        def _missing(b):  # a weight of 0 does not silence a NaN
-            refs.kv_tiles[slot, block(b)] = jnp.zeros((shape.block_kv, refs.kv_tiles.shape[2]), refs.kv_tiles.dtype)
-
-    @pl.loop(jnp.maximum(row.num_full - begin, 0), num_blocks)
-    def _positions(b):
-        wait(refs.pos_rows.at[slot, b], refs.pos_arrived)
-
-
-def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
-    """What `_masked` compares for place `b` of a tile: offset positions, a list of int32 [1, 128], and a bound.
+def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
+    """Writes what `_masked` compares, for each block of a tile: its offset positions, and in the last row a bound.
 
     A pair is attended iff `0 <= distance < width`, `distance = q_pos - kv_pos - low`. As unsigned integers that is one
     comparison; adding 2^31 to both sides makes it a signed one: `q_pos - (kv_pos + low + 2^31) < width - 2^31`.
     """
+    for b in range(shape.blocks):
+        positions, bound = _limits(refs, shape, row, n, b, slot)
+        for part, position in enumerate(positions):
+            refs.limits[b, part] = position
+        refs.limits[b, len(positions)] = jnp.full((1, LANES), bound, jnp.int32)
+
+
+def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
+    """Of place `b` of a tile: offset positions, a list of int32 [1, 128], and the bound."""
     e = n * shape.blocks + b
-    start, interval = _entry(refs, row, jnp.minimum(e, row.count - 1))
+    start, interval = loads.entry(refs, shape, row, jnp.minimum(e, row.count - 1))
     low, width = refs.intervals[0, 0, interval], refs.intervals[0, 0, MAX_INTERVALS + interval]
-    is_full, is_missing = e < row.num_full, e >= row.count
+    is_full, is_missing = (e < row.full_end) & ((e > 0) | row.is_full), e >= row.count
     bound = jnp.where(is_full, INT_MAX, jnp.where(is_missing, INT_MIN, width + INT_MIN))
     is_partial = jnp.logical_not(is_full | is_missing)
     lane = start & (LANES - 1)
@@ -333,41 +153,35 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
     return [jnp.where(is_partial, p, 0)[:1] for p in positions], bound
 
 
-def _reset(refs: Refs) -> None:
-    refs.acc[...] = jnp.zeros_like(refs.acc)
-    refs.top[...] = jnp.full_like(refs.top, LOWEST)
-    refs.total[...] = jnp.zeros_like(refs.total)
-
-
-def _compute(refs: Refs, shape: KernelShape, slot, limits) -> None:
-    """Adds a tile to the running softmax, `config.compute_kv` keys at a time; `limits` is None where all is full.
+def _compute(refs: Refs, shape: KernelShape, slot, *, is_dense: bool) -> None:
+    """Adds a tile to the sums, some keys at a time; without masks where it is dense.
 
     Groups of `config.compute_q` queries are independent of each other: the compiler runs the matrix products of one
     beside the softmax of another.
     """
-    block_q, step = refs.q.shape[1], shape.config.compute_kv
+    block_q, step = refs.q.shape[1], shape.config.compute_kv if is_dense else shape.config.masked_kv
     group = min(block_q, shape.config.compute_q)
-    steps = list(itertools.product(range(0, shape.config.tile_kv, step), range(0, block_q, group)))
-
-    def scores_of(begin, q_begin):
-        keys = refs.kv_tiles[slot, pl.ds(begin, step), pl.ds(*_span(shape.k_lanes))]
-        return _scores(refs.q[0, pl.ds(q_begin, group)], keys)
-
-    following = scores_of(*steps[0])
-    for n, (begin, q_begin) in enumerate(steps):
-        scores, q_rows = following, pl.ds(q_begin, group)
-        if n + 1 < len(steps):
-            following = scores_of(*steps[n + 1])
-        if limits is not None:
-            scores = _masked(scores, begin, limits, shape, refs.q_pos_column[q_rows])
-        weights, decay = _softmax_update(refs, shape, q_rows, scores)
-        values = refs.kv_tiles[slot, pl.ds(begin, step), pl.ds(*_span(shape.v_lanes))]
-        _accumulate(refs, q_rows, weights, decay, values)
+    for begin, q_begin in itertools.product(range(0, shape.config.tile_kv, step), range(0, block_q, group)):
+        q_rows = pl.ds(q_begin, group)
+        keys, values = _keys_and_values(refs, shape, slot, begin, step)
+        scores = _scores(refs.q[0, q_rows], keys)
+        if not is_dense:
+            scores = _masked(refs, shape, scores, begin, q_rows)
+        reference = refs.top[q_rows]
+        weights = [jnp.exp2(column * shape.score_scale - reference) for column in _columns(scores)]
+        refs.total[q_rows] += _tree(jnp.add, weights)
+        refs.acc[q_rows] += _weighted(weights, values)
 
 
-def _span(lanes):
-    begin, end = lanes
-    return begin, end - begin
+def _keys_and_values(refs: Refs, shape: KernelShape, slot, begin, step):
+    groups = pl.ds(begin // START_TOKENS, step // START_TOKENS)
+    part = lambda p: refs.kv_tiles[slot, groups, p].reshape(step, LANES)  # noqa: E731
+    return (jnp.concatenate([part(p) for p in parts], axis=1) for parts in (shape.k_parts, shape.v_parts))
+
+
+def _columns(scores):
+    """Cuts along the keys at every 128."""
+    return [scores[:, at : at + LANES] for at in range(0, scores.shape[1], LANES)]
 
 
 def _precision(dtype):
@@ -379,30 +193,25 @@ def _scores(q_td, k_sd):
     return lax.dot_general(q_td, k_sd, contract, precision=_precision(q_td.dtype), preferred_element_type=jnp.float32)
 
 
-def _masked(scores, begin: int, limits, shape: KernelShape, q_pos):
+def _weighted(weights, v_sd):
+    """The sum of values by their weights, given as columns of 128 keys."""
+    weights = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
+    contract = (((1,), (0,)), ((), ()))
+    return lax.dot_general(
+        weights, v_sd, contract, precision=_precision(v_sd.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _masked(refs: Refs, shape: KernelShape, scores, begin: int, q_rows):
     """The scores with those of pairs that are not attended replaced, 128 keys at a time."""
     per_block = shape.block_kv // LANES
+    q_pos = refs.q_pos_column[q_rows]
     columns = []
-    for at in range(0, scores.shape[1], LANES):
-        block, part = divmod((begin + at) // LANES, per_block)
-        positions, bound = limits[block]
-        is_attended = q_pos - jnp.broadcast_to(positions[part], q_pos.shape) < bound
-        columns.append(jnp.where(is_attended, scores[:, at : at + LANES], MASKED))
+    for n, column in enumerate(_columns(scores)):
+        block, part = divmod(begin // LANES + n, per_block)
+        positions, bound = (jnp.broadcast_to(refs.limits[block, r], q_pos.shape) for r in (part, per_block))
+        columns.append(jnp.where(q_pos - positions < bound, column, MASKED))
     return jnp.concatenate(columns, axis=1)
-
-
-def _softmax_update(refs: Refs, shape: KernelShape, q_rows, scores):
-    """Updates the running maximum and sum; returns the unnormalised weights and the decay of what was accumulated."""
-    columns = [scores[:, at : at + LANES] for at in range(0, scores.shape[1], LANES)]
-    top = refs.top[q_rows]
-    highest = jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True)
-    new_top = jnp.maximum(top, highest)
-    offset = new_top * shape.score_scale
-    weights = [jnp.exp2(column * shape.score_scale - offset) for column in columns]
-    decay = jnp.exp2((top - new_top) * shape.score_scale)
-    refs.top[q_rows] = new_top
-    refs.total[q_rows] = refs.total[q_rows] * decay + _tree(jnp.add, weights)
-    return jnp.concatenate([w.astype(refs.q.dtype) for w in weights], axis=1), decay
 
 
 def _tree(join, items):
@@ -414,26 +223,55 @@ def _tree(join, items):
     return items[0]
 
 
-def _accumulate(refs: Refs, q_rows, weights, decay, v_sd) -> None:
-    added = lax.dot_general(
-        weights,
-        v_sd,
-        (((1,), (0,)), ((), ())),
-        precision=_precision(weights.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    width = added.shape[1]
-    decay = decay if width == LANES else jnp.concatenate([decay] * (width // LANES), axis=1)
-    refs.acc[q_rows] = refs.acc[q_rows] * decay + added
+def _attend_carefully(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot) -> None:
+    """The q block once more, with a running maximum; its loads wait, and leave the other slot to the next q block."""
+    loads.start_piece(refs, shape, row, 0)
+    _reset(refs)
+    refs.top[...] = jnp.full_like(refs.top, LOWEST)
+
+    @pl.loop(0, num_tiles)
+    def _tile(n):
+        loads.start_tile(refs, shape, row, n, slot)
+        loads.wait_tile(refs, shape, row, n, slot)
+        _write_limits(refs, shape, row, n, slot)
+
+        @pl.loop(0, refs.q.shape[1], step=LANES)
+        def _rows(q_begin):
+            _careful_step(refs, shape, slot, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
+
+    refs.top[...] *= shape.score_scale
 
 
-def _store(refs: Refs, shape: KernelShape) -> None:
-    """The output and lse of the q block; zeros and -inf where nothing was attended."""
-    total = jnp.sum(refs.total[...], axis=1, keepdims=True)
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1.0, total)
+def _careful_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
+    """Adds a tile to the running softmax of some queries."""
+    keys, values = _keys_and_values(refs, shape, slot, 0, shape.config.tile_kv)
+    scores = _masked(refs, shape, _scores(refs.q[0, q_rows], keys), 0, q_rows)
+    columns, top = _columns(scores), refs.top[q_rows]
+    new_top = jnp.maximum(top, jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True))
+    weights = [jnp.exp2((column - new_top) * shape.score_scale) for column in columns]
+    decay = jnp.exp2((top - new_top) * shape.score_scale)
+    refs.top[q_rows] = new_top
+    refs.total[q_rows] = refs.total[q_rows] * decay + _tree(jnp.add, weights)
+    added = _weighted(weights, values)
+    refs.acc[q_rows] = refs.acc[q_rows] * _widen(decay, added.shape[1]) + added
+
+
+def _widen(column, width: int):
+    """128 equal lanes repeated to `width` of them."""
+    return jnp.concatenate([column] * (width // LANES), axis=1)
+
+
+def _store(refs: Refs, shape: KernelShape):
+    """Writes the output and lse, zeros and -inf where nothing was attended; returns whether the sums lost nothing."""
+    total_row = jnp.sum(refs.total[...].T, axis=0, keepdims=True)
+    is_empty = total_row == 0
+    divisor = jnp.where(is_empty, 1.0, total_row)
+    lse = refs.top[...].T[:1] * float(np.log(2.0)) + jnp.log(divisor)
+    refs.lse[0] = jnp.where(is_empty, -jnp.inf, lse)
+    factor = jnp.broadcast_to(1.0 / divisor, (LANES, divisor.shape[1])).T  # divided as a row: a column has 128 times it
     width = refs.out.shape[2]
-    refs.out[0] = (refs.acc[:, :width] / total).astype(refs.out.dtype)
-    lse = refs.top[...] * (shape.score_scale * float(np.log(2.0))) + jnp.log(total)
-    lse = jnp.where(is_empty, -jnp.inf, lse)
-    refs.lse[0] = lse.T[:1]
+    refs.out[0] = (refs.acc[:, :width] * _widen(factor, refs.acc.shape[1])[:, :width]).astype(refs.out.dtype)
+    low, high = SOUND
+    is_right = (is_empty & (refs.q_pos[0] < 0)) | ((total_row >= low) & (total_row <= high))
+    is_finite = jnp.abs(refs.acc[...]) < jnp.inf
+    return (jnp.min(is_right.astype(jnp.float32)) > 0) & (jnp.min(is_finite.astype(jnp.float32)) > 0)

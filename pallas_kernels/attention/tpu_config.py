@@ -13,20 +13,19 @@ LANES = 128
 START_TOKENS = 16
 """Block starts are multiples of this: the rows of one bfloat16 register tile."""
 
-RING_ROWS, RINGS = 16, 2
-"""Rows of 128 list entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
+RING_ENTRIES, RINGS = 2048, 2
+"""List entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
 
-PIECE_ROWS = 4
-"""Rows of 128 list entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
+PIECE_ENTRIES = 512
+"""List entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
 
-PIECES = RING_ROWS // PIECE_ROWS
-PIECE_ENTRIES = PIECE_ROWS * LANES
+PIECES = RING_ENTRIES // PIECE_ENTRIES
 
 MAX_INTERVALS = START_TOKENS
 """A list entry keeps its interval's number in the low bits of its start."""
 
 ROW_FIELDS = 8
-"""int32 fields of a q block's own row: first, num_full, count, pos_row, and zeros."""
+"""int32 fields of a q block's own row: first, num_full, count, pos_row, last, and zeros."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,34 +34,37 @@ class TpuConfig:
 
     Args:
       tile_kv: kv rows gathered in VMEM and computed as one dense tile; a multiple of the index's `block_kv`.
-      compute_kv: kv rows of one softmax step inside the tile; divides `tile_kv`.
+      compute_kv: kv rows of one softmax step inside a dense tile; divides `tile_kv`.
+      masked_kv: the same inside a tile with masks.
       compute_q: queries of one softmax step.
       vmem_limit_bytes: VMEM that the compiler may use for this kernel, its temporaries included.
     """
 
     tile_kv: int = 1024
     compute_kv: int = 1024
+    masked_kv: int = 256
     compute_q: int = 512
     vmem_limit_bytes: int = 14 * 2**20
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
-        if self.compute_kv % LANES or self.tile_kv % self.compute_kv:
-            raise ValueError(
-                f"compute_kv must be a multiple of {LANES} and divide tile_kv, got {self.compute_kv=}, {self.tile_kv=}"
-            )
+        for name in ("compute_kv", "masked_kv"):
+            step = getattr(self, name)
+            if step % LANES or self.tile_kv % step:
+                raise ValueError(f"{name} must be a multiple of {LANES} and divide {self.tile_kv=}, got {step}")
 
     def scratch(self, *, block_q: int, block_kv: int, width: int, kv_width: int, dtype) -> dict[str, Any]:
         """The kernel's scratch by name; `width` is of the output's accumulator, `kv_width` of a gathered row."""
         blocks = self.tile_kv // block_kv
         return {
-            "kv_tiles": pltpu.VMEM((2, self.tile_kv, kv_width), dtype),
+            "kv_tiles": pltpu.VMEM((2, self.tile_kv // START_TOKENS, kv_width // LANES, START_TOKENS, LANES), dtype),
             "pos_rows": pltpu.VMEM((2, blocks, block_kv // LANES + 1, 1, LANES), jnp.int32),
             "acc": pltpu.VMEM((block_q, width), jnp.float32),
             "top": pltpu.VMEM((block_q, LANES), jnp.float32),
             "total": pltpu.VMEM((block_q, LANES), jnp.float32),
             "q_pos_column": pltpu.VMEM((block_q, LANES), jnp.int32),
-            "lists": pltpu.SMEM((RINGS, RING_ROWS, 1, LANES), jnp.int32),
+            "limits": pltpu.VMEM((blocks, block_kv // LANES + 1, 1, LANES), jnp.int32),
+            "lists": pltpu.SMEM((RINGS * RING_ENTRIES,), jnp.int32),
             "slot": pltpu.SMEM((1,), jnp.int32),
             "kv_arrived": pltpu.SemaphoreType.DMA((2,)),
             "pos_arrived": pltpu.SemaphoreType.DMA((2,)),
