@@ -58,12 +58,12 @@ def test_interpreted_kernel_equals_reference(sizes):
 
 
 def test_starts_are_multiples_of_16_tokens(rng):
-    inputs = mixed_inputs(head_dim=128, num_shared=640)
-    index = inputs.index
-    start = np.asarray(index.start)
-    shift = np.where((start < 384), 16 * rng.integers(0, 8, start.shape), 0)  # short of padding and of the seam
-    shifted = dataclasses.replace(inputs, index=dataclasses.replace(index, start=jnp.asarray(start + shift, jnp.int32)))
-    assert (np.asarray(shifted.index.start) % 128 != 0).any()
+    inputs = mixed_inputs(head_dim=128, num_shared=1280, num_extra=256, block_kv=256)
+    shift = 16 * rng.integers(0, 9, inputs.index.start.shape)  # 128 of each 256 rows: no two of a row overlap
+    start = (np.asarray(inputs.index.start) + shift).astype(np.int32)
+    index = dataclasses.replace(inputs.index, start=jnp.asarray(start), block_kv=128)
+    assert (start % 128 != 0).any()
+    shifted = dataclasses.replace(inputs, index=index)
     assert_close(run(shifted), shifted)
 
 
