@@ -1,6 +1,7 @@
 """Programs for TPUs that are not here: compiled from shapes alone, and what the compiler says of their memory."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,12 @@ from pallas_kernels.attention.inputs import AttentionInputs
 KERNEL = "block_sparse_attention"
 """What the TPU kernel is called in the compiler's files."""
 
-_DOES_NOT_FIT = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_DOES_NOT_FIT = re.compile(
+    r"(?:Used (?P<used>[\d.]+[KMG]) of|HLO temporaries \((?P<new>[\d.]+[KMG])\) exceeds available HBM) "
+    r"\(?(?P<limit>[\d.]+[KMG])\)?"
+)
+"""What the compiler says of a program that does not fit: of all its memory, or, early on, of what is not arguments."""
+
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -37,13 +43,13 @@ class Memory:
     """What a program needs of each device's memory; bytes.
 
     Args:
-      arguments: weights, embeddings, positions, and the cache that becomes the result; None where it does not fit.
-      total: arguments and everything in between.
+      arguments: weights, embeddings, positions, and the cache that becomes the result.
+      total: arguments and everything in between; of a program that does not fit, what the compiler had come to.
       limit: what the compiler may use, None where it did not say so.
       compile_seconds: tracing and lowering included.
     """
 
-    arguments: int | None
+    arguments: int
     total: int
     limit: int | None
     compile_seconds: float
@@ -118,7 +124,9 @@ def compile_prefill(target: Target, num_tokens: int) -> Memory:
     )
     start = time.perf_counter()
     jitted = program.jitted(state, target.model.config.num_kv_heads)
-    return _finish(jitted.trace(*prefill_shapes(target, num_tokens)), start)
+    shapes = prefill_shapes(target, num_tokens)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    return _finish(jitted.trace(*shapes), held, start)
 
 
 def prefill_shapes(target: Target, num_tokens: int) -> tuple:
@@ -183,21 +191,36 @@ def kernel_inputs(target: Target, patterns: Sequence[Pattern], num_tokens: int) 
 def longest_that_fits(target: Target, most_tokens: int) -> Iterator[tuple[int, Memory]]:
     """Bucket lengths and their memory as they are tried, the longest first; the longest that fitted is the answer.
 
-    Memory grows almost linearly with the prompt: the next length is where the line through the longest that fits and
-    the shortest that does not meets the limit.
+    Memory grows almost linearly with the prompt, so a few lengths are guessed from the figures so far.
     """
     lengths = bucket_lengths(target.buckets(most_tokens))
-    fits, fails, limit = (0, 0), (lengths[-1] + 1, 0), 0  # tokens and bytes
-    while between := [n for n in lengths if fits[0] < n < fails[0]]:
-        slope = (fails[1] - fits[1]) / (fails[0] - fits[0])
-        reached = [n for n in between if fits[1] + slope * (n - fits[0]) <= limit]
-        num_tokens = between[-1] if not limit else reached[-1] if reached else between[0]
-        memory = compile_prefill(target, num_tokens)
-        yield num_tokens, memory
-        if memory.fits:
-            fits = num_tokens, memory.total
-        else:
-            fails, limit = (num_tokens, memory.total), memory.limit
+    tried: dict[int, Memory] = {}
+    while between := _open_lengths(lengths, tried):
+        num_tokens = _next_length(between, tried)
+        tried[num_tokens] = compile_prefill(target, num_tokens)
+        yield num_tokens, tried[num_tokens]
+
+
+def _open_lengths(lengths: list[int], tried: dict[int, Memory]) -> list[int]:
+    """The lengths above the longest that fits and below the shortest that does not."""
+    fits = max((n for n, memory in tried.items() if memory.fits), default=0)
+    fails = min((n for n, memory in tried.items() if not memory.fits), default=lengths[-1] + 1)
+    return [n for n in lengths if fits < n < fails]
+
+
+def _next_length(between: list[int], tried: dict[int, Memory]) -> int:
+    """Where the line through the nearest two figures meets the limit; after three guesses, the middle."""
+    limit = next((memory.limit for memory in tried.values() if memory.limit), None)
+    if limit is None:
+        return between[-1]
+    if len(tried) > 3:
+        return between[len(between) // 2]
+    near = sorted(tried, key=lambda n: min(abs(n - between[0]), abs(n - between[-1])))[:2]
+    points = [(n, tried[n].total) for n in near]
+    (n0, bytes0), (n1, bytes1) = sorted(points if len(points) == 2 else [(0, 0), *points])
+    slope = max(bytes1 - bytes0, 1) / (n1 - n0)
+    reached = [n for n in between if bytes0 + slope * (n - n0) <= limit]
+    return reached[-1] if reached else between[0]
 
 
 def bucket_lengths(buckets: Buckets) -> list[int]:
@@ -208,7 +231,7 @@ def bucket_lengths(buckets: Buckets) -> list[int]:
     return lengths
 
 
-def _finish(traced: Any, start: float) -> Memory:
+def _finish(traced: Any, arguments: int, start: float) -> Memory:
     """The traced program lowered and compiled for its TPUs."""
     lowered = traced.lower(lowering_platforms=("tpu",))
     try:
@@ -216,8 +239,9 @@ def _finish(traced: Any, start: float) -> Memory:
     except jax.errors.JaxRuntimeError as error:
         if not (found := _DOES_NOT_FIT.search(str(error))):
             raise
-        used, limit = (round(float(found[n]) * _UNITS[found[n + 1]]) for n in (1, 3))
-        return Memory(arguments=None, total=used, limit=limit, compile_seconds=time.perf_counter() - start)
+        total = _bytes(found["used"]) if found["used"] else arguments + _bytes(found["new"])
+        limit, seconds = _bytes(found["limit"]), time.perf_counter() - start
+        return Memory(arguments=arguments, total=total, limit=limit, compile_seconds=seconds)
     new = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -225,3 +249,8 @@ def _finish(traced: Any, start: float) -> Memory:
         limit=None,
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _bytes(text: str) -> int:
+    """Bytes of the compiler's `15.75G`."""
+    return round(float(text[:-1]) * _UNITS[text[-1]])

@@ -106,10 +106,13 @@ def cycles_per_tile(
     the products its matrix-unit slots can hold.
     """
     flops = 4 * tile["block_q"] * tile["tile_kv"] * head_dim
-    slot_flops = 2 * chip.mxu_width * min(chip.mxu_width, head_dim)  # of one slot: a cycle of one matrix unit
-    regions = compute_regions(schedule)
-    steps = {region.first: max(1, round(flops / (slot_flops * region.used["MXU"]))) for region in regions}
-    return min(steps[region.first] * region.bundles for region in regions) * block_kv / tile["tile_kv"]
+    flops_per_bundle = chip.flops_per_cycle * min(1, head_dim / chip.mxu_width)  # with all slots of the unit in use
+
+    def of_tile(region: Region) -> int:
+        slots = region.used["MXU"] / region.capacity["MXU"]
+        return max(1, round(flops / (flops_per_bundle * slots))) * region.bundles
+
+    return min(map(of_tile, compute_regions(schedule))) * block_kv / tile["tile_kv"]
 
 
 def compute_regions(schedule: KernelSchedule) -> list[Region]:

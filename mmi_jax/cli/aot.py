@@ -141,7 +141,7 @@ def _print(found: dict[str, Any]) -> None:
     )
     limit = found["limit_bytes"] or found["hbm_bytes_per_device"]
     verdict = "fits" if found["fits"] else "does not fit"
-    held = "" if found["argument_bytes"] is None else f", {found['argument_bytes'] / GB:.2f} of them held throughout"
+    held = f", {found['argument_bytes'] / GB:.2f} GB of it arguments"
     out.print(f"memory of each device: {found['total_bytes'] / GB:.2f} GB of {limit / GB:.2f} GB, {verdict}{held}")
     vmem, vmem_limit = kernel["vmem_bytes"] / 2**20, kernel["vmem_limit_bytes"] / 2**20
     out.print(
