@@ -30,10 +30,10 @@ KERNEL = "block_sparse_attention"
 """What the TPU kernel is called in the compiler's files."""
 
 _DOES_NOT_FIT = re.compile(
-    r"(?:Used (?P<used>[\d.]+[KMG]) of|HLO temporaries \((?P<new>[\d.]+[KMG])\) exceeds available HBM) "
+    r"(?:Used (?P<used>[\d.]+[KMG]) of|HLO temporaries \((?P<early>[\d.]+[KMG])\) exceeds available HBM) "
     r"\(?(?P<limit>[\d.]+[KMG])\)?"
 )
-"""What the compiler says of a program that does not fit: of all its memory, or, early on, of what is not arguments."""
+"""What the compiler says of a program that does not fit: once it has laid out its memory, or before."""
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -44,7 +44,7 @@ class Memory:
 
     Args:
       arguments: weights, embeddings, positions, and the cache that becomes the result.
-      total: arguments and everything in between; of a program that does not fit, what the compiler had come to.
+      total: all that the program allocates, arguments included; of one that does not fit, what the compiler came to.
       limit: what the compiler may use, None where it did not say so.
       compile_seconds: tracing and lowering included.
     """
@@ -239,13 +239,12 @@ def _finish(traced: Any, arguments: int, start: float) -> Memory:
     except jax.errors.JaxRuntimeError as error:
         if not (found := _DOES_NOT_FIT.search(str(error))):
             raise
-        total = _bytes(found["used"]) if found["used"] else arguments + _bytes(found["new"])
-        limit, seconds = _bytes(found["limit"]), time.perf_counter() - start
+        total, limit = _bytes(found["used"] or found["early"]), _bytes(found["limit"])
+        seconds = time.perf_counter() - start
         return Memory(arguments=arguments, total=total, limit=limit, compile_seconds=seconds)
-    new = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,
-        total=stats.argument_size_in_bytes + new,
+        total=stats.total_allocation_bytes,
         limit=None,
         compile_seconds=time.perf_counter() - start,
     )

@@ -16,7 +16,6 @@ from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.patterns import Pattern
 from mmi_jax.sharding import (
     CACHE_SPEC,
-    ONE_DEVICE,
     ROPE_SPEC,
     TOKENS_SPEC,
     Shards,
@@ -98,7 +97,7 @@ def run_chunk(
 
             def attend(q, k_new, v_new):
                 q, k_new, v_new = (shards.by_heads(new) for new in (q, k_new, v_new))
-                at = q_start if shards is ONE_DEVICE else 0
+                at = q_start if shards.num_devices == 1 else 0
                 k_all, v_all = (
                     jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (n, 0, at, 0, 0))
                     for cache, new in ((k, k_new), (v, v_new))
@@ -143,7 +142,7 @@ def _last_hidden(shards: Shards, x, lengths, q_start, hidden):
     last = lengths - 1 - shards.first_token(q_start, x.shape[1])
     is_here = (last >= 0) & (last < x.shape[1])
     rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    if shards is ONE_DEVICE:
+    if shards.num_devices == 1:
         return jnp.where(is_here[:, None], rows, hidden)
     return shards.sum(jnp.where(is_here[:, None], rows, jnp.zeros_like(rows)))  # one device holds each
 
