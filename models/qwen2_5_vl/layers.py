@@ -46,11 +46,13 @@ def in_pieces(f: Callable[[Array], Array], x: Float[Array, "b t e"]) -> Float[Ar
     The hidden width of an MLP is five times the model's: at a million tokens of 7B it would fill 80 GB.
     """
     b, t, e = x.shape
-    num_pieces = next(n for n in range(-(-t // PIECE_TOKENS), t + 1) if t % n == 0) if t else 1
-    if num_pieces == 1:
+    num_pieces = -(-t // PIECE_TOKENS)
+    if num_pieces <= 1:
         return f(x)
-    pieces = jnp.moveaxis(x.reshape(b, num_pieces, t // num_pieces, e), 1, 0)
-    return jnp.moveaxis(jax.lax.map(f, pieces), 0, 1).reshape(b, t, e)
+    length = -(-t // num_pieces)
+    padded = jnp.pad(x, ((0, 0), (0, num_pieces * length - t), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(b, num_pieces, length, e), 1, 0)
+    return jnp.moveaxis(jax.lax.map(f, pieces), 0, 1).reshape(b, -1, e)[:, :t]
 
 
 def stack_layers[T](make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:
