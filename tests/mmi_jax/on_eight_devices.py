@@ -66,8 +66,8 @@ def main(directory: Path) -> None:
         result, tokens = run(name, mesh_of(name))
         weight = shard_model(tiny_model(), mesh_of(name)).layers.mlp.up.kernel[...]
         places = dict(
-            cache_shard=result.cache.k.sharding.shard_shape(result.cache.k.shape),
-            weight_shard=weight.sharding.shard_shape(weight.shape),
+            cache_shard=np.array(result.cache.k.sharding.shard_shape(result.cache.k.shape)),
+            weight_shard=np.array(weight.sharding.shard_shape(weight.shape)),
         )
         np.savez(directory / f"{name}.npz", **arrays(result, tokens), **places)
 
