@@ -43,12 +43,13 @@ class _Runs(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """Visited blocks in row order: first kv row, interval id and q block; int32 [l]; and whether there is one."""
+    """Visited blocks in row order: first kv row, interval, q block, whether there is one [l]; and row ends [i]."""
 
     start: Array
     interval: Array
     row: Array
     is_used: Array
+    row_end: Array
 
 
 def assemble(
@@ -175,6 +176,7 @@ def _entries(runs: _Runs, capacity: int, blocks: Blocks) -> tuple[_Entries, Arra
         interval=runs.interval.reshape(-1)[run],
         row=run // runs.start.shape[1],
         is_used=is_used,
+        row_end=jnp.minimum(end.reshape(runs.start.shape)[:, -1], capacity),
     )
     return entries, end[-1]
 
@@ -191,7 +193,6 @@ def _block_extents(kv_pos, blocks: Blocks):
 
 def _lists(entries: _Entries, q_blocks: QBlocks, extents, intervals, variant, blocks: Blocks):
     """`first`, `num_full`, `count` [i] and `start`, `interval` [l]: full ones first, dead ones dropped."""
-    num_rows = len(variant)
     row, granule = entries.row, entries.start // blocks.granule
     kv_low, kv_high = (extent[variant[row], granule] for extent in extents)
     q_low, q_high = q_blocks.lowest[row], q_blocks.highest[row]
@@ -199,21 +200,22 @@ def _lists(entries: _Entries, q_blocks: QBlocks, extents, intervals, variant, bl
     nearest, farthest = q_low - kv_high, q_high - kv_low
     is_alive = entries.is_used & (farthest >= jnp.maximum(least, 0)) & (nearest < limit)
     is_full = is_alive & (nearest >= jnp.maximum(least, 0)) & (farthest < limit)
-    num_full, num_partial = (
-        jnp.zeros(num_rows, jnp.int32).at[row].add(x.astype(jnp.int32)) for x in (is_full, is_alive & ~is_full)
-    )
+    full_so_far, partial_so_far = (jnp.cumsum(x, dtype=jnp.int32) for x in (is_full, is_alive & ~is_full))
+    num_full, num_partial = (_per_row(x, entries.row_end) for x in (full_so_far, partial_so_far))
     count = num_full + num_partial
     first = jnp.cumsum(count) - count
     full_base = first - (jnp.cumsum(num_full) - num_full)
     partial_base = first + num_full - (jnp.cumsum(num_partial) - num_partial)
-    place = jnp.where(
-        is_full,
-        full_base[row] + jnp.cumsum(is_full) - 1,
-        partial_base[row] + jnp.cumsum(is_alive & ~is_full) - 1,
-    )
+    place = jnp.where(is_full, full_base[row] + full_so_far - 1, partial_base[row] + partial_so_far - 1)
     place = jnp.where(is_alive, place, len(row))
     start, interval = (jnp.zeros_like(x).at[place].set(x, mode="drop") for x in (entries.start, entries.interval))
     return first, num_full, count, start, interval
+
+
+def _per_row(so_far, row_end):
+    """Entries of each row, from running totals along the list: rows that add to one counter take turns on a GPU."""
+    total = jnp.where(row_end > 0, so_far[jnp.maximum(row_end - 1, 0)], 0)
+    return jnp.diff(total, prepend=0)
 
 
 def _everything(q_blocks: QBlocks, extents, num_prompt_rows: int, capacity: int, blocks: Blocks):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from mmi_jax.blocks import Blocks
 from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns.base import Pattern
+from mmi_jax.patterns.dense import Dense
+from mmi_jax.plain import attend_densely, cudnn_takes, is_plain
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
 from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
@@ -24,12 +26,18 @@ class SparseAttention:
     Args:
       out: attention output in q's dtype.
       lse: log-sum-exp of the scaled scores that were visited, float32; -inf for padding.
-      plan: the plan of each example, leading axis b on every array.
+      plan: the plan of each example, leading axis b on every array; None where nothing had to be planned.
     """
 
     out: Float[Array, "b t h d"]
     lse: Float[Array, "b h t"]
-    plan: Plan
+    plan: Plan | None
+
+    def density(self) -> Float[Array, "b h"]:
+        """Visited tiles over the tiles of dense causal attention, float32."""
+        if self.plan is None:
+            return jnp.ones(self.lse.shape[:2], jnp.float32)
+        return jax.vmap(lambda plan: plan.density())(self.plan)
 
 
 def sparse_attention(
@@ -69,15 +77,24 @@ def sparse_attention(
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
     scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | None = None,
+    starts_plain: bool | None = None,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
 
     Args:
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
+      starts_plain: whether the queries are a plain prompt's first tokens (see `plain.is_plain`), which a caller under
+        jit knows and the traced layout hides; looked up when None. Dense heads alone then need no plan.
     """
     patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = blocks or Blocks()
+    if implementation is None and all(pattern == Dense() for pattern in patterns) and cudnn_takes(q):
+        if starts_plain is None:
+            starts_plain = q.shape[1] == k.shape[1] and is_plain(layout)
+        if starts_plain:
+            out, lse = attend_densely(q, k, v, layout=layout, scale=scale)
+            return SparseAttention(out=out, lse=lse, plan=None)
     if geometry is None:
         geometry = batch_geometry(
             layout, patterns, batch=q.shape[0], num_queries=q.shape[1], q_start=q_start, blocks=blocks
@@ -92,6 +109,7 @@ def attend_sparsely(
 
 def plan_batch(patterns: Sequence[Pattern], q, k, geometry: Geometry, *, scale: float, blocks: Blocks) -> Plan:
     """The plan of every example of a batch, leading axis b on every array."""
+    q, k = jax.lax.stop_gradient((q, k))  # a plan is made of integers; kernels of estimates have no backward pass
 
     def example(q, k, geometry):
         return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
@@ -122,8 +140,11 @@ def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
     """What a kernel reads: rows in permuted order, keys laid out in views, batch folded into the heads."""
     batch = q.shape[0]
     q_rows = jax.vmap(lambda plan, q: plan.q_order.apply(q.transpose(1, 0, 2)))(plan, q)
-    k_view, v_view = (jax.vmap(_lay_out)(x, plan.kv_order) for x in (k, v))
-    k_extra, v_extra = (jax.vmap(_gather_extra)(x, plan.extra_order) for x in (k, v))
+    k_view, k_extra = jax.vmap(_lay_out)(k, plan.kv_order), jax.vmap(_gather_extra)(k, plan.extra_order)
+    v_view, v_extra = jax.vmap(_lay_out)(v, plan.kv_order), jax.vmap(_gather_extra)(v, plan.extra_order)
+    # A padded token may hold NaN, and a weight of 0 does not silence it.
+    v_view = jnp.where((plan.kv_order >= 0)[:, None, :, None], v_view, 0)
+    v_extra = jnp.where((plan.extra_order >= 0)[..., None], v_extra, 0)
     index = jax.tree.map(_fold, plan.index)
     first_pos_row = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * plan.kv_pos.shape[1]
     return AttentionInputs(
@@ -136,6 +157,7 @@ def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
         kv_pos=_fold(plan.kv_pos),
         index=dataclasses.replace(index, pos_row=_fold(plan.index.pos_row + first_pos_row)),
         scale=scale,
+        is_silent=True,
     )
 
 

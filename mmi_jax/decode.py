@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mmi_jax.cache import KVCache
 from mmi_jax.engine import PrefillResult, VisionLanguageModel
@@ -37,6 +36,8 @@ def decode(
       ValueError: `max_new_tokens` is negative or the cache has no room, `temperature` is negative, `top_p` is not in
         (0, 1], or a key is missing.
     """
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
     lengths = np.asarray(prefilled.cache.lengths)
     room = prefilled.cache.capacity - int(lengths.max())
     if not 0 <= max_new_tokens <= room + 1:  # the last one is not written
@@ -64,6 +65,8 @@ def decode(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(graphdef, state, cache: KVCache, token, n):
     """Logits after one more token, the `n`-th new one, and the cache that holds it."""
+    from flax import nnx
+
     model: Any = nnx.merge(graphdef, state)
     layer_graphdef, layer_state = nnx.split(model.layers)
     place = cache.lengths + n

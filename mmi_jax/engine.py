@@ -10,15 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache
+from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.plain import is_plain
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, place, shards_of, weight_specs
@@ -91,6 +92,7 @@ def prefill(
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
     measures_recall: bool = True,
+    may_run_dense: bool = True,
     mesh: Mesh | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> PrefillResult:
@@ -109,6 +111,8 @@ def prefill(
       blocks: tile sizes.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
+      may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
+        this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
       mesh: cuts the prompt, the weights and the cache over its devices; see `mmi_jax.sharding`, `make_mesh` and
         `shard_model`. The whole prompt runs at once. Dense attention and static patterns give what one device gives,
         save "the last queries" of Tri-shape, which are each piece's; so are those that a dynamic pattern estimates
@@ -119,12 +123,16 @@ def prefill(
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
         q or k are not finite in a layer; the message names it.
     """
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
     blocks = blocks or Blocks()
     table = _as_table(table, model.config)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     buckets = buckets or default_buckets(blocks, shards)
     lengths = _lengths(prompt)
     num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks, shards)
+    if may_run_dense and chunk >= num_tokens:
+        table = _faster(table, num_tokens, blocks)
     clock = _Clock(on_stage)
     with clock("vision"):
         x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
@@ -137,6 +145,7 @@ def prefill(
         blocks=blocks,
         implementation=implementation,
         measures_recall=measures_recall,
+        starts_plain=chunk >= num_tokens and shards.num_devices == 1 and is_plain(prompt.layout),
         mesh=mesh,
     )
     cache = empty_cache(
@@ -185,6 +194,8 @@ def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: ra
 
 def _logits(graphdef, state, hidden, mesh: Mesh | None):
     """Float32 logits `[b, v]`, on every device of a mesh."""
+    from flax import nnx
+
     if mesh is None:
         return nnx.merge(graphdef, state).unembed(hidden)
     unembed = jax.jit(lambda state, x: nnx.merge(graphdef, state).unembed(x), out_shardings=NamedSharding(mesh, P()))
@@ -215,6 +226,13 @@ def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> Patt
         return uniform_table(table or Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
     table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
     return table
+
+
+def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTable:
+    """The table with dense heads where the device's cost model finds them faster."""
+    costs = costs_of_device()
+    layers = tuple(faster_patterns(row, num_tokens=num_tokens, blocks=blocks, costs=costs) for row in table.layers)
+    return dataclasses.replace(table, layers=layers)
 
 
 def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:

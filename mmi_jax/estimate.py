@@ -25,17 +25,6 @@ def last_queries(member: Bool[Array, " t"], last_q: int) -> Int32[Array, " q"]:
     return jnp.full(last_q, -1, jnp.int32).at[place].set(jnp.arange(len(member), dtype=jnp.int32), mode="drop")
 
 
-def attention_rows(
-    q: Float[Array, "q d"], k: Float[Array, "s d"], q_pos: Int32[Array, " q"], kv_pos: Int32[Array, " s"], scale: float
-) -> Float[Array, "q s"]:
-    """Softmax of the scores of some queries over all keys they may see, float32; zeros for a query that sees none."""
-    scores = jnp.einsum("qd,sd->qs", q, k, preferred_element_type=jnp.float32) * scale
-    sees = kv_pos[None, :] <= q_pos[:, None]
-    top = jnp.max(scores, axis=1, keepdims=True, where=sees, initial=-jnp.inf)
-    weights = jnp.where(sees, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-    return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
-
-
 def diagonal_mass(weights: Float[Array, "q s"], anchor: Int32[Array, " q"], width: int) -> Float[Array, " n"]:
     """Attention mass by distance from each query's anchor, in bands of `width` keys around multiples of `width`.
 
@@ -50,13 +39,12 @@ def diagonal_mass(weights: Float[Array, "q s"], anchor: Int32[Array, " q"], widt
     num_bands = -(-s // width) + 1
     lead = width // 2
 
-    def add(total, row):
-        weight, at = row
+    def shift(weight, at):
         padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
         by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
-        return total + jnp.where(at >= 0, by_distance, 0.0), None
+        return jnp.where(at >= 0, by_distance, 0.0)
 
-    by_distance, _ = jax.lax.scan(add, jnp.zeros(s, weights.dtype), (weights, anchor))
+    by_distance = jax.vmap(shift)(weights, anchor).sum(axis=0)
     return jnp.pad(by_distance, (lead, num_bands * width - lead - s)).reshape(num_bands, width).sum(axis=1)
 
 

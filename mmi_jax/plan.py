@@ -112,7 +112,8 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
     def one(head):
         scope = Scope(
             q=q[:, head],
-            k=k[:, head // ratio],
+            all_k=k,
+            kv_head=head // ratio,
             geometry=geometry,
             member=geometry.queries.is_real,
             scale=scale,
@@ -121,7 +122,9 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         return _plan_head(pattern.parts(scope), scope)
 
     if pattern.reads_scores:
-        at_once = max(1, ESTIMATE_BYTES // (4 * ESTIMATE_QUERIES * k.shape[0]))
+        at_once = len(heads)
+        if pattern.holds_scores:
+            at_once = max(1, ESTIMATE_BYTES // (4 * ESTIMATE_QUERIES * k.shape[0]))
         planned, extra_order, variants = jax.lax.map(one, jnp.array(heads), batch_size=min(len(heads), at_once))
     else:
         shared = one(jnp.int32(heads[0]))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -38,6 +37,7 @@ class Program:
       layers: a pattern for each layer and query head.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate the share of attention that was kept.
+      starts_plain: see `attend_sparsely`.
       mesh: cuts the chunk, which is then the whole prompt; None for one device.
     """
 
@@ -46,6 +46,7 @@ class Program:
     blocks: Blocks
     implementation: Backend | None = None
     measures_recall: bool = True
+    starts_plain: bool = False
     mesh: Mesh | None = None
 
     def jitted(self, state: Any, num_kv_heads: int):
@@ -54,6 +55,8 @@ class Program:
         Args:
           state: of the model, arrays or shapes; it says how the weights are cut.
         """
+        from flax import nnx
+
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
         cuts = layer_cuts(nnx.split(nnx.merge(self.graphdef, state).layers)[1], shards)
 
@@ -82,6 +85,8 @@ def run_chunk(
       piece and layer: density and recall `[pieces, layers, b, h]`, the queries behind the recall and whether q and k
       were finite `[pieces, layers, b]`.
     """
+    from flax import nnx
+
     k, v, hidden = carry
     model: Any = nnx.merge(program.graphdef, state)
     rotary = model.rotary(rope_pos)
@@ -127,7 +132,7 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
         def attend(q, k, v):
             result = attend_sparsely(
                 q, k, v, patterns, layout=layout, geometry=geometry, q_start=first_query,
-                blocks=program.blocks, implementation=program.implementation,
+                blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
             )  # fmt: skip
             return result.out, _statistics(program, result, q, k, layout, first_query)
 
@@ -164,7 +169,7 @@ def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLa
             for x, layout_part in ((q, queries), (k, layout))
         ]
     ).all(axis=0)
-    density = jax.vmap(lambda plan: plan.density())(result.plan)
+    density = result.density()
     num_real = queries.is_real.sum(axis=1)
     if program.measures_recall:
         recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -169,6 +168,8 @@ def layer_cuts(layers: Any, shards: Shards) -> tuple[int | None, ...]:
 
 def shard_model(model: Any, mesh: Mesh) -> Any:
     """The model with its weights cut over the mesh, as `prefill(..., mesh=mesh)` and `decode` read them."""
+    from flax import nnx  # here, as in `prefill`
+
     graphdef, state = nnx.split(model)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     return nnx.merge(graphdef, place(state, mesh, weight_specs(state, shards)))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 install_import_hook(["pallas_kernels", "mmi_jax", "models"], "beartype.beartype")
@@ -13,3 +14,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng() -> np.random.Generator:
     """The one seeded generator."""
     return np.random.default_rng(20261122)
+
+
+@pytest.fixture
+def no_shape_checks():
+    """As users run it: our own messages, not the test suite's type checker, must catch bad input."""
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)

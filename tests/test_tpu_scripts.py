@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from mmi_jax.bench_plans import PLAN_CASES
+from mmi_jax.bench.plans import PLAN_CASES
+from mmi_jax.bench.rules import RULE_CASES
 from mmi_jax.cli import app, demo
 from models.demo import DEMO_VIDEO
 from pallas_kernels.attention.cases import CASES
@@ -66,9 +67,9 @@ def test_mmi_has_every_option_that_a_script_names(script):
 
 def test_the_bench_names_known_cases_and_writes_a_file_each():
     benches = [arguments for arguments in mmi_commands(run("bench.sh", DRY_RUN="1")) if arguments[0] == "bench"]
-    named = {kind: [a[a.index("--case") + 1] for a in benches if a[1] == kind] for kind in ("attention", "plans")}
-    assert named["attention"] and set(named["attention"]) <= set(CASES)
-    assert named["plans"] and set(named["plans"]) <= set(PLAN_CASES)
+    assert {arguments[1] for arguments in benches} == {"check", "attention", "plans"}
+    named = [a[n + 1] for a in benches for n, word in enumerate(a) if word == "--case"]
+    assert named and set(named) <= {*CASES, *PLAN_CASES, *RULE_CASES}
     files = [arguments[arguments.index("--json-file") + 1] for arguments in benches]
     assert len(files) == len(set(files)) == len(benches)
 
@@ -110,9 +111,10 @@ def test_the_small_parts_run_on_a_cpu(tmp_path):
     run("run_tests.sh", "tests/test_imports.py", **cpu)
     run("bench.sh", **cpu)
     assert 'failures="0"' in (tmp_path / "tests.xml").read_text()
-    for name in ("attention-8K", "plans-1K-a-shape"):
+    for name in ("attention", "plans"):
         (case,) = json.loads((tmp_path / f"{name}.json").read_text())["cases"]
         assert case["implementation"] == "xla" and case["median_ms"] > 0
+    assert json.loads((tmp_path / "check.json").read_text())["cases"][0]["case"] == "tiny"
     assert "attention backend" in (tmp_path / "doctor.txt").read_text()
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mmi_jax.cli.aot_child import Task
+from mmi_jax.cli.aot_task import Task
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.console import spinner, stdout_console
 from mmi_jax.schedule import dump_flags

@@ -1,38 +1,44 @@
-"""`mmi bench`: attention cases and whole plans, timed beside dense attention."""
+"""`mmi bench`: attention cases and whole plans, timed beside dense attention and peers.
 
-import json
+JAX and torch share one GPU when peers are timed. Unless the environment says otherwise, JAX then takes memory as it
+needs it (`XLA_PYTHON_CLIENT_PREALLOCATE=false`) and at most 70 % of the device (`XLA_PYTHON_CLIENT_MEM_FRACTION`), 92 %
+without peers; torch has the rest. Arrays are freed between cases.
+"""
+
+import fnmatch
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import typer
-from rich.table import Table
 
-from mmi_jax.bench import bench_attention, machine
-from mmi_jax.bench_plans import PLAN_CASES, bench_plan
+from mmi_jax.bench.attention import bench_attention
+from mmi_jax.bench.dense import best_dense
+from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
+from mmi_jax.bench.rules import RULE_CASES, check_rules
+from mmi_jax.bench.tune import TuneProblem, entry, keep, tune
+from mmi_jax.cli.bench_run import Run, in_own_process, run_all
+from mmi_jax.cli.bench_table import attention_table, check_table, plans_table, tune_table
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.console import spinner, stderr_console, stdout_console
+from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.cases import CASES
-
-FILE_WIDTH = 160
-"""Columns of a table that goes to a file or a pipe."""
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
 app = typer.Typer(name="bench", help="Time attention beside its dense baseline; outputs are checked first.")
 
-CaseOption = Annotated[list[str] | None, typer.Option("--case", help="A case by name; may be repeated.")]
-ImplementationOption = Annotated[
-    str | None, typer.Option(help="Backend: reference, xla, ...; by default the first able one.")
+CaseOption = Annotated[
+    list[str] | None, typer.Option("--case", help="A case by name, or a pattern such as 'all *'; may be repeated.")
 ]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed calls of each function.")]
+ImplementationOption = Annotated[
+    str | None, typer.Option(help="Backend: reference, xla, ...; mosaic_gpu on a GPU, else the first able one.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Measurements of each function.")]
 BaselineOption = Annotated[bool, typer.Option(help="Also time dense attention, where it fits.")]
-JsonFileOption = Annotated[Path | None, typer.Option(help="Also write the JSON line to this file.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-OwnProcessOption = Annotated[bool, typer.Option(help="A process for each case, so that its peak memory is its own.")]
+PeersOption = Annotated[bool, typer.Option("--peers", help="Also time torch's attention, where torch is installed.")]
+JsonFileOption = Annotated[Path | None, typer.Option(help="Also write the JSON line here, after every case.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")]
+DenseLimitOption = Annotated[int, typer.Option(min=1024, help="Tokens up to which dense attention is measured.")]
 
 
 @app.command()
@@ -41,107 +47,163 @@ def attention(
     implementation: ImplementationOption = None,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = True,
-    own_process: OwnProcessOption = True,
+    peers: PeersOption = False,
+    dense_limit: DenseLimitOption = 2**18,
+    own_process: Annotated[
+        bool | None, typer.Option(help="A process for each case, for its peak memory; by default on a CPU.")
+    ] = None,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Block-sparse attention over given lists. By default the cases that suit the device."""
 
-    def run(name: str) -> dict[str, Any]:
+    def measure(name: str) -> dict[str, Any]:
         one = CASES[name]
-        fits = baseline and _dense_fits(one.num_q_heads, one.num_tokens)
-        return bench_attention(one, implementation=implementation, with_baseline=fits, repeats=repeats)  # pyright: ignore
+        is_short = one.num_tokens <= dense_limit
+        fits = baseline and is_short and _dense_fits(one.num_q_heads, one.num_tokens)
+        return bench_attention(
+            one, implementation=implementation, with_dense=fits, with_peers=peers and is_short, repeats=repeats  # pyright: ignore
+        )  # fmt: skip
 
     with one_line_errors(shows_traceback=debug):
-        default = [n for n in CASES if n.startswith("cpu") == (jax.default_backend() != "gpu")]
-        names = _chosen(case, CASES, default)
-        arguments = ["attention", "--repeats", str(repeats), *_flags(implementation, baseline)]
-        _bench(names, _in_own_process(arguments) if own_process and len(names) > 1 else run, json_file)
+        _share_memory(peers)
+        on_cpu = jax.default_backend() == "cpu"
+        names = _chosen(case, list(CASES), [n for n in CASES if n.startswith("cpu") == on_cpu])
+        own = (on_cpu if own_process is None else own_process) and len(names) > 1
+        flags = ["--baseline" if baseline else "--no-baseline", *(["--peers"] if peers else [])]
+        flags += ["--implementation", implementation] if implementation else []
+        flags += ["--dense-limit", str(dense_limit)]
+        each = in_own_process(["attention", "--repeats", str(repeats), *flags]) if own else measure
+        run_all([Run(name, name) for name in names], each, attention_table, json_file, stops_at_error=debug)
 
 
 @app.command()
 def plans(
     case: CaseOption = None,
-    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt.")] = 8192,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 4,
-    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(min=64, help="Head dimension.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 8K.")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query and kv heads, as in 28/4; may be repeated. 28/4 on a GPU, else 4/2.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(min=64, help="Head dimension: 128 on a GPU, else 64.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float16 on a GPU, else float32.")] = None,
     implementation: ImplementationOption = None,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = True,
+    peers: PeersOption = False,
+    dense_limit: DenseLimitOption = 2**17,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Real plans on a video with planted structure: plan, permute, attend and undo apart."""
+    """Real plans on a video with planted structure: the parts apart, the whole as one program, dense beside it.
 
-    def run(name: str) -> dict[str, Any]:
-        return bench_plan(
-            name, num_tokens=tokens, num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-            implementation=implementation, with_baseline=baseline and _dense_fits(heads, tokens), repeats=repeats,  # pyright: ignore
-        )  # fmt: skip
+    Above --dense-limit the dense time is extrapolated by the square of the tokens, and labelled so.
+    """
+
+    def measure(run: tuple[str, PlanSizes]) -> dict[str, Any]:
+        name, sizes = run
+        dense = {}
+        if baseline and _dense_fits(sizes.num_q_heads, sizes.num_tokens):
+            dense = best_dense(*sizes.astuple(), limit=dense_limit, repeats=min(repeats, 3), with_peers=peers)
+        figures = bench_plan(name, sizes, implementation=implementation, repeats=repeats) | dense  # pyright: ignore
+        speedup = {"speedup": round(dense["dense_ms"] / figures["median_ms"], 3)} if "dense_ms" in dense else {}
+        return figures | speedup
 
     with one_line_errors(shows_traceback=debug):
-        _bench(_chosen(case, PLAN_CASES, list(PLAN_CASES)), run, json_file)
+        _share_memory(peers)
+        on_gpu = jax.default_backend() == "gpu"
+        names = _chosen(case, list(PLAN_CASES), list(PLAN_CASES))
+        found = [
+            PlanSizes(
+                num_tokens=num_tokens,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim or (128 if on_gpu else 64),
+                dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+            )
+            for num_tokens in tokens or [2**17 if on_gpu else 8192]
+            for num_q_heads, num_kv_heads in map(_heads, heads or ["28/4" if on_gpu else "4/2"])
+        ]
+        runs = [Run(f"{name} {sizes.label}", (name, sizes)) for sizes in found for name in names]
+        run_all(runs, measure, plans_table, json_file, stops_at_error=debug)
 
 
-def _chosen(asked: list[str] | None, known: dict[str, Any], default: list[str]) -> list[str]:
-    if unknown := sorted(set(asked or ()) - set(known)):
+@app.command()
+def check(
+    case: CaseOption = None,
+    implementation: ImplementationOption = None,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Small problems that use every rule of the kernel's contract, against the reference; nothing is timed."""
+
+    def measure(name: str) -> dict[str, Any]:
+        return check_rules(name, implementation=implementation)  # pyright: ignore
+
+    with one_line_errors(shows_traceback=debug):
+        _share_memory(peers=False)
+        names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
+        runs = [Run(name, name) for name in names]
+        run_all(runs, measure, check_table, json_file, stops_at_error=debug, times_matmul=False)
+
+
+@app.command("tune")
+def tune_configs(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="As the kernel runs it: 64, 128, 256, which is all of them unless given.")
+    ] = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Query and kv heads; 28/4 and 32/8 unless given.")] = None,
+    tokens: Annotated[int, typer.Option(min=1024, help="Tokens of the prompt.")] = 2**15,
+    block_kv: Annotated[int, typer.Option(min=64, help="Rows of a kv block.")] = 128,
+    repeats: RepeatsOption = 5,
+    table: Annotated[Path, typer.Option(help="Where the best go, after every problem.")] = gpu_tuned.PATH,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Search the Hopper kernel's configs: outputs checked, the ranking printed, the best kept in a table."""
+
+    def measure(problem: TuneProblem) -> dict[str, Any]:
+        figures = tune(problem, repeats=repeats)
+        keep(table, entry(problem, figures["ranking"]))
+        return figures
+
+    with one_line_errors(shows_traceback=debug):
+        _share_memory(peers=False)
+        if not has_hopper_gpu():
+            raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+        runs = [
+            Run(problem.label, problem)
+            for d in head_dim or (64, 128, 256)
+            for num_q_heads, num_kv_heads in map(_heads, heads or ["28/4", "32/8"])
+            for problem in [
+                TuneProblem(
+                    head_dim=d, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, num_tokens=tokens, block_kv=block_kv
+                )
+            ]
+        ]
+        run_all(runs, measure, tune_table, json_file, stops_at_error=debug)
+
+
+def _chosen(asked: list[str] | None, known: list[str], default: list[str]) -> list[str]:
+    """The known names that the asked ones name or match, in the order asked."""
+    if unknown := [name for name in asked or () if not fnmatch.filter(known, name)]:
         raise ValueError(f"unknown case {', '.join(unknown)}: known cases are {', '.join(known)}")
-    return asked or default
+    return list(dict.fromkeys(n for name in asked for n in fnmatch.filter(known, name))) if asked else default
 
 
-def _bench(names: list[str], run: Callable[[str], dict[str, Any]], json_file: Path | None) -> None:
-    """Runs the cases, prints a table and, last, one JSON line."""
-    found = []
-    for name in names:
-        with spinner(name):
-            found.append(run(name))
-    console = stdout_console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    console.print(_table(found))
-    line = json.dumps({"machine": machine(), "cases": found})
-    if json_file is not None:
-        with tempfile.NamedTemporaryFile("w", dir=json_file.parent, delete=False) as file:
-            file.write(line + "\n")
-        os.replace(file.name, json_file)
-    print(line)
+def _heads(text: str) -> tuple[int, int]:
+    """Query and kv heads from "28/4"."""
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise ValueError(f"--heads must be query heads / kv heads, as in 28/4: got {text!r}")
+    return int(numbers[0]), int(numbers[1])
 
 
-def _table(found: list[dict[str, Any]]) -> Table:
-    """Times in milliseconds, median with the fastest and slowest call; and the parts of a plan."""
-    parts = [name for name in ("plan_ms", "permute_ms", "attend_ms", "undo_ms") if name in found[0]]
-    table = Table(title=f"{machine()['device']}, commit {machine()['commit']}", title_justify="left")
-    for column in (
-        "case",
-        "density",
-        "rel. error",
-        "ms (fastest, slowest)",
-        *parts,
-        "TFLOP/s",
-        "peak GB",
-        "dense ms",
-        "speed-up",
-    ):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for row in found:
-        table.add_row(
-            f"{row['case']} {row['implementation']}",
-            f"{row['density']:.4f}",
-            f"{row['relative_error']:.1e}",
-            f"{row['median_ms']:.1f} ({row['fastest_ms']:.1f}, {row['slowest_ms']:.1f})",
-            *(f"{row[name]:.1f}" for name in parts),
-            f"{row['tflops_per_s']:.3g}" if "tflops_per_s" in row else "",
-            f"{row['max_rss_bytes'] / 1e9:.2f}" if "max_rss_bytes" in row else "",
-            f"{row['baseline_median_ms']:.1f}"
-            if "speedup" in row
-            else "does not fit"
-            if "max_rss_bytes" in row
-            else "",
-            f"{row['speedup']:.2f} x" if "speedup" in row else "",
-        )
-    return table
+def _share_memory(peers: bool) -> None:
+    """Leaves room on a GPU for torch; before JAX opens the device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.70" if peers else "0.92")
 
 
 def _dense_fits(num_heads: int, num_tokens: int) -> bool:
@@ -150,22 +212,3 @@ def _dense_fits(num_heads: int, num_tokens: int) -> bool:
         return True
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 3 * 4 * num_heads * num_tokens**2 < memory
-
-
-def _flags(implementation: str | None, baseline: bool) -> list[str]:
-    named = ["--implementation", implementation] if implementation else []
-    return [*named, "--baseline" if baseline else "--no-baseline"]
-
-
-def _in_own_process(arguments: list[str]) -> Callable[[str], dict[str, Any]]:
-    """Runs one case in a fresh interpreter."""
-
-    def run(name: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "mmi_jax.cli", "bench", *arguments, "--case", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            stderr_console().print(done.stderr, markup=False)
-            raise ValueError(f"{name} failed with status {done.returncode}")
-        return json.loads(done.stdout.strip().splitlines()[-1])["cases"][0]
-
-    return run

@@ -7,15 +7,12 @@ from typing import Annotated
 import jax
 import typer
 
-from mmi_jax.cli import compiled, demo
+from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.run import run_prefill
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling
 from mmi_jax.codec import parse
 from mmi_jax.patterns import Pattern
 from mmi_jax.table import PatternTable, load_table
-from models.demo import DEMO_VIDEO
-from models.media import MAX_FRAMES
 
 
 class DType(enum.StrEnum):
@@ -33,7 +30,7 @@ def prefill(
         str | None, typer.Option(help="Text. {video} and {image} mark where the next one goes; else media come first.")
     ] = None,
     fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,
-    max_frames: Annotated[int, typer.Option(help="Frames sampled per video at most.")] = MAX_FRAMES,
+    max_frames: Annotated[int | None, typer.Option(help="Frames sampled per video at most: 768 unless given.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="bfloat16, or float32 for the demo, unless given.")] = None,
     table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
     pattern: Annotated[str | None, typer.Option(help="One pattern for all heads: NAME[:field=value,...].")] = None,
@@ -60,6 +57,12 @@ def prefill(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prefill a prompt with sparse attention, decode an answer, report what was skipped and what it cost."""
+    # Here, so that the other commands start without the packages of models, media and pictures.
+    from mmi_jax.cli import demo
+    from mmi_jax.cli.run import run_prefill
+    from models.demo import DEMO_VIDEO
+    from models.media import MAX_FRAMES
+
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
         if distributed:
             jax.distributed.initialize()
@@ -75,7 +78,7 @@ def prefill(
             images=tuple(image or ()),
             text=prompt if prompt is not None else demo.PROMPT if is_demo else "",
             fps=fps,
-            max_frames=max_frames,
+            max_frames=MAX_FRAMES if max_frames is None else max_frames,
             dtype=(dtype or (DType.float32 if is_demo else DType.bfloat16)).value,
             table=demo.demo_table() if is_demo and patterns is None else patterns,
             blocks=demo.BLOCKS if is_demo else None,

@@ -10,7 +10,9 @@ from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
 from mmi_jax.views import AllKeys, Geometry, Group, KeyView, View
-from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float
+from pallas_kernels.estimate.api import column_mass
+from pallas_kernels.estimate.xla import attention_rows
+from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
 SMALL_INDEX = 2**16
@@ -22,7 +24,9 @@ class Scope:
     """One head's queries and keys, and which of them a pattern is asked to plan.
 
     Args:
-      q, k: the head's queries and keys in prompt order.
+      q: the head's queries in prompt order.
+      all_k: keys of all kv heads in prompt order, which heads share.
+      kv_head: the kv head that this head reads.
       geometry: views of the keys and places of the queries.
       member: the queries to plan.
       scale: factor on the scores.
@@ -31,12 +35,18 @@ class Scope:
     """
 
     q: Float[Array, "t d"]
-    k: Float[Array, "s d"]
+    all_k: Float[Array, "s g d"]
+    kv_head: Int32[Array, ""]
     geometry: Geometry
     member: Bool[Array, " t"]
     scale: float = static_field()
     blocks: Blocks = static_field()
     group: Group = static_field(default=AllKeys())
+
+    @property
+    def k(self) -> Float[Array, "s d"]:
+        """The head's keys in prompt order. A copy for each head once heads are mapped over: `last_mass` needs none."""
+        return self.all_k[:, self.kv_head]
 
     @property
     def view(self) -> KeyView:
@@ -82,12 +92,24 @@ class Scope:
         layout = self.geometry.keys
         return jnp.where(self.group.holds(layout), layout.pos, PAD_KV_POS)
 
-    def last_attention(self, last_q: int):
-        """Attention of the last members over the group's keys, float32 [last_q, s], and their tokens."""
+    def last_queries(self, last_q: int):
+        """The last members: their queries [last_q, d], positions and tokens; position and token -1 where missing."""
         rows = estimate.last_queries(self.member, last_q)
         q_pos = jnp.where(rows >= 0, self.geometry.q_pos[jnp.maximum(rows, 0)], -1)
-        q = self.q[jnp.maximum(rows, 0)]
-        return estimate.attention_rows(q, self.k, q_pos, self.group_pos, self.scale), rows
+        return self.q[jnp.maximum(rows, 0)], q_pos, rows
+
+    def last_attention(self, last_q: int):
+        """Attention of the last members over the group's keys, float32 [last_q, s], and their tokens."""
+        q, q_pos, rows = self.last_queries(last_q)
+        return attention_rows(q, self.k, q_pos, self.group_pos, self.scale), rows
+
+    def last_mass(self, last_q: int):
+        """`last_attention` summed over the members, float32 [s], and their positions, -1 where there are fewer."""
+        q, q_pos, _ = self.last_queries(last_q)
+        mass = column_mass(
+            q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=self.group_pos[None], scale=self.scale
+        )
+        return mass[0], q_pos
 
 
 def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> Columns:
@@ -102,6 +124,12 @@ def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> C
     return Columns(tokens=tokens, is_hidden=is_hidden)
 
 
+def mean_up_to(most: int | float, num_kv_blocks: int) -> float:
+    """Mean over the rows of a causal triangle of `num_kv_blocks` blocks, each of which visits `most` where it can."""
+    most = min(most, num_kv_blocks)
+    return most - most * (most - 1) / (2 * num_kv_blocks)
+
+
 class Pattern(abc.ABC):
     """What one head attends to. A subclass is a frozen dataclass, hashable, static under jit.
 
@@ -113,9 +141,18 @@ class Pattern(abc.ABC):
         """Whether `parts` reads q or k; if not, one plan serves all heads of the pattern."""
         return True
 
+    @property
+    def holds_scores(self) -> bool:
+        """Whether `parts` holds scores of single queries for all keys, so that heads of a long prompt take turns."""
+        return self.reads_scores
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """Key views that `parts` will ask the geometry for, when the keys are those of `group`."""
         return ()
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks, of `num_kv_blocks`, that a q block typically visits, for cost models; None if unknown."""
+        return None
 
     @abc.abstractmethod
     def parts(self, scope: Scope) -> list[Part]:

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Part, QBlocks, Runs
-from mmi_jax.patterns.base import Pattern, Scope
+from mmi_jax.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 
 
@@ -23,6 +24,10 @@ class BlockTopK(Pattern):
     def __post_init__(self):
         """Raises ValueError for fewer than two blocks."""
         check_at_least(self, num_blocks=2)
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return mean_up_to(self.num_blocks, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from mmi_jax.blocks import Blocks
+from mmi_jax.layout import VISION
 from mmi_jax.parts import Everything, Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope
 from mmi_jax.patterns.dense import Dense
@@ -47,9 +48,18 @@ class QBoundary(Pattern):
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
+    @property
+    def holds_scores(self) -> bool:
+        """Whether an inner pattern does."""
+        return any(pattern.holds_scores for pattern in (*self.inner.values(), self.other))
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The views of every inner pattern."""
         return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(group, blocks))
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return _vision_blocks(self, num_kv_blocks, blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """The inner patterns' parts."""
@@ -101,11 +111,20 @@ class Boundary2D(Pattern):
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
+    @property
+    def holds_scores(self) -> bool:
+        """Whether an inner pattern does."""
+        return any(pattern.holds_scores for pattern in (*self.inner.values(), self.other))
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""
         if group != AllKeys():
             raise ValueError("Boundary2D groups the keys itself and cannot stand inside another group of keys")
         return tuple(view for _, keys, pattern in self._pairs() for view in (keys, *pattern.views(keys, blocks)))
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return _vision_blocks(self, num_kv_blocks, blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """For each query modality, the common refinement of its inner patterns' parts."""
@@ -146,6 +165,14 @@ def _intersection(parts: tuple[Part, ...]) -> Part:
 def _visits(part: Part, q_blocks: QBlocks) -> list[Runs]:
     assert not isinstance(part.visits, Everything), "inside a group of keys a part lists its runs"
     return part.visits(q_blocks)
+
+
+def _vision_blocks(pattern: "QBoundary | Boundary2D", num_kv_blocks: int, blocks: Blocks) -> float | None:
+    """What vision queries visit, who are most of a long prompt; what any query may if none are listed."""
+    by_query = {key: key if isinstance(key, int) else key[0] for key in pattern.inner}
+    listed = [key for key, modality in by_query.items() if modality == VISION] or list(by_query)
+    visited = [pattern.inner[key].typical_blocks(num_kv_blocks, blocks) for key in listed]
+    return None if None in visited else max(x for x in visited if x is not None)
 
 
 class _Frozen(dict):

@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Part
-from mmi_jax.patterns.base import Pattern, Scope
+from mmi_jax.patterns.base import Pattern, Scope, mean_up_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Dense(Pattern):
     def reads_scores(self) -> bool:
         """False: fixed before the prompt is seen."""
         return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return mean_up_to(num_kv_blocks, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part that sees everything."""

@@ -10,9 +10,10 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.keys import NO_KEY, FramePlace, Key, RankPhase, RowPlace
 from mmi_jax.layout import VISION
 from mmi_jax.parts import Part, QBlocks, Runs, blocks_between, last_members, ranges_without, sink_and_window
-from mmi_jax.patterns.base import Pattern, Scope
+from mmi_jax.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.patterns.dense import all_keys_part
+from mmi_jax.patterns.streaming import window_blocks
 from mmi_jax.views import Group, KeyView, SortedBy, View
 from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import Array, Int32
@@ -20,6 +21,9 @@ from pallas_kernels.pytree import pytree
 
 SHORTEST = {FramePlace: 64, RowPlace: 12}
 """Tokens of a frame and of a row, at least, for which lists have room; past it a long prompt's head runs dense."""
+
+TYPICAL = {FramePlace: 256, RowPlace: 16}
+"""Tokens of a frame and of a row, typically: what a cost model reckons with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,21 @@ class Grid(Pattern):
         if not (self.use_hline or self.use_vline or self.use_slash):
             raise ValueError("Grid needs at least one of use_hline, use_vline, use_slash")
 
+    @property
+    def holds_scores(self) -> bool:
+        """False: sums over the last queries are enough."""
+        return False
+
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by each stride's place."""
         return tuple(SortedBy(key, self.sink, group) for key in self.strides)
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        stride = min(TYPICAL.get(type(key), getattr(key, "stride", 1)) for key in self.strides)
+        line = num_kv_blocks / 2 / stride + 1  # keys of one place, half of them before a query
+        visited = window_blocks(self.sink, self.local, blocks) + line * (self.use_vline + self.use_slash)
+        return mean_up_to(visited, num_kv_blocks) + (num_kv_blocks / 2 / stride if self.use_hline else 0.0)
 
     def parts(self, scope: Scope) -> list[Part]:
         """Line queries and tail, all other queries, and, for slashes, the vision queries again, sorted by place."""
@@ -85,10 +101,9 @@ class Grid(Pattern):
 
     def find_lines(self, scope: Scope) -> "Lines":
         """The stride and phase on which the last queries spend most attention, and the views sorted by that stride."""
-        weights, rows = scope.last_attention(self.last_q)
-        mass = weights.sum(axis=0)
-        q_pos = jnp.where(rows >= 0, scope.geometry.q_pos[jnp.maximum(rows, 0)], NO_LIMIT)
-        is_far = scope.group_pos <= jnp.min(q_pos) - self.local  # neither window nor padding
+        mass, q_pos = scope.last_mass(self.last_q)
+        first_pos = jnp.min(jnp.where(q_pos >= 0, q_pos, NO_LIMIT))
+        is_far = scope.group_pos <= first_pos - self.local  # neither window nor padding
         views = [scope.geometry.view(view) for view in self.views(scope.group, scope.blocks)]
         is_counted = is_far & (scope.geometry.keys.modality == VISION)
         salience = estimate.salience(mass, is_counted, scope.geometry.keys)
@@ -112,7 +127,7 @@ class Grid(Pattern):
                 runs.append(blocks_between(lines.view, first, end, blocks, beyond_window))
             return runs
 
-        per_q_block = -(-self.sink // blocks.kv) + -(-(self.local + blocks.q) // blocks.kv) + 2 + self._longest(scope)
+        per_q_block = window_blocks(self.sink, self.local, blocks) + 1 + self._longest(scope)
         return Part(member=scope.member, visits=visits, max_blocks=scope.bound(per_q_block) + scope.num_kv_blocks)
 
     def _slashes(self, scope: Scope, lines: "Lines") -> Part:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from mmi_jax.blocks import Blocks
 from mmi_jax.keys import NO_KEY, Key, PositionPhase, Window3D
 from mmi_jax.parts import Part, QBlocks, Runs, blocks_between, sinks
-from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
+from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.patterns.dense import all_keys_part
-from mmi_jax.patterns.streaming import window_part
+from mmi_jax.patterns.streaming import window_blocks, window_part
 from mmi_jax.views import Group, KeyView, SortedBy, View
 from pallas_kernels.block_index import NO_LIMIT
 
@@ -48,6 +48,11 @@ class SparseTransformerStrided(Pattern):
     def reads_scores(self) -> bool:
         """False: fixed before the prompt is seen."""
         return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        dilated = num_kv_blocks / 2 / self.stride + 1
+        return mean_up_to(window_blocks(0, self.stride, blocks) + dilated, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """The window, and the same queries again sorted by phase."""
@@ -90,6 +95,11 @@ class SparseTransformerFixed(Pattern):
     def reads_scores(self) -> bool:
         """False: fixed before the prompt is seen."""
         return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        segment = (self.stride / 2 + blocks.q) / blocks.kv + 1
+        return mean_up_to(segment + num_kv_blocks / self.stride, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order; the segments' first tokens are gathered."""
@@ -138,6 +148,11 @@ class SwinWindow(Pattern):
     def reads_scores(self) -> bool:
         """False: fixed before the prompt is seen."""
         return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        window = self.frames * self.rows * self.columns / blocks.kv + 1
+        return mean_up_to(window + -(-self.sink // blocks.kv), num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """The vision queries sorted by window, and all others."""

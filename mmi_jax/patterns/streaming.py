@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Part, last_members, sink_and_window
-from mmi_jax.patterns.base import Pattern, Scope
+from mmi_jax.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.patterns.dense import all_keys_part
 
@@ -37,6 +38,10 @@ class AShape(Pattern):
     def reads_scores(self) -> bool:
         """False: fixed before the prompt is seen."""
         return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return mean_up_to(window_blocks(self.sink, self.local, blocks), num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order."""
@@ -74,6 +79,11 @@ class TriShape(Pattern):
         """False: fixed before the prompt is seen."""
         return False
 
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        window = mean_up_to(window_blocks(self.sink, self.local, blocks), num_kv_blocks)
+        return window + self.last / blocks.q  # so many rows of `num_kv_blocks`, over as many rows
+
     def parts(self, scope: Scope) -> list[Part]:
         """The window's part and the last queries' part."""
         is_last = last_members(scope.member, self.last)
@@ -83,12 +93,16 @@ class TriShape(Pattern):
         ]
 
 
+def window_blocks(sink: int, local: int, blocks: Blocks) -> int:
+    """Kv blocks that a q block touches for sinks and a local window."""
+    return -(-sink // blocks.kv) + -(-(local + blocks.q) // blocks.kv) + 1
+
+
 def window_part(scope: Scope, sink: int, local: int) -> Part:
     """The scope's members, each seeing the sinks and its local window."""
     blocks = scope.blocks
-    per_q_block = -(-sink // blocks.kv) + -(-(local + blocks.q) // blocks.kv) + 2
     return Part(
         member=scope.member,
         visits=lambda q_blocks: sink_and_window(scope.view, q_blocks, sink, local, blocks),
-        max_blocks=scope.bound(per_q_block) + scope.num_kv_blocks,
+        max_blocks=scope.bound(window_blocks(sink, local, blocks) + 1) + scope.num_kv_blocks,
     )

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Part, Runs
-from mmi_jax.patterns.base import Pattern, Scope, gathered_columns
+from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.top_k import largest, largest_places
+
+BANDS_AT_ONCE = 8
+"""Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,11 @@ class VerticalSlash(Pattern):
     def __post_init__(self):
         """Raises ValueError for sizes below 1."""
         check_at_least(self, vertical=1, slash=1, local=1, last_q=1)
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        bands = 2 * self.slash / blocks.kv + self.local / blocks.kv  # a band alone crosses two blocks
+        return mean_up_to(self.vertical / blocks.kv + bands + 1, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order, with gathered columns."""
@@ -101,7 +109,7 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
         return jnp.where(number > 0, start, covered_from), (start, number)
 
     far = jnp.full_like(first, jnp.iinfo(jnp.int32).max)
-    _, (start, number) = jax.lax.scan(cover, far, bands)
+    _, (start, number) = jax.lax.scan(cover, far, bands, unroll=min(BANDS_AT_ONCE, len(bands)))
     num_below = jnp.clip(-(start // tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
     rows = (start + num_below * tile) * blocks.granule
     return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]

@@ -71,7 +71,8 @@ class RandomShare:
 
 def _random_rows(rng, count):
     """One after another, `count[i]` blocks of each row `i`: some left of the diagonal, ascending, and the diagonal."""
-    rows = (np.append(np.sort(rng.permutation(i)[: c - 1]), i) for i, c in enumerate(count))
+    draw = lambda i, n: np.sort(rng.choice(i, n, replace=False, shuffle=False))  # noqa: E731
+    rows = (np.append(draw(i, c - 1), i) for i, c in enumerate(count))
     return np.concatenate(list(rows))
 
 
@@ -121,6 +122,7 @@ class AttentionCase:
             kv_pos=pos[None],
             index=jax.tree.map(jnp.asarray, self.lists.index(self.num_q_heads, self.num_tokens, self.block)),
             scale=self.head_dim**-0.5,
+            is_silent=True,
         )
 
     def flops(self, index: BlockIndex) -> float:
@@ -150,6 +152,14 @@ def _cases():
         yield AttentionCase(
             name=f"random128 28/4 32K d{head_dim}", lists=random128, num_tokens=2**15, head_dim=head_dim
         )
+    for kilo_tokens in (4, 8, 16):  # short prompts, where dense attention is hard to beat
+        for heads in ((28, 4), (32, 8)):
+            yield AttentionCase(
+                name=f"all {heads[0]}/{heads[1]} {kilo_tokens}K", num_tokens=kilo_tokens * 1024, lists=AllVisited(),
+                num_q_heads=heads[0], num_kv_heads=heads[1],
+            )  # fmt: skip
+    # Short enough for dense attention under the lists' own mask: whose error is larger?
+    yield AttentionCase(name="random8 28/4 4K", lists=RandomLists(blocks_per_row=8), num_tokens=4096)
 
     for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
         yield AttentionCase(
@@ -164,7 +174,7 @@ def _cases():
 
 
 CASES = {case.name: case for case in _cases()}
-"""Problems by name: `all`, `random32` or `random128`, then heads and tokens; and two for a CPU."""
+"""Problems by name: `all`, or `random` with blocks per row, then heads and tokens; and two for a CPU."""
 
 
 def mixed_inputs(
@@ -178,6 +188,7 @@ def mixed_inputs(
     dtype="bfloat16",
     block_q: int = 128,
     block_kv: int = 128,
+    steepness: float = 0.0,
     seed: int = 0,
 ) -> AttentionInputs:
     """A small problem that meets every rule of the contract at once.
@@ -185,6 +196,9 @@ def mixed_inputs(
     Random full and partial blocks, shared and extra, under three distance intervals; unsorted key positions, two rows
     of them; a q block that visits nothing, one that visits a single block, a padded query, and padded keys whose k and
     v are NaN.
+
+    With a `steepness` the scores of the first head grow along the keys, by many times it: far beyond those of any tile
+    that is visited early.
     """
     rng = np.random.default_rng(seed)
     t, view = num_q_blocks * block_q, num_shared + num_extra
@@ -212,8 +226,14 @@ def mixed_inputs(
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     k, v = (draw(num_kv_heads, num_shared, head_dim).at[:, num_shared - 10 :].set(jnp.nan) for _ in range(2))
+    q = draw(num_q_heads, t, head_dim)
+    if steepness:
+        q, k = (
+            q.at[0].set(jnp.abs(q[0])),
+            jnp.abs(k) * jnp.linspace(0.0, steepness, num_shared)[None, :, None].astype(dtype),
+        )
     return AttentionInputs(
-        q=draw(num_q_heads, t, head_dim),
+        q=q,
         k=k,
         v=v,
         k_extra=draw(num_q_heads, num_extra, head_dim),

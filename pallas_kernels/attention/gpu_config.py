@@ -25,6 +25,10 @@ ROW_FIELDS = 32
 """int32 columns of the work table: TMA writes to shared memory at multiples of 128 bytes."""
 
 
+STAGGERED_BLOCKS = 64
+"""Full blocks from which a list counts as long: in shorter ones neighbours are soon apart by themselves."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HopperConfig:
     """Block sizes and buffers of the Hopper kernel.
@@ -34,6 +38,8 @@ class HopperConfig:
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
+      stagger: full blocks by which a thread block starts further down a long list than its neighbour.
+      fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
     """
 
     tile_kv: int
@@ -41,6 +47,8 @@ class HopperConfig:
     num_v_stages: int
     num_q_buffers: int = 2
     take_turns: bool = False
+    stagger: int = 0
+    fixes_top: bool = True
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
@@ -48,6 +56,8 @@ class HopperConfig:
             raise ValueError(f"tile_kv must be 64 or 128, got {self.tile_kv=}")
         if min(self.num_k_stages, self.num_v_stages) < 2:
             raise ValueError(f"stages must be at least 2, got {self.num_k_stages=}, {self.num_v_stages=}")
+        if self.stagger < 0:
+            raise ValueError(f"stagger must be at least 0, got {self.stagger=}")
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 
@@ -92,7 +102,7 @@ CONFIGS = {
     (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
     (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
     (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
-    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2),
+    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2, stagger=7),
     (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""
@@ -103,10 +113,12 @@ def padded_head_dim(head_dim: int) -> int:
     return next(d for d in (64, 128, 256) if head_dim <= d)
 
 
-def choose_config(head_dim: int, block_kv: int) -> HopperConfig:
-    """The table's config for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:
+    """The tuned config, else the built-in one, for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+    from pallas_kernels.attention.gpu_tuned import tuned_config  # it reads a file, when first called
+
     tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
-    return CONFIGS[head_dim, tile_kv]
+    return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
 
 
 def has_hopper_gpu() -> bool:

@@ -24,6 +24,7 @@ class AttentionInputs:
     kv_pos: Int32[Array, "n sx"]
     index: BlockIndex
     scale: float = static_field()
+    is_silent: bool = static_field(default=False)
 
     @property
     def heads_per_kv_head(self) -> int:

@@ -1,5 +1,6 @@
 """Block-sparse attention on Hopper GPUs: checks, padding, the work table and the launch of the Mosaic GPU kernel."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,7 +18,7 @@ from pallas_kernels.attention.gpu_config import (
     padded_head_dim,
 )
 from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_gpu_kernel import KernelShape, Refs, attention_kernel
+from pallas_kernels.attention.mosaic_gpu_kernel import HEAD, Q_START, KernelShape, Refs, attention_kernel
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
@@ -69,54 +70,78 @@ def launch(
     if smem_bytes > SHARED_MEMORY_BYTES:
         raise NotImplementedError(f"{config} needs {smem_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES}")
     table = work_table(index)
-    num_intervals = index.intervals.shape[1]
-    has_extra = inputs.k_extra.shape[1] > 0
     shape = KernelShape(
         config=config,
         num_programs=num_programs,
         num_rows=table.shape[0] - 1,
         tiles_per_block=index.block_kv // config.tile_kv,
         num_entries=index.start.shape[1],
-        num_intervals=num_intervals,
+        num_intervals=index.intervals.shape[1],
         heads_per_kv_head=inputs.heads_per_kv_head,
         num_shared=inputs.k.shape[1],
-        has_extra=has_extra,
+        has_extra=inputs.k_extra.shape[1] > 0,
         score_scale=inputs.scale * math.log2(math.e),
+        fixes_top=config.fixes_top and dtype == jnp.bfloat16,  # float16 ends at 2**16
         interpretable=interpretable,
     )
-    v, v_extra = silence_padding(inputs)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, d - head_dim)))  # noqa: E731
-    arrays = dict(table=table, start=index.start, interval=index.interval, intervals=index.intervals)
+    arrays = _arrays(inputs, d)
+    out, lse = _run(table, arrays, shape)
+    if shape.fixes_top:
+        again = _rows_to_repeat(table, lse)
+        out, lse = _run(again, arrays, dataclasses.replace(shape, fixes_top=False), (out, lse))
+    return out[..., :head_dim], lse
+
+
+def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Array]:
+    """What the kernel reads besides the work table, by the names of `Refs`."""
+    index = inputs.index
+    v, v_extra = (inputs.v, inputs.v_extra) if inputs.is_silent else silence_padding(inputs)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))  # noqa: E731
+    arrays = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
-    if has_extra:
+    if inputs.k_extra.shape[1]:
         arrays |= dict(k_extra=pad(inputs.k_extra), v_extra=pad(v_extra))
-    arrays |= dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
-    buffers, barriers = config.buffers(d, dtype), config.barriers()
+    return arrays | dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
+
+
+def _run(table, arrays: dict[str, Array], shape: KernelShape, previous: tuple[Array, Array] | None = None):
+    """One launch over the q tiles of the table: output and log-sum-exp, written over `previous` where it is given."""
+    arrays = dict(table=table) | arrays
+    q = arrays["q"]
+    buffers, barriers = shape.config.buffers(q.shape[-1], q.dtype), shape.config.barriers()
 
     def block_sparse_attention(*refs):
-        sizes = (len(arrays), 2, len(buffers), len(barriers))
-        ends = [sum(sizes[: i + 1]) for i in range(4)]
-        given = dict(k_extra=None, v_extra=None) | dict(zip(arrays, refs[: ends[0]], strict=True))
-        out, lse = refs[ends[0] : ends[1]]
-        smem = dict(zip(buffers, refs[ends[1] : ends[2]], strict=True))
-        barrier_refs = dict(zip(barriers, refs[ends[2] :], strict=True))
-        attention_kernel(Refs(out=out, lse=lse, smem=smem, barriers=barrier_refs, **given), shape)
+        names = (*arrays, "out", "lse")
+        given = dict(k_extra=None, v_extra=None) | dict(zip(names, refs, strict=False))
+        smem = dict(zip(buffers, refs[len(names) :], strict=False))
+        barrier_refs = dict(zip(barriers, refs[len(names) + len(buffers) :], strict=True))
+        attention_kernel(Refs(smem=smem, barriers=barrier_refs, **given), shape)
 
+    fresh = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
     run = plgpu.kernel(
         block_sparse_attention,
-        out_type=(
-            jax.ShapeDtypeStruct(arrays["q"].shape, dtype),
-            jax.ShapeDtypeStruct(inputs.q_pos.shape, jnp.float32),
-        ),
+        out_type=fresh if previous is None else (),
         scratch_types=(*buffers.values(), *barriers.values()),
-        grid=(num_programs,),
+        grid=(shape.num_programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
-    out, lse = run(*arrays.values())
-    return out[..., :head_dim], lse
+    if previous is None:
+        return run(*arrays.values())
+    refs = tuple(map(jax.new_ref, previous))
+    run(*arrays.values(), *refs)
+    return tuple(map(jax.freeze, refs))
+
+
+def _rows_to_repeat(table: Int32[Array, "rows 32"], lse: Float[Array, "h t"]) -> Int32[Array, "rows 32"]:
+    """The table's rows whose q tile holds a log-sum-exp of +inf, then rows that end the table."""
+    is_failed = jnp.any(jnp.isposinf(lse).reshape(lse.shape[0], -1, TILE_Q), axis=2)
+    is_row = is_failed[table[:-1, HEAD], table[:-1, Q_START] // TILE_Q]
+    place = jnp.where(is_row, jnp.cumsum(is_row) - 1, len(table))
+    ends = jnp.broadcast_to(table[-1], table.shape)
+    return ends.at[place].set(table[:-1], mode="drop")
 
 
 def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:

@@ -9,6 +9,11 @@ computing warpgroup holds the weights of tile `j - 1` and runs
 so that the softmax of one tile hides behind the PV of the one before (Shah et al. 2024, "FlashAttention-3", section
 3.2), while the other warpgroup takes its turn at the tensor cores (section 3.1). The QK that runs beside the last PV of
 a q tile is the first of the next q tile.
+
+Weights are `exp2(score - top)`, and any `top` gives the same result as long as nothing overflows: float32 and bfloat16
+hold exponents to 2**127. So full tiles keep the maximum of the q tile's first tile: no maximum, no rescaling. A row
+whose weights sum to more than `LARGEST_TOTAL` says so by a log-sum-exp of +inf, and a second launch over such q tiles
+alone, with a running maximum everywhere, writes them again (`KernelShape.fixes_top`).
 """
 
 import dataclasses
@@ -21,13 +26,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS, HopperConfig
+from pallas_kernels.attention.gpu_config import (
+    COMPUTE_WARPGROUPS,
+    ROW_FIELDS,
+    STAGGERED_BLOCKS,
+    WARPGROUP_ROWS,
+    HopperConfig,
+)
 
 MASKED = -1e38
 """A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
 
 LOWEST = -1e30
 """The running maximum before the first attended key; below every real score."""
+
+LARGEST_TOTAL = 2.0**80
+"""A sum of weights up to which a fixed maximum is trusted: values up to 2**47 cannot overflow the accumulator."""
 
 HEAD, Q_START, FIRST, NUM_FULL, COUNT, POS_ROW = range(6)
 """Columns of the work table. COUNT is -1 in the row that ends it."""
@@ -48,6 +62,7 @@ class KernelShape:
       num_shared: kv rows of the shared view; later rows are the head's own.
       has_extra: whether a head has rows of its own.
       score_scale: factor on the scores, for base-2 exponentials.
+      fixes_top: full tiles keep the maximum of the q tile's first tile; a row that this does not suit gets lse = +inf.
       interpretable: leave out what GPU interpret mode of JAX 0.11 cannot run: accumulators with an initial value.
     """
 
@@ -61,6 +76,7 @@ class KernelShape:
     num_shared: int
     has_extra: bool
     score_scale: float
+    fixes_top: bool
     interpretable: bool
 
 
@@ -175,11 +191,15 @@ def _load_q(refs: Refs, shape: KernelShape, n, table_row):
 def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     """Copies the kv tiles of a q tile, which are `tile, tile + 1, ...` of this thread block; K goes one ahead of V."""
     config = shape.config
-    head, first, num_full, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
-    num_full *= shape.tiles_per_block
+    head, first, num_full_blocks, pos_row = (refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, POS_ROW))
+    num_full = num_full_blocks * shape.tiles_per_block
+    shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
+    shift = jnp.where(num_full_blocks >= STAGGERED_BLOCKS, shift, 0)
 
     def step(j, last_start):
-        entry = jnp.minimum(first + j // shape.tiles_per_block, shape.num_entries - 1)
+        block = j // shape.tiles_per_block
+        block = jnp.where(block < num_full_blocks, _rotated(block + shift, num_full_blocks), block)
+        entry = jnp.minimum(first + block, shape.num_entries - 1)
         start = refs.start[head, entry] + j % shape.tiles_per_block * config.tile_kv
 
         @pl.when(j < num_tiles)
@@ -198,6 +218,11 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
         return start
 
     lax.fori_loop(0, jnp.where(num_tiles > 0, num_tiles + 1, 0), step, jnp.int32(0))
+
+
+def _rotated(block, num_blocks):
+    """Full blocks may come in any order: thread blocks that share a list need not all read one block at one time."""
+    return jnp.where(block >= num_blocks, block - num_blocks, block)
 
 
 def _copy_tile(refs: Refs, shape: KernelShape, name, head, start, tile):
@@ -273,7 +298,7 @@ def _middle_tiles(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, 
         )
         if shape.config.num_q_buffers == 2:  # the last output has had a tile's time to leave
             pl.when((j == 1) & (n > 0))(lambda: _free_q(refs, n - 1))
-        return acc * _columns(decay, acc.shape), softmax
+        return acc if decay is None else acc * _columns(decay, acc.shape), softmax
 
     first_partial = jnp.maximum(row.num_full * shape.tiles_per_block, 1)
     state = lax.fori_loop(1, first_partial, functools.partial(step, is_partial=False), (acc, softmax))
@@ -328,7 +353,8 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     """QK and softmax of tile `j` of `row`, beside PV of the tile before it, which may end another q tile.
 
     `is_partial` is None for the first tile of a q tile, which may be of any kind or, at the end of the table, absent.
-    Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs.
+    Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs,
+    None for a factor of 1.
     """
     weights, top, total = softmax
     k_slot, v_slot = tile % shape.config.num_k_stages, (tile - 1) % shape.config.num_v_stages
@@ -340,6 +366,7 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     else:
         is_real = True
         mask = (lambda s_qk: mask_tile(s_qk)) if is_partial else (lambda s_qk: s_qk)
+    update = _softmax_below if shape.fixes_top and is_partial is False else _softmax
     _when(is_real, lambda: plgpu.barrier_wait(k_ready))
     _when(is_partial, lambda: plgpu.barrier_wait(pos_ready))
     mask_tile = _mask(refs, shape, warpgroup, row, j, k_slot)
@@ -355,7 +382,7 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
         s_qk = mask(s_qk)
         _when(is_real, lambda: plgpu.barrier_arrive(k_free))
         # Before PV ends, and left in float32: PV still reads the registers of the 16-bit weights.
-        state = lax.optimization_barrier(_softmax(shape, s_qk, top, total))
+        state = lax.optimization_barrier(update(shape, s_qk, top, total))
         out = _drain(shape, o_acc, acc, weights, v, wait_n=0)
         plgpu.barrier_arrive(refs.barriers["v_free"].at[v_slot])
         return out, state
@@ -395,14 +422,14 @@ def _finish_overlapped(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, t
     acc, next_softmax, _ = _next_tile(
         refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_partial=None
     )
-    _store(refs, refs.smem["q"].at[n % 2, warpgroup], warpgroup, row, acc, *softmax[1:])
+    _store(refs, shape, refs.smem["q"].at[n % 2, warpgroup], warpgroup, row, acc, *softmax[1:])
     return next_row, next_softmax
 
 
 def _finish_alone(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, acc, softmax):
     """The last PV, the output through q's buffer, then the first QK of the next q tile: its row and softmax state."""
     acc = _last_tile(refs, shape, warpgroup, tile, acc, softmax[0])
-    _store(refs, refs.smem["q"].at[0, warpgroup], warpgroup, row, acc, *softmax[1:])
+    _store(refs, shape, refs.smem["q"].at[0, warpgroup], warpgroup, row, acc, *softmax[1:])
     _free_q(refs, n)
     next_row = _read_row(refs, shape, n + 1)
     return next_row, _first_tile(refs, shape, warpgroup, next_row, n + 1, tile)
@@ -415,12 +442,14 @@ def _free_q(refs: Refs, n):
     plgpu.barrier_arrive(refs.barriers["q_free"].at[n % refs.smem["q"].shape[0]])
 
 
-def _store(refs: Refs, buffer, warpgroup, row: Row, acc, top, total):
+def _store(refs: Refs, shape: KernelShape, buffer, warpgroup, row: Row, acc, top, total):
     """Normalises and writes 64 rows of the output and of the log-sum-exp; rows that attended nothing: zeros, -inf."""
     has_keys = total > 0
     factor = jnp.where(has_keys, 1.0 / jnp.where(has_keys, total, 1.0), 0.0)
     out = jnp.where(_columns(has_keys, acc.shape), acc * _columns(factor, acc.shape), 0.0)  # 0 * NaN is NaN
     lse = jnp.where(has_keys, top * math.log(2.0) + jnp.log(total), -jnp.inf)
+    if shape.fixes_top:
+        lse = jnp.where(total <= LARGEST_TOTAL, lse, jnp.inf)  # a NaN too is looked at again
     rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
     buffer[...] = out.astype(buffer.dtype)
     refs.lse[row.head, rows] = lse
@@ -466,6 +495,12 @@ def _softmax(shape: KernelShape, s_qk, top, total):
     weights = jnp.exp2(s_qk * shape.score_scale - _columns(new_top, s_qk.shape))
     decay = jnp.exp2(top - new_top)
     return weights, new_top, total * decay + jnp.sum(weights, axis=1), decay
+
+
+def _softmax_below(shape: KernelShape, s_qk, top, total):
+    """One step of the softmax below a maximum that stays: float32 weights, the maximum, the sum, and no factor."""
+    weights = jnp.exp2(s_qk * shape.score_scale - _columns(top, s_qk.shape))
+    return weights, top, total + jnp.sum(weights, axis=1), None
 
 
 def _when(condition, effect):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import plan_of, video_with_timestamps, visit_counts
@@ -102,7 +103,8 @@ def find_lines(q, k, layouts, *, grid):
         q, k, layout = args
         geometry = prompt_geometry(layout, (grid,), num_queries=NUM_TOKENS, q_start=0, blocks=BLOCKS)
         member = geometry.queries.is_real
-        lines = grid.find_lines(Scope(q=q, k=k, geometry=geometry, member=member, scale=HEAD_DIM**-0.5, blocks=BLOCKS))
+        one = dict(q=q, all_k=k[:, None], kv_head=jnp.int32(0))
+        lines = grid.find_lines(Scope(**one, geometry=geometry, member=member, scale=HEAD_DIM**-0.5, blocks=BLOCKS))
         return lines.stride, lines.phase
 
     return jax.lax.map(case, (q, k, layouts), batch_size=20)

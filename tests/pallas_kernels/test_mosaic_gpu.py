@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_kernel, reference
 from pallas_kernels.attention.cases import AllVisited, RandomLists, mixed_inputs
 from pallas_kernels.attention.gpu_config import (
     CONFIGS,
@@ -20,6 +20,7 @@ from pallas_kernels.attention.gpu_config import (
     has_hopper_gpu,
     padded_head_dim,
 )
+from pallas_kernels.attention.gpu_tuned import read_table
 
 SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
 
@@ -32,6 +33,7 @@ MIXED = {
     "d128, kv blocks of 64": dict(head_dim=128, block_kv=64, num_q_heads=4, num_kv_heads=2),
     "d128, blocks of 256": dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
     "d96": dict(head_dim=96),
+    "d128, steep": dict(head_dim=128, num_q_blocks=8, num_shared=2048, num_extra=0, steepness=200.0),
     "d256": dict(head_dim=256),
     "d256, fp16, kv blocks of 64": dict(head_dim=256, dtype="float16", block_kv=64),
 }
@@ -44,25 +46,40 @@ def assert_close(got, inputs):
     has_keys = np.isfinite(want_lse)
     assert (out[~has_keys] == 0).all()
     assert np.isneginf(lse[~has_keys]).all()
-    np.testing.assert_allclose(lse[has_keys], want_lse[has_keys], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(lse[has_keys], want_lse[has_keys], rtol=1e-6, atol=1e-4)  # steep scores reach 2,000
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     bound = float(jnp.finfo(inputs.q.dtype).eps)  # weights and output are each rounded once: half an ulp, twice
     assert error <= bound, f"{error=} exceeds {bound=}"
 
 
-@pytest.mark.parametrize("key", CONFIGS, ids=str)
-@pytest.mark.parametrize("num_extra", [0, 128])
-def test_every_config_lowers_for_cuda(key, num_extra):
-    head_dim, tile_kv = key
-    dtype = "float16" if num_extra else "bfloat16"
-    inputs = mixed_inputs(head_dim=head_dim, block_kv=tile_kv, num_extra=num_extra, dtype=dtype)
-    run = jax.jit(functools.partial(mosaic_gpu.launch, config=CONFIGS[key]))
+def known_configs():
+    """Head dim, block width and config of the built-in table and of the tuned one, if it ships."""
+    built_in = [(d, tile_kv, config) for (d, tile_kv), config in CONFIGS.items()]
+    tuned = read_table(gpu_tuned.PATH) if gpu_tuned.PATH.exists() else ()
+    return list(dict.fromkeys(built_in + [(entry.head_dim, entry.block_kv, entry.config) for entry in tuned]))
+
+
+def lowered_cases():
+    """Every config at its own head dim in both dtypes, with and without extra rows; and at the head dims it pads."""
+    for d, block_kv, config in known_configs():
+        for dtype in ("bfloat16", "float16"):
+            for num_extra in (0, 128):
+                yield d, block_kv, config, dtype, num_extra
+            for padded in (80, 96) if d == 128 else ():
+                yield padded, block_kv, config, dtype, 128
+
+
+@pytest.mark.parametrize(("head_dim", "block_kv", "config", "dtype", "num_extra"), [*lowered_cases()], ids=str)
+def test_every_config_lowers_for_cuda(head_dim, block_kv, config, dtype, num_extra):
+    inputs = mixed_inputs(head_dim=head_dim, block_kv=block_kv, num_extra=num_extra, dtype=dtype)
+    run = jax.jit(functools.partial(mosaic_gpu.launch, config=config))
     assert "mosaic_gpu" in run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("head_dim", "tile_kv"), CONFIGS, ids=str)
-def test_every_config_fits_shared_memory(head_dim, tile_kv):
-    assert CONFIGS[head_dim, tile_kv].shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
+@pytest.mark.parametrize(("head_dim", "block_kv", "config"), known_configs(), ids=str)
+def test_every_config_fits_shared_memory(head_dim, block_kv, config):
+    assert block_kv % config.tile_kv == 0
+    assert config.shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
 
 
 def test_launch_refuses_a_config_that_does_not_fit():
@@ -70,10 +87,12 @@ def test_launch_refuses_a_config_that_does_not_fit():
         mosaic_gpu.launch(mixed_inputs(head_dim=256), CONFIGS[128, 128])
 
 
-def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks():
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_kernel, "STAGGERED_BLOCKS", 1)
     inputs = mixed_inputs(head_dim=64)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
+        got = mosaic_gpu.launch(inputs, dataclasses.replace(SMALL, stagger=stagger), num_programs=2, interpretable=True)
     assert_close(got, inputs)
 
 
@@ -134,7 +153,12 @@ def test_check_supported_needs_a_positive_scale():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(dict(tile_kv=96), "64 or 128"), (dict(num_k_stages=1), "at least 2"), (dict(num_q_buffers=3), "1 or 2")],
+    [
+        (dict(tile_kv=96), "64 or 128"),
+        (dict(num_k_stages=1), "at least 2"),
+        (dict(num_q_buffers=3), "1 or 2"),
+        (dict(stagger=-1), "at least 0"),
+    ],
 )
 def test_config_names_the_rule(change, message):
     with pytest.raises(ValueError, match=message):
@@ -166,3 +190,27 @@ def test_none_falls_through_to_xla_without_a_hopper_gpu():
         v_extra=inputs.v_extra,
     )
     assert_close(got, inputs)
+
+
+def test_interpreted_kernel_repeats_rows_that_outgrow_their_first_tile(monkeypatch):
+    inputs = mixed_inputs(num_q_blocks=4, num_extra=0, steepness=200.0)
+    repeated = []
+
+    def record(table, lse, find=mosaic_gpu._rows_to_repeat):
+        repeated.append(int((find(table, lse)[:, 4] >= 0).sum()))
+        return find(table, lse)
+
+    monkeypatch.setattr(mosaic_gpu, "_rows_to_repeat", record)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
+    assert 0 < repeated[0] < inputs.index.count.size, "some q tiles, and not all, are repeated"
+    assert_close(got, inputs)
+
+
+def test_rows_to_repeat_are_those_that_say_so_and_end_the_table():
+    table = mosaic_gpu.work_table(jax.tree.map(jnp.asarray, RandomLists(blocks_per_row=3).index(2, 1024, 128)))
+    lse = jnp.zeros((2, 1024)).at[1, 300].set(jnp.inf).at[0, 1023].set(jnp.inf).at[0, 5].set(-jnp.inf)
+    again = np.asarray(mosaic_gpu._rows_to_repeat(table, lse))
+    count = list(again[:, 4]).index(-1)
+    assert {(row[0], row[1]) for row in again[:count]} == {(1, 256), (0, 896)}
+    assert (again[count:, 4] == -1).all()

@@ -1,0 +1,1 @@
+"""Measurements behind `mmi bench`: outputs checked first, baseline and candidate in one process on one device."""

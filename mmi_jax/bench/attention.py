@@ -1,0 +1,85 @@
+"""Figures of named attention cases: output checked first, dense attention and the peers in one run."""
+
+import functools
+import resource
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmi_jax.bench import torch_peers
+from mmi_jax.bench.dense import MASKED_LIMIT, dense_row, masked_row
+from mmi_jax.bench.rows import chosen, dense_flops, rate
+from mmi_jax.bench.sampled import SampledRows, sample, sample_dense
+from mmi_jax.bench.timing import compile_program
+from pallas_kernels.attention.api import Implementation, attend_inputs
+from pallas_kernels.attention.cases import AttentionCase
+from pallas_kernels.attention.inputs import AttentionInputs
+
+
+def bench_attention(
+    case: AttentionCase, *, implementation: Implementation | None, with_dense: bool, with_peers: bool, repeats: int
+) -> dict[str, Any]:
+    """One case's figures: block-sparse attention, and others on the same q, k, v beside it.
+
+    Args:
+      implementation: of ours; see `chosen` when None.
+      with_dense: also times dense causal attention through JAX.
+      with_peers: also times torch's dense attention and FlexAttention.
+      repeats: measurements of each function.
+
+    Raises:
+      RuntimeError: our output is wrong; a wrong kernel is not timed. A peer that fails is a row with the reason.
+    """
+    implementation = chosen(implementation)
+    inputs = case.inputs()
+    program = compile_program(functools.partial(attend_inputs, implementation=implementation), inputs)
+    expected = sample(inputs)
+    out, lse = program(inputs)
+    errors = expected.check(expected.of(out), expected.of(lse), dtype=case.dtype)
+    again = program(inputs)
+    is_bit_equal = bool(jnp.array_equal(out, again[0])) and bool(jnp.array_equal(lse, again[1]))
+    del out, lse, again
+    timing = program.time(inputs, repeats=repeats)
+    flops = case.flops(inputs.index)
+    figures: dict[str, Any] = {
+        "case": case.name,
+        "implementation": implementation or "default",
+        "tokens": case.num_tokens,
+        "heads": f"{case.num_q_heads}/{case.num_kv_heads}",
+        "head_dim": case.head_dim,
+        "dtype": case.dtype,
+        "density": round(flops / dense_flops(*inputs.q.shape), 4),
+        **errors,
+        "is_bit_equal": is_bit_equal,
+        "flops": flops,
+        **rate(flops, timing),
+    }
+    others = _others(inputs, expected, flops, with_dense=with_dense, with_peers=with_peers, repeats=repeats)
+    figures["others"] = [_beside(other, timing.median_ms) for other in others]
+    if jax.default_backend() == "cpu":
+        figures["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures
+
+
+def _others(
+    inputs: AttentionInputs, expected: SampledRows, flops: float, *, with_dense: bool, with_peers: bool, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each other implementation; `expected` holds sampled rows over the lists."""
+    if not (with_dense or with_peers):
+        return []
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    dense = sample_dense(q, k, v, scale=scale)
+    rows = []
+    if with_dense:
+        rows.append(dense_row(q, k, v, dense, scale=scale, repeats=repeats))
+        rows += [masked_row(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
+    if with_peers:
+        rows += torch_peers.dense_rows(q, k, v, dense, scale=scale, repeats=repeats)
+        rows.append(torch_peers.flex_row(inputs, expected, flops=flops, repeats=repeats))
+    return rows
+
+
+def _beside(other: dict[str, Any], our_ms: float) -> dict[str, Any]:
+    """The other's figures with our speed-up over it."""
+    return other | ({"speedup": round(other["median_ms"] / our_ms, 2)} if "median_ms" in other else {})

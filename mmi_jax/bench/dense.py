@@ -1,0 +1,111 @@
+"""Dense causal attention through JAX: what every sparse figure stands beside."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmi_jax.bench import torch_peers
+from mmi_jax.bench.rows import dense_flops, rate, row
+from mmi_jax.bench.sampled import SampledRows, sample_dense
+from mmi_jax.bench.timing import compile_program
+from mmi_jax.planted import GRID, planted_qkv, video_prompt
+from pallas_kernels import coverage
+from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.notation import Array, Float
+
+MASKED_LIMIT = 4096
+"""Tokens up to which dense attention also runs under the lists' mask, to compare errors: the mask is quadratic."""
+
+
+def dense_row(
+    q: Float[Array, "h t d"], k: Float[Array, "g t d"], v: Float[Array, "g t d"], expected: SampledRows,
+    *, scale: float, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of dense causal `jax.nn.dot_product_attention`, checked first: cuDNN on a GPU, XLA elsewhere.
+
+    Args:
+      q, k, v: head-major.
+      expected: of `sample_dense`.
+      scale: factor on the scores.
+      repeats: measurements.
+    """
+
+    def measure():
+        arrays = [x.transpose(1, 0, 2)[None] for x in (q, k, v)]
+        program = compile_program(_attention(scale=scale, is_causal=True), *arrays)
+        out = np.asarray(program(*arrays)[0, expected.rows, expected.heads])
+        errors = expected.check(out, None, dtype=str(q.dtype))
+        return errors | rate(dense_flops(*q.shape), program.time(*arrays, repeats=repeats))
+
+    return row(f"{_backend()} dense, jax", measure)
+
+
+def masked_row(inputs: AttentionInputs, expected: SampledRows) -> dict[str, Any]:
+    """The error of dense attention under the lists' own mask, against which ours is held; not timed.
+
+    Args:
+      inputs: short, as the mask is quadratic.
+      expected: of `sample`.
+    """
+
+    def measure():
+        arrays = [x.transpose(1, 0, 2)[None] for x in (inputs.q, inputs.k, inputs.v)]
+        mask = coverage(inputs.index, inputs.q_pos, inputs.kv_pos)[None] > 0
+        program = compile_program(
+            lambda mask, *arrays: _attention(scale=inputs.scale)(*arrays, mask=mask), mask, *arrays
+        )
+        out = np.asarray(program(mask, *arrays)[0, expected.rows, expected.heads])
+        return expected.check(out, None, dtype=str(inputs.q.dtype))
+
+    return row(f"{_backend()} masked, jax", measure)
+
+
+def _backend() -> str:
+    return "cudnn" if jax.default_backend() == "gpu" else "xla"
+
+
+def _attention(**kwargs):
+    return functools.partial(jax.nn.dot_product_attention, implementation=_backend(), **kwargs)
+
+
+@functools.cache
+def planted_dense_rows(
+    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str, *, repeats: int, with_peers: bool
+) -> tuple[dict[str, Any], ...]:
+    """Figures of dense attention on a planted video prompt, through JAX and, with the peers, torch; measured once."""
+    structures = (GRID,) * num_q_heads
+    q, k, v = planted_qkv(
+        video_prompt(num_tokens), structures, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
+    )
+    q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
+    scale = head_dim**-0.5
+    expected = sample_dense(q, k, v, scale=scale)
+    rows = [dense_row(q, k, v, expected, scale=scale, repeats=repeats)]
+    if with_peers:
+        rows += torch_peers.dense_rows(q, k, v, expected, scale=scale, repeats=repeats)
+    return tuple(rows)
+
+
+def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peers: bool) -> dict[str, Any]:
+    """The fastest dense attention beside a plan: measured up to `limit` tokens, extrapolated by the square above.
+
+    Args:
+      num_tokens: of the prompt.
+      sizes: query heads, kv heads, head dim and dtype.
+      limit: tokens at which dense attention is measured at most.
+    """
+    measured_at = min(num_tokens, limit)
+    rows = planted_dense_rows(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
+    able = [found for found in rows if "median_ms" in found]
+    if not able:
+        return {"dense": rows[0]["name"], "dense_error": rows[0]["error"]}
+    best = min(able, key=lambda found: found["median_ms"])
+    return {
+        "dense": best["name"],
+        "dense_ms": round(best["median_ms"] * (num_tokens / measured_at) ** 2, 3),
+        "dense_measured_at": measured_at,
+        "is_dense_extrapolated": measured_at < num_tokens,
+        "dense_of_all_ms": {found["name"]: found.get("median_ms", found.get("error")) for found in rows},
+    }

@@ -1,0 +1,207 @@
+"""The search for the Hopper kernel's configs: every candidate is checked, then timed, and the best goes to a table."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmi_jax.bench.machine import machine
+from mmi_jax.bench.rows import reason
+from mmi_jax.bench.sampled import sample
+from mmi_jax.bench.timing import Program, compile_lowered
+from pallas_kernels.attention import mosaic_gpu
+from pallas_kernels.attention.cases import AllVisited, AttentionCase, RandomLists
+from pallas_kernels.attention.gpu_config import CONFIGS, SHARED_MEMORY_BYTES, HopperConfig, padded_head_dim
+from pallas_kernels.attention.gpu_tuned import TunedEntry, read_table, write_table
+from pallas_kernels.attention.inputs import AttentionInputs
+
+STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
+"""K and V tiles in flight that are tried: K is needed a step before V."""
+
+DIALS: dict[str, tuple[Any, ...]] = {"stagger": (0, 7), "fixes_top": (False,), "take_turns": (True,)}
+"""Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
+
+NUM_TURNED = 2
+NUM_FINALISTS = 4
+"""Configs that are timed on every kind of list, after one measurement of each on random ones."""
+
+type Compile = Callable[[Sequence[HopperConfig], AttentionInputs], Mapping[HopperConfig, Program | Exception]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneProblem:
+    """What a config is looked for: head dim, heads, and the sizes it is tried on; lengths in tokens."""
+
+    head_dim: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_tokens: int = 2**15
+    block_kv: int = 128
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        """Raises ValueError for a head dim that the kernel pads, and for heads that do not divide."""
+        if padded_head_dim(self.head_dim) != self.head_dim:
+            raise ValueError(f"head_dim must be one the kernel runs at: 64, 128 or 256, got {self.head_dim}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(f"query heads must be a multiple of kv heads, got {self.num_q_heads}/{self.num_kv_heads}")
+
+    @property
+    def label(self) -> str:
+        """As in "d128 28/4"."""
+        return f"d{self.head_dim} {self.num_q_heads}/{self.num_kv_heads}"
+
+    def inputs(self) -> dict[str, AttentionInputs]:
+        """The same q, k, v over random lists, half of the causal blocks at most, and over all blocks.
+
+        Lists are padded to one length, so that one program serves both.
+        """
+        random = RandomLists(blocks_per_row=max(1, self.num_tokens // self.block_kv // 2))
+        case = AttentionCase(
+            name=self.label, num_tokens=self.num_tokens, lists=random, num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=self.dtype, block=self.block_kv,  # pyright: ignore
+        )  # fmt: skip
+        inputs = case.inputs()
+        every = AllVisited().index(self.num_q_heads, self.num_tokens, self.block_kv)
+        missing = inputs.index.start.shape[1] - every.start.shape[1]
+        start, interval = (jnp.asarray(np.pad(x, ((0, 0), (0, missing)))) for x in (every.start, every.interval))
+        every = dataclasses.replace(jax.tree.map(jnp.asarray, every), start=start, interval=interval)
+        return {"random": inputs, "all": dataclasses.replace(inputs, index=every)}
+
+
+def sizes(problem: TuneProblem) -> list[HopperConfig]:
+    """The built-in configs of this head dim, and others in tiles and stages whose declaration fits the shared memory.
+
+    One q buffer is tried only where it buys stages for which two leave no room.
+    """
+    fits = lambda config: config.shared_memory_bytes(problem.head_dim, problem.dtype) <= SHARED_MEMORY_BYTES  # noqa: E731
+    tiles = [tile for tile in (128, 64) if problem.block_kv % tile == 0]
+    found = [config for (d, tile), config in CONFIGS.items() if d == problem.head_dim and tile in tiles]
+    for tile, (k, v) in itertools.product(tiles, STAGES):
+        two = HopperConfig(tile_kv=tile, num_k_stages=k, num_v_stages=v)
+        found.append(two if fits(two) else dataclasses.replace(two, num_q_buffers=1))
+    return list(dict.fromkeys(filter(fits, found)))
+
+
+def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
+    """Each of these configs with one of `DIALS` turned."""
+    turned = ({name: value} for name, values in DIALS.items() for value in values)
+    changed = [dataclasses.replace(config, **change) for change in turned for config in configs]
+    return [config for config in dict.fromkeys(changed) if config not in configs]
+
+
+def compile_configs(
+    configs: Sequence[HopperConfig], inputs: AttentionInputs
+) -> Mapping[HopperConfig, Program | Exception]:
+    """The kernel with each config, compiled side by side; the error in place of one that cannot be."""
+
+    def attempt(fun, *args):
+        try:
+            return fun(*args)
+        except Exception as error:  # a config the compiler refuses must not end the search
+            return error
+
+    def lower(config):
+        return jax.jit(lambda inputs: mosaic_gpu.launch(inputs, config)).lower(inputs)
+
+    lowered = [attempt(lower, config) for config in configs]
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda x: x if isinstance(x, Exception) else attempt(compile_lowered, x), lowered)
+        return dict(zip(configs, compiled, strict=True))
+
+
+def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_configs) -> dict[str, Any]:
+    """The ranking of the candidates, best first, and the figures of the best.
+
+    Every candidate is checked against float64 on each kind of list before it is timed there; one that is wrong or
+    cannot run is at the end of the ranking with the reason, and is never chosen.
+
+    Raises:
+      RuntimeError: no candidate gives a right output.
+    """
+    inputs = problem.inputs()
+    expected = {name: sample(x) for name, x in inputs.items()}
+    programs: dict[HopperConfig, Program | Exception] = {}
+
+    def rate(config: HopperConfig, name: str, repeats: int) -> float:
+        """TFLOP/s on one kind of list, the output checked first."""
+        program = programs[config]
+        if isinstance(program, Exception):
+            raise program
+        rows = expected[name]
+        out, lse = program(inputs[name])
+        rows.check(rows.of(out), rows.of(lse), dtype=problem.dtype)
+        del out, lse
+        return _flops(inputs[name]) / program.time(inputs[name], repeats=repeats).median_ms / 1e9
+
+    def screen(configs: Sequence[HopperConfig]):
+        programs.update(compile_all(configs, inputs["random"]))
+        return _rates(configs, lambda config: {"random": rate(config, "random", 1)})
+
+    screened, failed = screen(sizes(problem))
+    fastest = sorted(screened, key=lambda config: -screened[config]["random"])
+    more, more_failed = screen(variants(fastest[:NUM_TURNED]))
+    screened, failed = screened | more, failed | more_failed
+    finalists = sorted(screened, key=lambda config: -screened[config]["random"])[:NUM_FINALISTS]
+    finals, failed_late = _rates(finalists, lambda config: {name: rate(config, name, repeats) for name in inputs})
+    if not finals:
+        raise RuntimeError(f"no config gives a right output: {'; '.join(sorted(set((failed | failed_late).values())))}")
+    best = sorted(finals, key=lambda config: -_mean(finals[config]))
+    others = sorted(screened.keys() - finals.keys() - failed_late.keys(), key=lambda c: -screened[c]["random"])
+    ranking = [_row(config, finals[config]) for config in best] + [_row(config, screened[config]) for config in others]
+    ranking += [_row(config, {}) | {"error": why} for config, why in (failed | failed_late).items()]
+    return {"case": problem.label, "tflops_per_s": round(_mean(finals[best[0]]), 2), "ranking": ranking}
+
+
+def entry(problem: TuneProblem, ranking: list[dict[str, Any]]) -> TunedEntry:
+    """The table's entry for the first of a ranking."""
+    where = machine()
+    return TunedEntry(
+        head_dim=problem.head_dim,
+        block_kv=64 if problem.block_kv % 128 else 128,
+        heads_per_kv_head=problem.num_q_heads // problem.num_kv_heads,
+        config=HopperConfig(**ranking[0]["config"]),
+        tflops_per_s=ranking[0]["tflops_per_s"],
+        device=where["device"],
+        date=where["date"],
+        commit=where["commit"],
+    )
+
+
+def keep(path: Path, new: TunedEntry) -> None:
+    """Writes the entry into the table, in place of the one for the same kind of problem."""
+    old = read_table(path) if path.exists() else ()
+    write_table(path, [*(entry for entry in old if entry.key != new.key), new])
+
+
+def _rates(configs, measure) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:
+    """What was measured of each config, and why the others could not be."""
+    measured, failed = {}, {}
+    for config in configs:
+        try:
+            measured[config] = measure(config)
+        except Exception as error:  # a wrong or broken config must not end the search
+            failed[config] = reason(error)
+    return measured, failed
+
+
+def _row(config: HopperConfig, rates: dict[str, float]) -> dict[str, Any]:
+    rounded = {name: round(rate, 2) for name, rate in rates.items()}
+    return {"config": dataclasses.asdict(config), "tflops_per_s": rounded}
+
+
+def _mean(rates: dict[str, float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, rates.values())) / len(rates))
+
+
+def _flops(inputs: AttentionInputs) -> float:
+    index = inputs.index
+    return 4.0 * float(index.visited_tiles().sum()) * index.block_q * index.block_kv * inputs.q.shape[-1]

@@ -1,0 +1,122 @@
+"""Results of `mmi bench` as tables; times in milliseconds."""
+
+from typing import Any
+
+from rich.table import Table
+
+RANKS = 10
+"""Configs of a search that its table shows, the best first; those that failed come after them."""
+
+PLAN_PARTS = ("views_ms", "plan_ms", "permute_ms", "attend_ms", "undo_ms")
+
+
+def attention_table(result: dict[str, Any]) -> Table:
+    """Each case, then what was measured beside it: speed-up is ours over the other."""
+    table = _table(
+        result, "", "density", "rel. error", "lse error", "ms (fastest, slowest)", "TFLOP/s", "% of matmul", "peak GB",
+        "speed-up",
+    )  # fmt: skip
+    for case in result["cases"]:
+        if "error" in case:
+            table.add_row(f"{case['case']}: failed: {case['error']}")
+            continue
+        table.add_row(
+            f"{case['case']}, {case['implementation']}" + ("" if case["is_bit_equal"] else ", NOT bit-equal"),
+            f"{case['density']:.4f}",
+            *_measured(case, result),
+            f"{case['max_rss_bytes'] / 1e9:.2f}" if "max_rss_bytes" in case else "",
+        )
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+                continue
+            note = f", {other['note']}" if "note" in other else ""
+            speedup = f"{other['speedup']:.2f} x" if "speedup" in other else ""
+            table.add_row(f"  {other['name']}{note}", "", *_measured(other, result), "", speedup)
+    return table
+
+
+def plans_table(result: dict[str, Any]) -> Table:
+    """Parts, their sum and the whole of each plan; dense attention, with ~ where it is extrapolated."""
+    table = _table(
+        result, "", "tokens", "heads", "density", "rel. error", *(name.removesuffix("_ms") for name in PLAN_PARTS),
+        "sum", "whole (fastest, slowest)", "heads run dense", "beside attend", "attend TFLOP/s", "dense", "speed-up",
+    )  # fmt: skip
+    for case in result["cases"]:
+        if "error" in case:
+            table.add_row(f"{case['case']}: failed: {case['error']}")
+            continue
+        dense = f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_ms']:.4g}" if "dense_ms" in case else ""
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            case["heads"],
+            f"{case['density']:.4f}",
+            f"{case['relative_error']:.1e}",
+            *(f"{case[name]:.4g}" for name in PLAN_PARTS),
+            f"{sum(case[name] for name in PLAN_PARTS):.4g}",
+            _spread(case),
+            str(case["dense_heads"]),
+            f"{case['share_beside_attend']:.0%}",
+            f"{case['tflops_per_s']:.4g}",
+            dense,
+            f"{case['speedup']:.2f} x" if "speedup" in case else case.get("dense_error", ""),
+        )
+    return table
+
+
+def check_table(result: dict[str, Any]) -> Table:
+    """Errors of each small problem."""
+    table = _table(result, "", "rel. error", "lse error", "empty rows")
+    for case in result["cases"]:
+        if "error" in case:
+            table.add_row(f"{case['case']}: failed: {case['error']}")
+            continue
+        errors = (f"{case[name]:.1e}" for name in ("relative_error", "lse_error"))
+        table.add_row(case["case"], *errors, str(case["num_empty_rows"]))
+    return table
+
+
+def tune_table(result: dict[str, Any]) -> Table:
+    """The best configs of each problem, and those that were wrong or could not run."""
+    table = _table(result, "", "K stages", "V stages", "q buffers", "turns", "random TFLOP/s", "all TFLOP/s")
+    for case in result["cases"]:
+        if "error" in case:
+            table.add_row(f"{case['case']}: failed: {case['error']}")
+            continue
+        able = [row for row in case["ranking"] if "error" not in row]
+        failed = [row for row in case["ranking"] if "error" in row]
+        for row in able[:RANKS] + failed:
+            config, rates = row["config"], row["tflops_per_s"]
+            sizes = (str(config[f"num_{name}"]) for name in ("k_stages", "v_stages", "q_buffers"))
+            why = f": {row['error']}" if "error" in row else ""
+            table.add_row(
+                f"{case['case']}, kv tile {config['tile_kv']}{why}",
+                *sizes,
+                "yes" if config["take_turns"] else "no",
+                *(f"{rates[name]:.4g}" if name in rates else "" for name in ("random", "all")),
+            )
+    return table
+
+
+def _measured(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """Errors, times, rate and share of the matmul rate; blank where a row has none."""
+    errors = [f"{row[name]:.1e}" if name in row else "" for name in ("relative_error", "lse_error")]
+    if "median_ms" not in row:
+        return [*errors, "", "", ""]
+    share = row["tflops_per_s"] / result["matmul_tflops_per_s"]
+    return [*errors, _spread(row), f"{row['tflops_per_s']:.4g}", f"{share:.0%}"]
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['median_ms']:.4g} ({row['fastest_ms']:.4g}, {row['slowest_ms']:.4g})"
+
+
+def _table(result: dict[str, Any], *columns: str) -> Table:
+    where = result["machine"]
+    title = f"{where['device']}, commit {where['commit']}, jax {where['jax']}, {where['date']}"
+    title += f"; matmul {result['matmul_tflops_per_s']:.4g} TFLOP/s" if "matmul_tflops_per_s" in result else ""
+    table = Table(title=title, title_justify="left")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="right" if n else "left", overflow="fold")
+    return table

@@ -1,0 +1,93 @@
+"""What an attention call costs, and which heads had better run dense."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.patterns.base import Pattern
+from mmi_jax.patterns.dense import Dense
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Time of one attention call, linear in what it moves and computes; head_dim 128, 16-bit.
+
+    Args:
+      dense_ms, dense_ns_per_tile: a dense causal call: its start, and each tile of 128 x 128 pairs left of or on the
+        diagonal.
+      sparse_ms: launches of a sparse call that plans from scores.
+      static_ms: launches of a sparse call whose plans read no scores.
+      sparse_ns_per_tile: each visited tile.
+      move_ns: each token and head: permuted and brought back.
+      estimate_ns: each token and head, in addition, of a pattern that reads scores.
+      hold_ns: each token and head, in addition, of a pattern that holds scores.
+    """
+
+    dense_ms: float
+    dense_ns_per_tile: float
+    sparse_ms: float
+    static_ms: float
+    sparse_ns_per_tile: float
+    move_ns: float
+    estimate_ns: float
+    hold_ns: float
+
+    def dense(self, num_heads: int, num_tokens: int) -> float:
+        """Milliseconds of a dense call of `num_heads` heads, all tokens being queries."""
+        num_blocks = -(-num_tokens // 128)
+        return self.dense_ms + 1e-6 * self.dense_ns_per_tile * num_heads * num_blocks * (num_blocks + 1) / 2
+
+    def head(self, pattern: Pattern, num_tokens: int, blocks: Blocks) -> float | None:
+        """Milliseconds that one head adds to a sparse call; None for a pattern that does not say what it visits."""
+        visited = pattern.typical_blocks(-(-num_tokens // blocks.kv), blocks)
+        if visited is None:
+            return None
+        tiles = -(-num_tokens // blocks.q) * visited * (blocks.q * blocks.kv) / (128 * 128)
+        per_token = self.move_ns + self.estimate_ns * pattern.reads_scores + self.hold_ns * pattern.holds_scores
+        return 1e-6 * (self.sparse_ns_per_tile * tiles + per_token * num_tokens)
+
+
+HOPPER = CostModel(
+    dense_ms=0.05,
+    dense_ns_per_tile=13.6,
+    sparse_ms=0.35,
+    static_ms=0.15,
+    sparse_ns_per_tile=14.5,
+    move_ns=0.55,
+    estimate_ns=0.35,
+    hold_ns=1.3,
+)
+"""One H100 (SXM), fitted to the plan cases of bench/RESULTS.md, 2026-11-25."""
+
+
+def costs_of_device() -> CostModel | None:
+    """The measured cost model of the default device; None where nothing was measured. Asked when called."""
+    return HOPPER if has_hopper_gpu() else None
+
+
+def faster_patterns(
+    patterns: Sequence[Pattern], *, num_tokens: int, blocks: Blocks, costs: CostModel | None
+) -> tuple[Pattern, ...]:
+    """The patterns, with `Dense()` for each that is not expected to be faster, and for all if the call is not.
+
+    Sizes decide, never the prompt's content: the same bucket always runs the same program.
+
+    Args:
+      patterns: one for each query head.
+      num_tokens: tokens of the prompt, all of them queries.
+      costs: of the device; None leaves the patterns as they are.
+    """
+    if costs is None or all(pattern == Dense() for pattern in patterns):
+        return tuple(patterns)
+    dense_head = costs.head(Dense(), num_tokens, blocks) or 0.0
+    chosen, total = [], 0.0
+    for pattern in patterns:
+        cost = costs.head(pattern, num_tokens, blocks)
+        if cost is None:  # nothing is known of it, so that it is run as asked
+            return tuple(patterns)
+        chosen.append(pattern if cost < dense_head else Dense())
+        total += min(cost, dense_head)
+    total += costs.sparse_ms if any(pattern.reads_scores for pattern in chosen) else costs.static_ms
+    is_worth_it = total < costs.dense(len(patterns), num_tokens)
+    return tuple(chosen) if is_worth_it else (Dense(),) * len(patterns)

@@ -1,0 +1,118 @@
+"""Configs of the Hopper kernel that `mmi bench tune` found: the table in `gpu_tuned.json`, read when first asked for.
+
+One entry, of a kernel with blocks of 128 keys and 7 query heads on each kv head:
+
+    {"head_dim": 128, "block_kv": 128, "heads_per_kv_head": 7,
+     "config": {"tile_kv": 128, "num_k_stages": 2, "num_v_stages": 2, "num_q_buffers": 2, "take_turns": false},
+     "tflops_per_s": {"all": 617.0, "random": 619.0},
+     "device": "NVIDIA H200", "date": "2026-11-22", "commit": "2756589"}
+
+How long a row's list is, is not known when a program is compiled, so an entry's config is the one with the best
+geometric mean over the lists it was tried on; its rate on each of them stands beside it.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.attention.gpu_config import HopperConfig
+
+VERSION = 1
+PATH = Path(__file__).with_name("gpu_tuned.json")
+"""The table that ships with the package; none has been measured where there is no such file."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedEntry:
+    """The best config of one kind of problem.
+
+    Args:
+      head_dim: padded, as the kernel runs it.
+      block_kv: 128 for indices whose kv blocks are multiples of 128 rows, 64 for the others.
+      heads_per_kv_head: query heads that share one kv head.
+      config: the best.
+      tflops_per_s: its rate on each kind of list.
+      device, date, commit: where and when it was measured.
+    """
+
+    head_dim: int
+    block_kv: int
+    heads_per_kv_head: int
+    config: HopperConfig
+    tflops_per_s: dict[str, float]
+    device: str
+    date: str
+    commit: str
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What the entry is looked up by."""
+        return self.head_dim, self.block_kv, self.heads_per_kv_head
+
+
+def tuned_config(head_dim: int, block_kv: int, heads_per_kv_head: int) -> HopperConfig | None:
+    """The config measured for this head dim and block width, of the nearest number of query heads per kv head."""
+    width = 64 if block_kv % 128 else 128
+    able = [entry for entry in _shipped() if (entry.head_dim, entry.block_kv) == (head_dim, width)]
+    distance = lambda entry: abs(math.log2(entry.heads_per_kv_head / heads_per_kv_head))  # noqa: E731
+    return min(able, key=distance).config if able else None
+
+
+@functools.cache
+def _shipped() -> tuple[TunedEntry, ...]:
+    return read_table(PATH) if PATH.exists() else ()
+
+
+def read_table(path: Path) -> tuple[TunedEntry, ...]:
+    """The entries of a table.
+
+    Raises:
+      ValueError: the file is no table of this version, or an entry has missing or unknown keys; the message lists them.
+    """
+    try:
+        table = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must hold JSON: {error}") from error
+    if not isinstance(table, dict) or table.get("version") != VERSION:
+        found = table.get("version") if isinstance(table, dict) else type(table).__name__
+        raise ValueError(f"{path} must be an object with version {VERSION}, got {found}")
+    _check_keys(table, ("version", "entries"), (), str(path))
+    entries = tuple(_read_entry(entry, f"entry {n} of {path}") for n, entry in enumerate(table["entries"]))
+    keys = [entry.key for entry in entries]
+    if doubled := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{path} must have one entry for each head_dim, block_kv and ratio, got two of {doubled}")
+    return entries
+
+
+def write_table(path: Path, entries: Iterable[TunedEntry]) -> None:
+    """Writes the entries, one a line, sorted, in one step."""
+    lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted(entries, key=lambda entry: entry.key)]
+    text = f'{{"version": {VERSION}, "entries": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _read_entry(entry: Any, where: str) -> TunedEntry:
+    _check_keys(entry, [f.name for f in dataclasses.fields(TunedEntry)], (), where)
+    known = dataclasses.fields(HopperConfig)
+    required = [f.name for f in known if f.default is dataclasses.MISSING]
+    _check_keys(entry["config"], required, [f.name for f in known], f"config of {where}")
+    return TunedEntry(**entry | {"config": HopperConfig(**entry["config"])})
+
+
+def _check_keys(found: Any, required: Iterable[str], optional: Iterable[str], where: str) -> None:
+    """Raises ValueError unless `found` is an object with all required keys and none but these and the optional ones."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object, got {found!r}")
+    known = list(dict.fromkeys([*required, *optional]))
+    if missing := [key for key in required if key not in found]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: its keys are {', '.join(known)}")
+    if unknown := [key for key in found if key not in known]:
+        raise ValueError(f"{where} has unknown keys {', '.join(unknown)}: known keys are {', '.join(known)}")

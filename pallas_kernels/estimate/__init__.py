@@ -1,0 +1,1 @@
+"""What a few queries say of all keys: api, xla, mosaic_gpu."""

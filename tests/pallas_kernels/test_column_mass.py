@@ -1,0 +1,116 @@
+"""Attention mass per key: the meaning in float64, vmap without copies, the Hopper kernel interpreted and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.estimate import mosaic_gpu
+from pallas_kernels.estimate.api import column_mass
+from pallas_kernels.notation import PAD_KV_POS
+
+SCALE = 0.2
+
+
+def problem(rng, *, num_heads=3, num_queries=50, num_keys=512, num_kv_heads=2, head_dim=64, dtype="bfloat16"):
+    """Arguments by name: a query that is not there, padded keys that hold NaN, positions out of order."""
+    q, k = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((num_heads, num_queries, head_dim), (num_keys, num_kv_heads, head_dim))
+    )
+    q_pos = jnp.asarray(rng.integers(0, num_keys, (num_heads, num_queries)), jnp.int32).at[0, 3].set(-1)
+    kv_pos = jnp.asarray(rng.permutation(num_keys)[None], jnp.int32).at[0, -12:].set(PAD_KV_POS)
+    kv_head = jnp.asarray(rng.integers(0, num_kv_heads, num_heads), jnp.int32)
+    return dict(q=q, k=k.at[-12:].set(jnp.nan), kv_head=kv_head, q_pos=q_pos, kv_pos=kv_pos)
+
+
+def expected(q, k, kv_head, q_pos, kv_pos):
+    """Attention mass in float64, head by head and query by query."""
+    mass = np.zeros((q.shape[0], k.shape[0]))
+    keys, queries = (np.asarray(x.astype(jnp.float32), np.float64) for x in (k, q))
+    for h, (g, positions) in enumerate(zip(np.asarray(kv_head), np.asarray(q_pos), strict=True)):
+        for query, pos in zip(queries[h], positions, strict=True):
+            sees = np.asarray(kv_pos[0]) <= pos
+            if sees.any():
+                weights = np.exp(keys[sees, g] @ query * SCALE)
+                mass[h, sees] += weights / weights.sum()
+    return mass
+
+
+def assert_close(got, args):
+    want = expected(**args)
+    np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-6)  # sums of 64 float32 exponentials
+
+
+def test_mass_is_the_softmax_summed_over_the_queries(rng):
+    args = problem(rng)
+    assert_close(column_mass(**args, scale=SCALE, implementation="xla"), args)
+
+
+def test_mapped_heads_and_examples_join_the_heads(rng):
+    examples = [problem(rng, num_heads=4, num_queries=5, num_keys=64, dtype="float32") for _ in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *examples)
+
+    def head(q, kv_head, q_pos, k, kv_pos):
+        return column_mass(q[None], k, kv_head[None], q_pos=q_pos[None], kv_pos=kv_pos, scale=SCALE)[0]
+
+    over_heads = jax.vmap(head, (0, 0, 0, None, None))
+    both = jax.vmap(over_heads)
+    got = both(*(stacked[name] for name in ("q", "kv_head", "q_pos", "k", "kv_pos")))
+    for out, args in zip(got, examples, strict=True):
+        assert_close(out, args)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_unknown_implementation_is_named(rng):
+    with pytest.raises(ValueError, match="'cuda' is unknown"):
+        column_mass(**problem(rng), scale=SCALE, implementation="cuda")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(has_hopper_gpu(), reason="there is a Hopper GPU")
+def test_the_kernel_refuses_without_a_hopper_gpu(rng):
+    with pytest.raises(NotImplementedError, match="compute capability 9"):
+        column_mass(**problem(rng), scale=SCALE, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dtype="float32"), "both bfloat16 or both float16"),
+        (dict(head_dim=80), "64, 128 or 256"),
+        (dict(num_queries=65), "at most 64"),
+        (dict(num_keys=500), "multiple of 64"),
+    ],
+)
+def test_check_supported_names_the_limit(rng, change, message):
+    args = problem(rng, **change)
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.check_supported(args["q"], args["k"], SCALE)
+
+
+@pytest.mark.parametrize("num_programs", [1, 7])
+def test_interpreted_kernel_is_right_and_has_no_races(rng, num_programs, capfd):
+    args = problem(rng)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = mosaic_gpu.launch(**args, scale=SCALE, num_programs=num_programs)
+    assert_close(got, args)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_kernel_lowers_for_cuda(rng, head_dim, dtype):
+    args = problem(rng, head_dim=head_dim, dtype=dtype)
+    lowered = jax.jit(functools.partial(mosaic_gpu.launch, scale=SCALE)).trace(**args)
+    assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("sizes", [dict(), dict(head_dim=128, num_keys=4096, num_heads=28, num_kv_heads=4)], ids=str)
+def test_kernel_is_right_on_the_device(rng, sizes):
+    args = problem(rng, **sizes)
+    assert_close(jax.jit(functools.partial(column_mass, scale=SCALE, implementation="mosaic_gpu"))(**args), args)

@@ -1,0 +1,54 @@
+"""gpu_scripts: the dry run names commands, tests, cases and options that exist."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mmi_jax.bench.rules import RULE_CASES
+from mmi_jax.cli import main
+from pallas_kernels.attention.cases import CASES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """The commands of the dry run with an interpreter given, each split into words."""
+    environment = os.environ | {"DRY_RUN": "1", "PYTHON": "some-python"}
+    script = [str(ROOT / "gpu_scripts/check_hopper.sh"), str(tmp_path / "results")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+    assert not (tmp_path / "results").exists()
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("+ ") for line in lines)
+    return [shlex.split(line[2:]) for line in lines]
+
+
+def test_the_dry_run_runs_the_battery_the_million_tokens_and_the_sanitizer(commands):
+    text = [" ".join(command) for command in commands]
+    for wanted in ("-k mosaic_gpu", "-k on_the_device", "random128 28/4 1024K", "is_bit_equal", "bench check"):
+        assert any(wanted in line for line in text), wanted
+    tools = [command[command.index("--tool") + 1] for command in commands if "compute-sanitizer" in command]
+    assert tools == ["memcheck", "racecheck"]
+
+
+def test_files_and_cases_of_the_dry_run_exist(commands):
+    words = [word for command in commands for word in command]
+    tests = [word for word in words if word.startswith("tests/")]
+    assert len(tests) == 2 and all((ROOT / word).is_file() for word in tests)
+    benches = [command[command.index("bench") + 1 :] for command in commands if "bench" in command]
+    assert [bench[0] for bench in benches] == ["check", "attention", "check", "check"]
+    for bench in benches:
+        known = CASES if bench[0] == "attention" else RULE_CASES
+        assert all(bench[n + 1] in known for n, word in enumerate(bench) if word == "--case")
+
+
+def test_options_of_the_dry_run_exist(commands, capsys):
+    for command in commands:
+        if "bench" in command:
+            start = command.index("bench")
+            assert main([*command[start : start + 2], "--help"]) == 0
+            known = capsys.readouterr().out
+            assert all(word in known for word in command[start:] if word.startswith("--"))
