@@ -69,7 +69,7 @@ def main(directory: Path) -> None:
             cache_shard=np.array(result.cache.k.sharding.shard_shape(result.cache.k.shape)),
             weight_shard=np.array(weight.sharding.shard_shape(weight.shape)),
         )
-        np.savez(directory / f"{name}.npz", **arrays(result, tokens), **places)
+        np.savez(directory / f"{name}.npz", allow_pickle=False, **arrays(result, tokens), **places)
 
 
 if __name__ == "__main__":
