@@ -25,6 +25,7 @@ from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, shards_
 from mmi_jax.table import PatternTable
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.attention.tpu_config import TpuConfig
 
 KERNEL = "block_sparse_attention"
 """What the TPU kernel is called in the compiler's files."""
@@ -60,6 +61,21 @@ class Memory:
         return self.limit is None
 
 
+@dataclasses.dataclass(frozen=True)
+class TpuAttention:
+    """The TPU kernel as it runs on devices of a kind that are not here: a backend for `Program.implementation`."""
+
+    device_kind: str
+
+    def config(self, inputs: AttentionInputs) -> TpuConfig:
+        """The tile sizes there."""
+        return mosaic_tpu.choose_config(inputs)
+
+    def __call__(self, inputs: AttentionInputs):
+        """Output and log-sum-exp, as of `block_sparse_attention`."""
+        return mosaic_tpu.launch(inputs, self.config(inputs))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """What to compile a prefill for.
@@ -88,15 +104,15 @@ class Target:
         """What the model computes in."""
         return self.model.dtype
 
+    @property
+    def attention(self) -> TpuAttention:
+        """The kernel on the mesh's devices."""
+        return TpuAttention(self.mesh.devices.flat[0].device_kind)
+
     def buckets(self, largest: int) -> Buckets:
         """The padded lengths up to `largest` tokens."""
         usual = default_buckets(self.blocks, self.shards)
         return dataclasses.replace(usual, largest=max(usual.smallest, largest // usual.multiple * usual.multiple))
-
-
-def tpu_attention(inputs: AttentionInputs):
-    """The TPU kernel, whatever device this process has: a backend for `Program.implementation`."""
-    return mosaic_tpu.launch(inputs, mosaic_tpu.choose_config(inputs))
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -118,7 +134,7 @@ def compile_prefill(target: Target, num_tokens: int) -> Memory:
         graphdef=graphdef,
         layers=target.table.layers,
         blocks=target.blocks,
-        implementation=tpu_attention,
+        implementation=target.attention,
         measures_recall=target.measures_recall,
         mesh=target.mesh,
     )
@@ -158,11 +174,11 @@ def compile_kernel(target: Target, num_tokens: int) -> dict[str, Any]:
       NotImplementedError: the kernel refuses; the message names the limit.
     """
     inputs = kernel_inputs(target, target.shards.per_group(target.table.layers[0])[0], num_tokens)
-    config = mosaic_tpu.choose_config(inputs)
+    config = target.attention.config(inputs)
     mosaic_tpu.check_supported(inputs, config)
     place = SingleDeviceSharding(target.mesh.devices.flat[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
-    jax.jit(tpu_attention).trace(shapes).lower(lowering_platforms=("tpu",)).compile()
+    jax.jit(target.attention).trace(shapes).lower(lowering_platforms=("tpu",)).compile()
     sizes = dict(block_q=target.blocks.q, block_kv=target.blocks.kv, dtype=target.dtype)
     vmem_bytes = config.vmem_bytes(**sizes, **mosaic_tpu.widths(target.model.config.head_dim))
     return {
