@@ -1,5 +1,7 @@
 """Plain prompts: positions are places, so that dense attention is causal attention and a vendor's kernel can run it."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def cudnn_takes(q: Float[Array, "b t h d"]) -> bool:
 
 def attend_densely(
     q: Float[Array, "b t h d"], k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], *, layout: TokenLayout,
-    scale: float, implementation: str = "cudnn",
+    scale: float, implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:  # fmt: skip
     """Causal attention of a plain prompt from its first token on: output, and log-sum-exp in float32.
 
@@ -44,6 +46,6 @@ def attend_densely(
     k, v = (jnp.where(is_query[..., None, None], x[:, :num_tokens], 0) for x in (k, v))
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation=implementation, return_residual=True
-    )  # pyright: ignore[reportCallIssue, reportArgumentType]
+    )
     out = jnp.where(is_query[..., None, None], out, 0)
     return out, jnp.where(is_query[..., None], lse.astype(jnp.float32), -jnp.inf).transpose(0, 2, 1)

@@ -28,7 +28,8 @@ class BlockIndex:
       num_full: leading entries of the row in which every query attends every key: no position is looked at.
       count: entries of the row, full and partial; 0 for a row that visits nothing.
       start: first kv row of each visited block, in tokens; the block lies inside the kv view and, if extra rows were
-        gathered per head, on one side of the seam. Entries no row owns are ignored.
+        gathered per head, on one side of the seam. A multiple of 16 for the TPU and Hopper kernels, whose copy engines
+        move whole tiles of rows; nobody checks it, as it is data. Entries no row owns are ignored.
       interval: row of `intervals` that each entry obeys; read for partial entries only.
       intervals: `lo, hi` pairs in tokens: a pair is attended iff `lo <= q_pos - kv_pos < hi` (and `kv_pos <= q_pos`).
       pos_row: which row of `kv_pos` the q block reads its key positions from.

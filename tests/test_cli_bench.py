@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests.fake_torch as fake_torch
 from mmi_jax.bench import dense, machine, rows, sampled, timing, torch_peers
 from mmi_jax.bench.attention import bench_attention
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
@@ -78,6 +79,16 @@ def test_sampled_rows_follow_the_lists():
     np.testing.assert_allclose(expected_lse, np.asarray(lse[1])[rows], rtol=1e-5)
 
 
+def test_a_row_that_visits_nothing_is_minus_infinity_exactly():
+    rows = sampled.SampledRows(
+        heads=np.zeros(2, int), rows=np.arange(2), out=np.array([[0.0], [1.0]]), lse=np.array([-np.inf, 2.0])
+    )
+    assert rows.check(rows.out, rows.lse, dtype="float32") == {"relative_error": 0.0, "lse_error": 0.0}
+    for wrong in (np.array([-1e9, 2.0]), np.array([np.nan, 2.0]), np.array([-np.inf, np.inf])):
+        with pytest.raises(RuntimeError, match="log-sum-exp must be within"):
+            rows.check(rows.out, wrong, dtype="float32")
+
+
 def test_dense_rows_see_what_stands_before_them():
     inputs = SMALL.inputs()
     rows = sampled.sample_dense(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
@@ -89,9 +100,32 @@ def test_dense_rows_see_what_stands_before_them():
 
 def test_without_torch_every_peer_gives_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = bench_attention(SMALL, implementation="xla", with_dense=False, with_peers=True, repeats=1)["others"]
+    found = peers_of("float32")
     assert [row["name"] for row in found] == [*torch_peers.DENSE, torch_peers.FLEX]
     assert all(row["error"].startswith("torch is not installed") for row in found)
+
+
+def peers_of(dtype):
+    case = dataclasses.replace(SMALL, dtype=dtype)
+    return bench_attention(case, implementation="xla", with_dense=False, with_peers=True, repeats=1)["others"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("takes_gqa", [True, False])
+def test_peers_get_our_arrays_and_lists_and_are_checked(monkeypatch, dtype, takes_gqa):
+    fake_torch.install(monkeypatch, takes_gqa=takes_gqa)
+    found = peers_of(dtype)
+    assert [row["name"] for row in found] == [*torch_peers.DENSE, torch_peers.FLEX]
+    assert all(row["relative_error"] < 1e-6 and row["median_ms"] > 0 and "speedup" in row for row in found)
+    assert [row.get("note") for row in found] == [None if takes_gqa else "kv heads repeated"] * 2 + [None]
+    visited = SMALL.flops(SMALL.lists.index(SMALL.num_q_heads, SMALL.num_tokens, SMALL.block))
+    for row, flops in zip(found, (2.0 * 4 * 512**2 * 64, 2.0 * 4 * 512**2 * 64, visited), strict=True):
+        assert row["tflops_per_s"] == pytest.approx(flops / row["median_ms"] / 1e9, abs=6e-4)
+
+
+def test_a_wrong_peer_is_a_row_with_the_reason(monkeypatch):
+    fake_torch.install(monkeypatch, error=0.1)
+    assert all("relative error against float64 must be at most" in row["error"] for row in peers_of("float32"))
 
 
 def test_a_failing_row_keeps_its_reason_on_one_line():

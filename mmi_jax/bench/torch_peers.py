@@ -131,7 +131,7 @@ def flex_tables(index: BlockIndex) -> tuple[list[np.ndarray], list[np.ndarray]]:
         first, count, num_full = (int(x[h, i]) for x in (index.first, index.count, index.num_full))
         blocks = index.start[h, first : first + count] // index.block_kv
         partial[0, h, i, : count - num_full], full[0, h, i, :num_full] = blocks[num_full:], blocks[:num_full]
-    counts = [x[None].copy() for x in (index.count - index.num_full, index.num_full)]
+    counts = [np.array(x)[None] for x in (index.count - index.num_full, index.num_full)]
     return counts, [partial, full]
 
 

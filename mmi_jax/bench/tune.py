@@ -83,9 +83,11 @@ def sizes(problem: TuneProblem) -> list[HopperConfig]:
     """
     fits = lambda config: config.shared_memory_bytes(problem.head_dim, problem.dtype) <= SHARED_MEMORY_BYTES  # noqa: E731
     tiles = [tile for tile in (128, 64) if problem.block_kv % tile == 0]
-    found = [config for (d, tile), config in CONFIGS.items() if d == problem.head_dim and tile in tiles]
+    built_in = {tile: config for (d, tile), config in CONFIGS.items() if d == problem.head_dim and tile in tiles}
+    found = list(built_in.values())
     for tile, (k, v) in itertools.product(tiles, STAGES):
-        two = HopperConfig(tile_kv=tile, num_k_stages=k, num_v_stages=v)
+        base = built_in.get(tile, found[0])  # what a size does not say stays as it is built in
+        two = dataclasses.replace(base, tile_kv=tile, num_k_stages=k, num_v_stages=v, num_q_buffers=2)
         found.append(two if fits(two) else dataclasses.replace(two, num_q_buffers=1))
     return list(dict.fromkeys(filter(fits, found)))
 

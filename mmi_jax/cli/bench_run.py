@@ -63,8 +63,11 @@ def run_all(
     if not console.is_terminal:
         console.width = FILE_WIDTH
     console.print(table(result))
+    failed = [figures for figures in result["cases"] if "error" in figures]
+    for figures in failed:
+        console.print(f"{figures['case']}: failed: {figures['error']}", markup=False, soft_wrap=True)
     print(json.dumps(result))
-    if any("error" in figures for figures in result["cases"]):
+    if failed:
         raise typer.Exit(1)
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 RANKS = 10
 """Configs of a search that its table shows, the best first; those that failed come after them."""
 
+LISTS = ("random", "all")
 PLAN_PARTS = ("views_ms", "plan_ms", "permute_ms", "attend_ms", "undo_ms")
 
 
@@ -16,10 +17,7 @@ def attention_table(result: dict[str, Any]) -> Table:
         result, "", "density", "rel. error", "lse error", "ms (fastest, slowest)", "TFLOP/s", "% of matmul", "peak GB",
         "speed-up",
     )  # fmt: skip
-    for case in result["cases"]:
-        if "error" in case:
-            table.add_row(f"{case['case']}: failed: {case['error']}")
-            continue
+    for case in _measured_cases(result):
         table.add_row(
             f"{case['case']}, {case['implementation']}" + ("" if case["is_bit_equal"] else ", NOT bit-equal"),
             f"{case['density']:.4f}",
@@ -42,10 +40,7 @@ def plans_table(result: dict[str, Any]) -> Table:
         result, "", "tokens", "heads", "density", "rel. error", *(name.removesuffix("_ms") for name in PLAN_PARTS),
         "sum", "whole (fastest, slowest)", "heads run dense", "beside attend", "attend TFLOP/s", "dense", "speed-up",
     )  # fmt: skip
-    for case in result["cases"]:
-        if "error" in case:
-            table.add_row(f"{case['case']}: failed: {case['error']}")
-            continue
+    for case in _measured_cases(result):
         dense = f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_ms']:.4g}" if "dense_ms" in case else ""
         table.add_row(
             case["case"],
@@ -68,10 +63,7 @@ def plans_table(result: dict[str, Any]) -> Table:
 def check_table(result: dict[str, Any]) -> Table:
     """Errors of each small problem."""
     table = _table(result, "", "rel. error", "lse error", "empty rows")
-    for case in result["cases"]:
-        if "error" in case:
-            table.add_row(f"{case['case']}: failed: {case['error']}")
-            continue
+    for case in _measured_cases(result):
         errors = (f"{case[name]:.1e}" for name in ("relative_error", "lse_error"))
         table.add_row(case["case"], *errors, str(case["num_empty_rows"]))
     return table
@@ -79,24 +71,22 @@ def check_table(result: dict[str, Any]) -> Table:
 
 def tune_table(result: dict[str, Any]) -> Table:
     """The best configs of each problem, and those that were wrong or could not run."""
-    table = _table(result, "", "K stages", "V stages", "q buffers", "turns", "random TFLOP/s", "all TFLOP/s")
-    for case in result["cases"]:
-        if "error" in case:
-            table.add_row(f"{case['case']}: failed: {case['error']}")
-            continue
+    cases = _measured_cases(result)
+    fields = list(cases[0]["ranking"][0]["config"]) if cases else []
+    table = _table(result, "", *fields, "random TFLOP/s", "all TFLOP/s")
+    for case in cases:
         able = [row for row in case["ranking"] if "error" not in row]
         failed = [row for row in case["ranking"] if "error" in row]
         for row in able[:RANKS] + failed:
-            config, rates = row["config"], row["tflops_per_s"]
-            sizes = (str(config[f"num_{name}"]) for name in ("k_stages", "v_stages", "q_buffers"))
+            rates = (f"{row['tflops_per_s'][name]:.4g}" if name in row["tflops_per_s"] else "" for name in LISTS)
             why = f": {row['error']}" if "error" in row else ""
-            table.add_row(
-                f"{case['case']}, kv tile {config['tile_kv']}{why}",
-                *sizes,
-                "yes" if config["take_turns"] else "no",
-                *(f"{rates[name]:.4g}" if name in rates else "" for name in ("random", "all")),
-            )
+            table.add_row(f"{case['case']}{why}", *(str(row["config"][name]) for name in fields), *rates)
     return table
+
+
+def _measured_cases(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases that did not fail."""
+    return [case for case in result["cases"] if "error" not in case]
 
 
 def _measured(row: dict[str, Any], result: dict[str, Any]) -> list[str]:

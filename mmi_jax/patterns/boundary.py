@@ -169,9 +169,9 @@ def _visits(part: Part, q_blocks: QBlocks) -> list[Runs]:
 
 def _vision_blocks(pattern: "QBoundary | Boundary2D", num_kv_blocks: int, blocks: Blocks) -> float | None:
     """What vision queries visit, who are most of a long prompt; what any query may if none are listed."""
-    by_query = {key: key if isinstance(key, int) else key[0] for key in pattern.inner}
-    listed = [key for key, modality in by_query.items() if modality == VISION] or list(by_query)
-    visited = [pattern.inner[key].typical_blocks(num_kv_blocks, blocks) for key in listed]
+    items = [(key if isinstance(key, int) else key[0], inner) for key, inner in pattern.inner.items()]
+    listed = [inner for modality, inner in items if modality == VISION] or [inner for _, inner in items]
+    visited = [inner.typical_blocks(num_kv_blocks, blocks) for inner in listed]
     return None if None in visited else max(x for x in visited if x is not None)
 
 

@@ -194,8 +194,8 @@ def mixed_inputs(
     """A small problem that meets every rule of the contract at once.
 
     Random full and partial blocks, shared and extra, under three distance intervals; unsorted key positions, two rows
-    of them; a q block that visits nothing, one that visits a single block, a padded query, and padded keys whose k and
-    v are NaN.
+    of them; a q block that visits nothing and names no entry, one that visits a single block, a padded query, and
+    padded keys whose k and v are NaN.
 
     With a `steepness` the scores of the first head grow along the keys, by many times it: far beyond those of any tile
     that is visited early.
@@ -209,6 +209,13 @@ def mixed_inputs(
     is_full = rng.random(shape) < 0.5
     is_full[..., [0, num_shared // block_kv - 1]] = False  # the blocks that hold padded keys
     index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
+    nobody = np.full((num_q_heads, 1), -1, np.int32)  # what an empty row names, or a list is padded with, is not read
+    index = dataclasses.replace(
+        index,
+        first=np.where(index.count > 0, index.first, -1).astype(np.int32),
+        start=np.concatenate([index.start, nobody], axis=1),
+        interval=np.concatenate([index.interval, nobody], axis=1),
+    )
     intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
     index = dataclasses.replace(
         index,

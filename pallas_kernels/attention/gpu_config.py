@@ -102,7 +102,7 @@ CONFIGS = {
     (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
     (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
     (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
-    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2, stagger=7),
+    (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2, stagger=1),
     (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from pallas_kernels.attention.gpu_config import (
     padded_head_dim,
 )
 from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_gpu_kernel import HEAD, Q_START, KernelShape, Refs, attention_kernel
+from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
+from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
@@ -35,7 +37,8 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     if not has_hopper_gpu():
         raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
     check_supported(inputs)
-    return launch(inputs, choose_config(padded_head_dim(inputs.q.shape[-1]), inputs.index.block_kv))
+    head_dim = padded_head_dim(inputs.q.shape[-1])
+    return launch(inputs, choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head))
 
 
 def check_supported(inputs: AttentionInputs) -> None:
@@ -92,19 +95,19 @@ def launch(
     return out[..., :head_dim], lse
 
 
-def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Array]:
+def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Any]:
     """What the kernel reads besides the work table, by the names of `Refs`."""
     index = inputs.index
     v, v_extra = (inputs.v, inputs.v_extra) if inputs.is_silent else silence_padding(inputs)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))  # noqa: E731
-    arrays = dict(start=index.start, interval=index.interval, intervals=index.intervals)
+    arrays: dict[str, Any] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
     if inputs.k_extra.shape[1]:
         arrays |= dict(k_extra=pad(inputs.k_extra), v_extra=pad(v_extra))
     return arrays | dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
 
 
-def _run(table, arrays: dict[str, Array], shape: KernelShape, previous: tuple[Array, Array] | None = None):
+def _run(table, arrays: dict[str, Any], shape: KernelShape, previous: tuple[Array, Array] | None = None):
     """One launch over the q tiles of the table: output and log-sum-exp, written over `previous` where it is given."""
     arrays = dict(table=table) | arrays
     q = arrays["q"]
@@ -158,7 +161,7 @@ def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
     columns = [
         head,
         block * index.block_q + part * TILE_Q,
-        jnp.minimum(repeat(index.first), last_entry),
+        jnp.clip(repeat(index.first), 0, last_entry),  # an empty row's may be anything
         repeat(index.num_full),
         repeat(index.count),
         repeat(index.pos_row),

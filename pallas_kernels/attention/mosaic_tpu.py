@@ -154,7 +154,7 @@ def launch(
 
 def row_fields(index: BlockIndex) -> Int32[Array, "rows 1 8"]:
     """One row per q block: where its list begins, its full entries, all entries, and its row of key positions."""
-    first = jnp.minimum(index.first, index.start.shape[1] - 1)
+    first = jnp.clip(index.first, 0, index.start.shape[1] - 1)  # an empty row's may be anything
     fields = jnp.stack([first, index.num_full, index.count, index.pos_row], axis=-1)
     fields = jnp.pad(fields, ((0, 0), (0, 0), (0, ROW_FIELDS - fields.shape[-1])))
     return fields.reshape(-1, 1, ROW_FIELDS)

@@ -9,7 +9,6 @@ from pallas_kernels import BlockIndex
 from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS
 
-GRANULE = 4
 INTERVALS = ((0, NO_LIMIT), (0, 11), (11, NO_LIMIT))
 
 
@@ -50,7 +49,9 @@ class Problem:
         return tuple(np.concatenate([np.repeat(x, ratio, axis=0), extra], axis=1) for x, extra in pairs)
 
 
-def random_problem(rng, *, heads=4, kv_heads=2, head_dim=16, t=40, s=56, x=16, block_q=8, block_kv=8, dtype="float32"):
+def random_problem(rng, *, heads=4, kv_heads=2, head_dim=16, t=40, s=56, x=16, block_q=8, block_kv=8, granule=4,
+    dtype="float32",
+):  # fmt: skip
     """A problem with ragged lists, unaligned starts, intervals, extra rows, key positions per head, and padding."""
     kv_pos = np.stack([np.sort(rng.permutation(3 * (s + x))[: s + x]) for _ in range(2)]).astype(np.int32)
     kv_pos[:, s - 5 : s] = PAD_KV_POS
@@ -58,7 +59,7 @@ def random_problem(rng, *, heads=4, kv_heads=2, head_dim=16, t=40, s=56, x=16, b
     q_pos = np.stack([np.sort(rng.permutation(3 * (s + x))[:t]) for _ in range(heads)]).astype(np.int32)
     q_pos[:, -3:] = PAD_Q_POS
     num_q_blocks = t // block_q
-    rows = [[_random_row(rng, s, x, block_kv) for _ in range(num_q_blocks)] for _ in range(heads)]
+    rows = [[_random_row(rng, s, x, block_kv, granule) for _ in range(num_q_blocks)] for _ in range(heads)]
     rows[0][1] = rows[-1][0] = []
     count = np.array([[len(row) for row in head] for head in rows], np.int32)
     lists = [np.concatenate([np.asarray(row, np.int32) for row in head]) for head in rows]
@@ -85,12 +86,12 @@ def random_problem(rng, *, heads=4, kv_heads=2, head_dim=16, t=40, s=56, x=16, b
     )
 
 
-def _random_row(rng, s, x, block_kv):
-    """Starts of blocks that do not overlap, on either side of the seam, in random order."""
+def _random_row(rng, s, x, block_kv, granule):
+    """Starts of blocks that do not overlap, in steps of the granule, on either side of the seam, in random order."""
     starts = []
     for first, end in ((0, s), (s, s + x)):
-        at = first + GRANULE * int(rng.integers(0, 3))
+        at = first + granule * int(rng.integers(0, 3))
         while at + block_kv <= end:
             starts.append(at)
-            at += block_kv + GRANULE * int(rng.integers(0, 4))
+            at += block_kv + granule * int(rng.integers(0, 4))
     return list(rng.permutation(starts)[: rng.integers(1, len(starts) + 1)]) if starts else []

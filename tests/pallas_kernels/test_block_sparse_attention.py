@@ -18,8 +18,10 @@ from tests.closeness import assert_attention_close, assert_close_to_reference
 
 HOPPER = pytest.param("mosaic_gpu", marks=pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU"))
 IMPLEMENTATIONS = ("reference", "xla", HOPPER)
-HOPPER_SIZES: dict[str, Any] = dict(head_dim=64, t=640, s=448, x=128, block_q=128, block_kv=64, dtype="bfloat16")
-"""The same problem, in the smallest blocks and the types that the Hopper kernel takes."""
+HOPPER_SIZES: dict[str, Any] = dict(
+    head_dim=64, t=640, s=448, x=128, block_q=128, block_kv=64, granule=16, dtype="bfloat16"
+)
+"""The same problem, in the smallest blocks, the starts and the types that the Hopper kernel takes."""
 
 # head dim, query heads, kv heads, dtype: every head dim and every GQA ratio in both dtypes.
 SIZES = [(64, 2, 2, "float32"), (80, 4, 2, "float32"), (96, 7, 1, "float32"), (128, 4, 2, "float32"),
