@@ -148,21 +148,7 @@ def prefill(
         starts_plain=chunk >= num_tokens and shards.num_devices == 1 and is_plain(prompt.layout),
         mesh=mesh,
     )
-    cache = empty_cache(
-        num_layers=table.num_layers,
-        batch=x.shape[0],
-        capacity=capacity,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        dtype=x.dtype,
-        sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
-    )
-    filled = dataclasses.replace(
-        cache,
-        layout=place(layout, mesh, P()),
-        lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
-        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
-    )
+    filled = _described_cache(model.config, x, layout, rope_pos, lengths, mesh)
     state = place(state, mesh, weight_specs(state, shards))
     x, rope_pos = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
     cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, range(0, num_tokens, chunk), clock)
@@ -171,6 +157,27 @@ def prefill(
         layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
     )
     return PrefillResult(logits=_logits(graphdef, state, hidden, mesh), hidden=hidden, cache=cache, report=report)
+
+
+def _described_cache(
+    config: ModelConfig, x, layout: TokenLayout, rope_pos, lengths: np.ndarray, mesh: Mesh | None
+) -> KVCache:
+    """A cache with room for the padded prompts that knows all of them but their keys and values."""
+    cache = empty_cache(
+        num_layers=config.num_layers,
+        batch=x.shape[0],
+        capacity=x.shape[1],
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=x.dtype,
+        sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
+    )
+    return dataclasses.replace(
+        cache,
+        layout=place(layout, mesh, P()),
+        lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
+        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
+    )
 
 
 def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
