@@ -4,16 +4,22 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TPU_STAMP := $(VENV)/.installed-tpu
+AOT_TESTS := tests/test_cli_aot.py tests/mmi_jax/test_top_k.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test aot-test lint format clean
 
 demo: $(STAMP)
 	$(BIN)/mmi prefill --demo
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2
+
+# The tests that compile for TPUs; no TPU is needed, only its compiler, which `make test` does without.
+aot-test: $(TPU_STAMP)
+	$(BIN)/pytest -n 2 $(AOT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,6 +36,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+$(TPU_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tpu]'
+	@touch $(TPU_STAMP)
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .ruff_cache

@@ -13,7 +13,7 @@ from mmi_jax.patterns.dense import Dense
 from mmi_jax.plain import attend_densely, cudnn_takes, is_plain
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
-from pallas_kernels.attention.api import Implementation, attend_inputs
+from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
@@ -76,7 +76,7 @@ def sparse_attention(
 
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
-    scale: float | None = None, blocks: Blocks | None = None, implementation: Implementation | None = None,
+    scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | None = None,
     starts_plain: bool | None = None,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
@@ -130,7 +130,7 @@ def batch_geometry(
     return jax.vmap(example)(layout)
 
 
-def attend_by_plan(plan: Plan, q, k, v, *, scale: float, implementation: Implementation | None = None):
+def attend_by_plan(plan: Plan, q, k, v, *, scale: float, implementation: Backend | None = None):
     """Permute, attend, undo: output `[b, t, h, d]` in q's dtype and log-sum-exp `[b, h, t]` in float32."""
     out, lse = attend_inputs(permute(plan, q, k, v, scale=scale), implementation)
     return undo(plan, out, lse)

@@ -1,5 +1,7 @@
 """KVCache: keys and values of every layer, in their final layout."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,13 +34,15 @@ class KVCache:
         return self.k.shape[2]
 
 
-def empty_cache(*, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype) -> KVCache:
-    """A cache with room for `capacity` tokens of each example."""
+def empty_cache(
+    *, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype, sharding: Any = None
+) -> KVCache:
+    """A cache with room for `capacity` tokens of each example; keys and values are laid out as `sharding` says."""
     shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
     absent = np.full((batch, capacity), PADDING, np.int32)
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=jnp.zeros(shape, dtype, device=sharding),
+        v=jnp.zeros(shape, dtype, device=sharding),
         lengths=jnp.zeros(batch, jnp.int32),
         next_rope_pos=jnp.zeros(batch, jnp.int32),
         layout=jax.tree.map(

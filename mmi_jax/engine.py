@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -10,24 +10,23 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mmi_jax import estimate
-from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache
 from mmi_jax.cost import costs_of_device, faster_patterns
-from mmi_jax.layout import PADDING, TokenLayout
+from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.plain import is_plain
+from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
+from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, place, shards_of, weight_specs
 from mmi_jax.table import PatternTable, uniform_table
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.notation import Array, Float
 from pallas_kernels.pytree import pytree
-
-NUM_RECALL_QUERIES = 64
-"""Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
 
 
 @runtime_checkable
@@ -82,18 +81,6 @@ class PrefillResult:
     report: PrefillReport
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Program:
-    """Everything a compiled chunk depends on besides shapes."""
-
-    graphdef: Any
-    layers: tuple[tuple[Pattern, ...], ...]
-    blocks: Blocks
-    implementation: Implementation | None
-    measures_recall: bool
-    starts_plain: bool
-
-
 def prefill(
     model: VisionLanguageModel,
     prompt: Any,
@@ -106,6 +93,7 @@ def prefill(
     implementation: Implementation | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
+    mesh: Mesh | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> PrefillResult:
     """Logits of the next token, the KV cache and a report, for a batch of right-padded prompts.
@@ -125,6 +113,10 @@ def prefill(
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
       may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
         this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
+      mesh: cuts the prompt, the weights and the cache over its devices; see `mmi_jax.sharding`, `make_mesh` and
+        `shard_model`. The whole prompt runs at once. Dense attention and static patterns give what one device gives,
+        save "the last queries" of Tri-shape, which are each piece's; so are those that a dynamic pattern estimates
+        from, and it may choose other columns, diagonals or phases for each piece.
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
 
     Raises:
@@ -133,10 +125,12 @@ def prefill(
     """
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
-    buckets, blocks = buckets or Buckets(), blocks or Blocks()
+    blocks = blocks or Blocks()
     table = _as_table(table, model.config)
+    shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
+    buckets = buckets or default_buckets(blocks, shards)
     lengths = _lengths(prompt)
-    num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks)
+    num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks, shards)
     if may_run_dense and chunk >= num_tokens:
         table = _faster(table, num_tokens, blocks)
     clock = _Clock(on_stage)
@@ -145,50 +139,74 @@ def prefill(
     layout = jax.tree.map(jnp.asarray, _fit_layout(prompt.layout, capacity))
     rope_pos = _fit(jnp.asarray(prompt.rope_pos), capacity, axis=2)
     graphdef, state = nnx.split(model)
-    program = _Program(
+    program = Program(
         graphdef=graphdef,
         layers=table.layers,
         blocks=blocks,
         implementation=implementation,
         measures_recall=measures_recall,
-        starts_plain=chunk >= num_tokens and is_plain(prompt.layout),
+        starts_plain=chunk >= num_tokens and shards.num_devices == 1 and is_plain(prompt.layout),
+        mesh=mesh,
     )
-    cache = empty_cache(
-        num_layers=table.num_layers,
-        batch=x.shape[0],
-        capacity=capacity,
-        num_kv_heads=model.config.num_kv_heads,
-        head_dim=model.config.head_dim,
-        dtype=x.dtype,
-    )
-    filled = dataclasses.replace(
-        cache,
-        layout=layout,
-        lengths=jnp.asarray(lengths, jnp.int32),
-        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
-    )
+    filled = _described_cache(model.config, x, layout, rope_pos, lengths, mesh)
+    state = place(state, mesh, weight_specs(state, shards))
+    x, rope_pos = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
     cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, range(0, num_tokens, chunk), clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
         layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
     )
-    return PrefillResult(logits=model.unembed(hidden), hidden=hidden, cache=cache, report=report)
+    return PrefillResult(logits=_logits(graphdef, state, hidden, mesh), hidden=hidden, cache=cache, report=report)
 
 
-def _run_chunks(program: _Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
+def _described_cache(
+    config: ModelConfig, x, layout: TokenLayout, rope_pos, lengths: np.ndarray, mesh: Mesh | None
+) -> KVCache:
+    """A cache with room for the padded prompts that knows all of them but their keys and values."""
+    cache = empty_cache(
+        num_layers=config.num_layers,
+        batch=x.shape[0],
+        capacity=x.shape[1],
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=x.dtype,
+        sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
+    )
+    return dataclasses.replace(
+        cache,
+        layout=place(layout, mesh, P()),
+        lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
+        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
+    )
+
+
+def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
     """All chunks one after another: the cache with its keys and values, the last hidden states, and statistics."""
-    carry = cache.k, cache.v, jnp.zeros((x.shape[0], x.shape[2]), x.dtype)
+    hidden = place(jnp.zeros((x.shape[0], x.shape[2]), x.dtype), program.mesh, P())
+    carry = cache.k, cache.v, hidden
     statistics = []
     for start in starts:
         tokens = slice(start, start + starts.step)
-        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, jnp.int32(start), cache.lengths, carry)
+        q_start = place(jnp.int32(start), program.mesh, P())
+        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, q_start, cache.lengths, carry)
         with clock("compile"):
             compiled = _compiled(program, *args)
         with clock("prefill"):
             carry, chunk_statistics = jax.block_until_ready(compiled(*args))
-        statistics.append(jax.device_get(chunk_statistics))
+        pieces = jax.device_get(chunk_statistics)
+        statistics += [jax.tree.map(lambda a, n=n: a[n], pieces) for n in range(len(pieces["num_queries"]))]
     k, v, hidden = carry
     return dataclasses.replace(cache, k=k, v=v), hidden, statistics
+
+
+def _logits(graphdef, state, hidden, mesh: Mesh | None):
+    """Float32 logits `[b, v]`, on every device of a mesh."""
+    from flax import nnx
+
+    if mesh is None:
+        return nnx.merge(graphdef, state).unembed(hidden)
+    unembed = jax.jit(lambda state, x: nnx.merge(graphdef, state).unembed(x), out_shardings=NamedSharding(mesh, P()))
+    return unembed(state, hidden)
 
 
 def num_compiled_programs() -> int:
@@ -199,102 +217,15 @@ def num_compiled_programs() -> int:
 _COMPILED: dict[Any, Any] = {}
 
 
-def _compiled(program: _Program, *args):
+def _compiled(program: Program, *args):
     """The chunk's program for arguments of these shapes, compiled at most once."""
     signature = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     leaves, tree = jax.tree.flatten(signature)
     key = (program, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if key not in _COMPILED:
-        run = jax.jit(functools.partial(_run_chunk, program), donate_argnums=6)
-        _COMPILED[key] = run.lower(*args).compile()
+        num_kv_heads = args[-1][0].shape[3]
+        _COMPILED[key] = program.jitted(args[0], num_kv_heads).lower(*args).compile()
     return _COMPILED[key]
-
-
-def _run_chunk(program: _Program, state, x, rope_pos, layout: TokenLayout, q_start, lengths, carry):
-    """All layers over one chunk of tokens.
-
-    Returns:
-      The caches, and the hidden state of every prompt's last token if it stands in this chunk; and statistics of each
-      layer: density and recall `[layers, b, h]`, and whether q and k were finite `[layers, b]`.
-    """
-    from flax import nnx
-
-    k, v, hidden = carry
-    model: Any = nnx.merge(program.graphdef, state)
-    rotary = model.rotary(rope_pos)
-    graphdef, layer_state = nnx.split(model.layers)
-    statistics = []
-    for first, end in _spans(program.layers):
-        patterns = program.layers[first]
-        geometry = batch_geometry(
-            layout, patterns, batch=x.shape[0], num_queries=x.shape[1], q_start=q_start, blocks=program.blocks
-        )
-
-        def layer(carry, n, patterns=patterns, geometry=geometry):
-            x, k, v = carry
-            module: Any = nnx.merge(graphdef, jax.tree.map(lambda a: a[n], layer_state))
-
-            def attend(q, k_new, v_new):
-                k_all, v_all = (
-                    jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (n, 0, q_start, 0, 0))
-                    for cache, new in ((k, k_new), (v, v_new))
-                )
-                result = attend_sparsely(
-                    q, k_all[n], v_all[n], patterns, layout=layout, geometry=geometry, q_start=q_start,
-                    blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
-                )  # fmt: skip
-                return result.out, (k_all, v_all, _statistics(program, result, q, k_all[n], layout, q_start))
-
-            x, (k, v, layer_statistics) = module(x, rotary, attend)
-            return (x, k, v), layer_statistics
-
-        (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
-        statistics.append(span_statistics)
-    last = lengths - 1 - q_start
-    is_here = (last >= 0) & (last < x.shape[1])
-    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    hidden = jnp.where(is_here[:, None], rows, hidden)
-    return (k, v, hidden), jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics)
-
-
-def _statistics(program: _Program, result: SparseAttention, q, k, layout: TokenLayout, q_start):
-    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite."""
-    queries = layout.window(q_start, q.shape[1])
-    is_finite = jnp.array(
-        [
-            jnp.all(jnp.where(layout_part.is_real[..., None, None], jnp.isfinite(x), True), axis=(1, 2, 3))
-            for x, layout_part in ((q, queries), (k, layout))
-        ]
-    ).all(axis=0)
-    density = result.density()
-    num_real = queries.is_real.sum(axis=1)
-    if program.measures_recall:
-        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
-    else:
-        recall = jnp.full(density.shape, jnp.nan)
-    return {"density": density, "recall": recall, "num_queries": num_real, "is_finite": is_finite}
-
-
-def _recall(q, k, lse, queries: TokenLayout, keys: TokenLayout):
-    """Mean over evenly spaced queries of the share of attention that was kept, per head; one example."""
-    num_real = queries.is_real.sum()
-    rows = ((jnp.arange(NUM_RECALL_QUERIES) + 0.5) * num_real / NUM_RECALL_QUERIES).astype(jnp.int32)
-    q_pos = jnp.where(queries.is_real, queries.pos, PADDING)[rows]
-    kv_pos = jnp.where(keys.is_real, keys.pos, jnp.iinfo(jnp.int32).max)
-    ratio, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
-
-    def head(h):
-        dense = estimate.dense_lse(q[rows, h], k[:, h // ratio], q_pos, kv_pos, scale)
-        kept = jnp.exp(lse[h, rows] - jnp.where(jnp.isfinite(dense), dense, 0.0))
-        return jnp.mean(kept, where=q_pos >= 0)
-
-    return jax.lax.map(head, jnp.arange(q.shape[1]))
-
-
-def _spans(layers: tuple[tuple[Pattern, ...], ...]) -> list[tuple[int, int]]:
-    """Runs of consecutive layers with the same patterns: each is one scan."""
-    cuts = [n for n in range(1, len(layers)) if layers[n] != layers[n - 1]]
-    return list(zip([0, *cuts], [*cuts, len(layers)], strict=True))
 
 
 def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> PatternTable:
@@ -311,13 +242,25 @@ def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTabl
     return dataclasses.replace(table, layers=layers)
 
 
+def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:
+    """Padded lengths that every device's piece fills with whole blocks."""
+    if shards.num_devices == 1:
+        return Buckets()
+    multiple = math.lcm(blocks.q, blocks.kv) * shards.num_devices
+    return Buckets(smallest=multiple, largest=-(-(2**20) // multiple) * multiple, multiple=multiple)
+
+
 def _sizes(
-    num_tokens: int, max_new_tokens: int, chunk_tokens: int | None, buckets: Buckets, blocks: Blocks
+    num_tokens: int, max_new_tokens: int, chunk_tokens: int | None, buckets: Buckets, blocks: Blocks, shards: Shards
 ) -> tuple[int, int, int]:
     """Tokens to run, in whole chunks; tokens of a chunk; and capacity of the cache."""
     padded = buckets.length_for(num_tokens)
-    if buckets.multiple % blocks.q or buckets.multiple % blocks.kv:
-        raise ValueError(f"buckets must be whole numbers of blocks: {buckets.multiple=} must be a multiple of {blocks}")
+    piece = buckets.multiple / shards.num_devices
+    if piece % blocks.q or piece % blocks.kv:
+        pieces = f"{shards.num_devices} times {blocks}" if shards.num_devices > 1 else f"{blocks}"
+        raise ValueError(f"buckets must be whole numbers of blocks: {buckets.multiple=} must be a multiple of {pieces}")
+    if shards.num_devices > 1 and chunk_tokens is not None:
+        raise ValueError(f"a mesh runs the whole prompt at once: expected no chunk_tokens, got {chunk_tokens}")
     chunk = padded if chunk_tokens is None else chunk_tokens
     if chunk < 1 or chunk % blocks.q or chunk % blocks.kv:
         raise ValueError(f"chunk_tokens must be a positive multiple of the block sizes {blocks}, got {chunk_tokens}")
@@ -326,6 +269,8 @@ def _sizes(
             f"max_new_tokens must be at least 0 and fit the largest bucket with the prompt: "
             f"{buckets.largest=}, {num_tokens=}, {max_new_tokens=}"
         )
+    if shards.num_devices > 1:  # the cache is cut as the prompt is, so the room behind it runs along as padding
+        chunk = buckets.length_for(num_tokens + max_new_tokens)
     whole = -(-num_tokens // chunk) * chunk
     return whole, chunk, max(whole, buckets.length_for(num_tokens + max_new_tokens))
 

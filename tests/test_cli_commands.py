@@ -16,7 +16,7 @@ def wide(monkeypatch):
 def test_without_a_command_the_help_lists_them(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    for command in ("prefill", "show", "doctor"):
+    for command in ("prefill", "show", "doctor", "aot"):
         assert f"\n  {command} " in printed
 
 

@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
-# On a TPU VM: installs the library for TPU, then runs the test battery and the attention benchmark on the chip.
-# Usage: tpu_scripts/run_tests.sh [RESULTS_DIRECTORY]      (DRY_RUN=1 prints the commands)
-set -euo pipefail
-cd "$(dirname "$0")/.."
-results=${1:-out/tpu}
-run() { echo "+ $*"; [ -n "${DRY_RUN:-}" ] || "$@"; }
+# On a TPU VM: the library for TPU, then the test battery on the chip; results in out/tpu/tests.xml.
+#
+#   tpu_scripts/run_tests.sh [TEST...]          all kernels' and the method's tests, or those named
+#
+# On a machine without a TPU: DRY_RUN=1 prints the commands; PLATFORM=cpu runs them on the CPU.
+source "$(dirname "$0")/common.sh"
 
-run make .venv/.installed
-run .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[tpu]'
-run mkdir -p "$results"
-run .venv/bin/mmi doctor
-run .venv/bin/pytest -x tests/pallas_kernels tests/mmi_jax
-run .venv/bin/mmi prefill --demo
-run .venv/bin/mmi bench attention --case 'cpu 8K' --json-file "$results/attention.json"
+prepare
+tests=("$@")
+[ $# -gt 0 ] || tests=(tests/pallas_kernels tests/mmi_jax)
+run .venv/bin/pytest "${tests[@]}" --junitxml "$RESULTS/tests.xml"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from mmi_jax.cli import bench
+from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.prefill import prefill
 from mmi_jax.cli.show import show
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(prefill)
 app.command()(show)
 app.command()(doctor)
+app.command()(aot)
 app.add_typer(bench.app)
 
 

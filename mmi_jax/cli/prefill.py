@@ -4,6 +4,7 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 
 from mmi_jax.cli import compiled
@@ -34,6 +35,10 @@ def prefill(
     table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
     pattern: Annotated[str | None, typer.Option(help="One pattern for all heads: NAME[:field=value,...].")] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Prompt tokens that go through the layers at once.")] = None,
+    mesh: Annotated[bool, typer.Option("--mesh", help="Cut prompt, weights and cache over all devices.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="--mesh over all hosts of a slice: the same command on each of them.")
+    ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate: 16, or 8 for the demo.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")] = 1.0,
@@ -59,6 +64,8 @@ def prefill(
     from models.media import MAX_FRAMES
 
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        if distributed:
+            jax.distributed.initialize()
         if is_demo:
             _check_demo(model)
             model, video = str(demo.built_model(demo_dir)), video or [DEMO_VIDEO]
@@ -77,6 +84,7 @@ def prefill(
             blocks=demo.BLOCKS if is_demo else None,
             chunk_tokens=chunk_tokens,
             compares_dense=compare_dense or is_demo,
+            uses_mesh=mesh or distributed,
             sampling=Sampling(
                 max_new_tokens=max_new_tokens if max_new_tokens is not None else demo.MAX_NEW_TOKENS if is_demo else 16,
                 temperature=temperature,

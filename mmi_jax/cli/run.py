@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import mmi_jax
 from mmi_jax import Blocks, PatternTable, PrefillResult, console
@@ -20,9 +21,11 @@ from mmi_jax.cli.prompt import arrange
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling, TaskResult
 from mmi_jax.patterns import Pattern
 from mmi_jax.report import PrefillReport, agreement
+from mmi_jax.sharding import make_mesh
 from models.hub import locate
 from models.media import read_image, read_video
 from models.prompt import Prompt
+from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.processor import Processor, read_stop_tokens
 from models.qwen2_5_vl.weights import load
 
@@ -38,11 +41,12 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
     processor = Processor.from_directory(directory)
     with _timed(seconds, "media decoding"):
         prompt = _read_prompt(task, processor)
+    mesh = make_mesh(num_kv_heads=read_config(directory).num_kv_heads) if task.uses_mesh else None
     with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor, mesh=mesh)
     outputs.check_layer(model.config.num_layers)
-    result = _prefill(model, prompt, task, task.table)
-    dense = _prefill(model, prompt, task, None) if task.compares_dense else None
+    result = _prefill(model, prompt, task, task.table, mesh)
+    dense = _prefill(model, prompt, task, None, mesh) if task.compares_dense else None
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
         end_tokens = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
         new_tokens = _decode(model, result, task.sampling, end_tokens)
@@ -62,6 +66,8 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         pictures=pictures,
         note=outputs.note,
     )
+    if jax.process_index():  # one host speaks for all
+        return found
     print_result(found, console.stderr_console() if outputs.is_json else console.stdout_console())
     if outputs.is_json:
         print(json.dumps(found.to_json()))
@@ -81,7 +87,9 @@ def _read_prompt(task: PrefillTask, processor: Processor) -> Prompt:
     return processor(arrange(task.text, videos=videos, images=[read_image(path) for path in task.images]))
 
 
-def _prefill(model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None) -> PrefillResult:
+def _prefill(
+    model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None, mesh: Mesh | None
+) -> PrefillResult:
     """One prefill behind a spinner that names the stage; all layers are one program, which reports only its end."""
     stages = {"vision": "vision tower", "compile": "compiling", "prefill": f"{model.config.num_layers} layers"}
     num_chunks = itertools.count(1)
@@ -98,6 +106,7 @@ def _prefill(model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pat
             chunk_tokens=task.chunk_tokens,
             max_new_tokens=task.sampling.max_new_tokens,
             blocks=task.blocks,
+            mesh=mesh,
             on_stage=on_stage,
         )
 

@@ -38,6 +38,7 @@ class PrefillTask:
       dtype: name of a JAX type.
       table, blocks, chunk_tokens: see `mmi_jax.prefill`.
       compares_dense: run dense attention as well.
+      uses_mesh: cut prompt, weights and cache over all devices.
     """
 
     model: str
@@ -51,6 +52,7 @@ class PrefillTask:
     blocks: Blocks | None
     chunk_tokens: int | None
     compares_dense: bool
+    uses_mesh: bool
     sampling: Sampling
 
 

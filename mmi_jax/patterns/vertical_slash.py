@@ -10,6 +10,7 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Part, Runs
 from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
+from mmi_jax.top_k import largest, largest_places
 
 BANDS_AT_ONCE = 8
 """Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
@@ -79,8 +80,7 @@ class VerticalSlash(Pattern):
         view, blocks = scope.view, scope.blocks
         num_columns = min(max(self.vertical, blocks.kv), len(view.order))
         mass = jnp.where(jnp.cumsum(view.order >= 0) <= blocks.kv, jnp.inf, mass)
-        _, chosen = jax.lax.top_k(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns)
-        is_chosen = jnp.zeros(len(mass), bool).at[chosen].set(True) & (view.order >= 0)
+        is_chosen = largest(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns) & (view.order >= 0)
         return gathered_columns(scope, is_chosen, num_columns)
 
     def _bands(self, mass, blocks: Blocks):
@@ -88,8 +88,7 @@ class VerticalSlash(Pattern):
         num_forced = -(-self.local // blocks.granule)
         num_bands = min(max(-(-self.slash // blocks.granule), 1), len(mass))
         mass = jnp.where(jnp.arange(len(mass)) < min(num_forced, num_bands), jnp.inf, mass)
-        _, bands = jax.lax.top_k(mass, num_bands)
-        return jnp.sort(bands).astype(jnp.int32)
+        return largest_places(mass, num_bands)
 
 
 def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blocks) -> list[Runs]:

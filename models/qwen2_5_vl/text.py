@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.layers import GatedMLP, linear, rms_norm
+from models.qwen2_5_vl.layers import GatedMLP, in_pieces, linear, rms_norm
 from models.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Float[Array, "b t d"], Float[Array, "b t d"]]
@@ -52,4 +52,4 @@ class DecoderLayer(nnx.Module):
         """The layer's output and, untouched, the second value of `attend` (a cache, statistics)."""
         out, aux = self.attention(self.attention_norm(x), rotary, attend)
         x = x + out
-        return x + self.mlp(self.mlp_norm(x)), aux
+        return x + in_pieces(lambda x: self.mlp(self.mlp_norm(x)), x), aux

@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
+from mmi_jax.sharding import shards_of, weight_specs
 from models.atomic import new_directory
 from models.hub import locate
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config, to_huggingface
 from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.weight_map import canonical_name, check, parameters, slots
+from models.qwen2_5_vl.weight_map import Slot, canonical_name, check, parameters, slots
 from models.safetensors_reader import SINGLE_FILE, SafetensorsReader
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -30,9 +33,10 @@ def abstract_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Qw
 
 
 def load(
-    name: str | Path, *, dtype: Any = jnp.bfloat16, on_tensor: Callable[[int, int, str], None] | None = None
-) -> Qwen2_5_VL:
-    """The model of a Hugging Face checkpoint, on the default device.
+    name: str | Path, *, dtype: Any = jnp.bfloat16, on_tensor: Callable[[int, int, str], None] | None = None,
+    mesh: Mesh | None = None,
+) -> Qwen2_5_VL:  # fmt: skip
+    """The model of a Hugging Face checkpoint, on the default device or cut over a mesh.
 
     One tensor at a time is read and written in place into the parameter it belongs to: the host holds one tensor, or
     two while the runtime lets go of the one before.
@@ -41,6 +45,7 @@ def load(
         name: a directory with config.json and safetensors, or a repository name on the hub.
         dtype: of parameters and computation.
         on_tensor: called with (tensors done, tensors in all, name) after each tensor.
+        mesh: as in `mmi_jax.prefill`; every device receives its own pieces only.
 
     Raises:
         ValueError: no checkpoint, an unknown config, a missing, truncated or contradicting shard, or a tensor that
@@ -57,22 +62,37 @@ def load(
     check(expected, on_disk, lambda name: reader.shape(on_disk[name]))
 
     variables = parameters(state)
+    specs = parameters(weight_specs(state, shards_of(mesh, num_kv_heads=config.num_kv_heads)))
     arrays: dict[tuple[str, ...], Array] = {}
     for i, (tensor_name, disk_name) in enumerate(on_disk.items()):
         slot = expected[tensor_name]
-        tensor = jax.device_put(reader.read(disk_name))
+        place = None if mesh is None else NamedSharding(mesh, specs[slot.path].get_value())
+        tensor, is_transposed = reader.read(disk_name), slot.is_transposed
+        if place is None:
+            tensor = jax.device_put(tensor)
+        else:
+            tensor, is_transposed = _pieces(tensor, dtype, slot, place), False
         if slot.layer is None:
-            arrays[slot.path] = _orient(tensor, dtype, slot.is_transposed)
+            arrays[slot.path] = _orient(tensor, dtype, is_transposed)
         else:
             stacked = arrays.get(slot.path)
-            stacked = jnp.zeros(variables[slot.path].shape, dtype) if stacked is None else stacked
-            arrays[slot.path] = _put_layer(stacked, tensor, slot.layer, slot.is_transposed)
+            stacked = jnp.zeros(variables[slot.path].shape, dtype, device=place) if stacked is None else stacked
+            arrays[slot.path] = _put_layer(stacked, tensor, slot.layer, is_transposed)
         jax.block_until_ready(arrays[slot.path])  # else the host would hold this tensor while it reads the next
         del tensor
         if on_tensor is not None:
             on_tensor(i + 1, len(on_disk), disk_name)
     filled = [(path, variable.replace(arrays[path])) for path, variable in variables.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _pieces(tensor: np.ndarray, dtype: Any, slot: Slot, place: NamedSharding) -> Array:
+    """A tensor from disk as the parameter, or one layer of it, cut as the parameter is."""
+    oriented = tensor.reshape(tensor.shape[0], -1).T if slot.is_transposed else tensor
+    spec = place.spec if slot.layer is None else P(*place.spec[1:])
+    return jax.make_array_from_callback(
+        oriented.shape, NamedSharding(place.mesh, spec), lambda piece: oriented[piece].astype(dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "is_transposed"))

@@ -11,6 +11,8 @@ from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
+Backend = Implementation | xla.Attend
+"""A backend by name, or a function of `AttentionInputs` to run in its place: for a chip that is not here."""
 
 _BACKENDS: dict[Implementation, xla.Attend] = {
     "reference": reference.attend,
@@ -77,10 +79,12 @@ def block_sparse_attention(
 
 
 def attend_inputs(
-    inputs: AttentionInputs, implementation: Implementation | None = None
+    inputs: AttentionInputs, implementation: Backend | None = None
 ) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
     """`block_sparse_attention` of arguments that are put together already."""
     check_inputs(inputs)
+    if callable(implementation):
+        return implementation(inputs)
     if implementation is not None:
         if implementation not in _BACKENDS:
             raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")

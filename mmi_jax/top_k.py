@@ -1,0 +1,55 @@
+"""largest: which `k` of a million numbers are the largest, without sorting them where sorting is slow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.notation import Array, Bool, Float, Int32
+
+KEY_BITS = 32
+SIGN = np.uint32(2**31)
+
+
+def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
+    """True for the `k` largest numbers, the first among equals: what `jax.lax.top_k` returns the places of.
+
+    On a TPU `top_k` is a sort of all of them, so there the `k`-th largest is found bit by bit instead.
+
+    Args:
+      x: float32, no NaN.
+      k: from 1 to `n`.
+    """
+    return jax.lax.platform_dependent(x, tpu=lambda x: by_bits(x, k), default=lambda x: by_top_k(x, k))
+
+
+def largest_places(x: Float[Array, " n"], k: int) -> Int32[Array, " k"]:
+    """The places of the `k` largest numbers, ascending."""
+    (places,) = jnp.nonzero(largest(x, k), size=k)
+    return places.astype(jnp.int32)
+
+
+def by_top_k(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
+    """`largest` by `jax.lax.top_k`."""
+    _, chosen = jax.lax.top_k(x, k)
+    return jnp.zeros(x.shape, bool).at[chosen].set(True)
+
+
+def by_bits(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
+    """`largest` by bisection: 32 passes that each count the numbers at or above a threshold.
+
+    The bits of a float, with all of them flipped for a negative one and the sign alone for any other, count upwards as
+    the float does. The threshold gains a bit from the top whenever `k` numbers still reach it:
+
+        x = 3 1 3 2, k = 2    ->    threshold 3, none above it, the first 2 of those equal to it: 1 0 1 0
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    key = jnp.where(bits >= SIGN, ~bits, bits | SIGN)
+
+    def gain_bit(n, threshold):
+        higher = threshold | (jnp.uint32(1) << (KEY_BITS - 1 - n).astype(jnp.uint32))
+        return jnp.where(jnp.sum(key >= higher, dtype=jnp.int32) >= k, higher, threshold)
+
+    threshold = jax.lax.fori_loop(0, KEY_BITS, gain_bit, jnp.uint32(0))
+    is_above, is_equal = key > threshold, key == threshold
+    room = k - jnp.sum(is_above, dtype=jnp.int32)
+    return is_above | (is_equal & (jnp.cumsum(is_equal, dtype=jnp.int32) <= room))
