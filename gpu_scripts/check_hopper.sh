@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with a Hopper GPU: the common battery with the Hopper kernel really running, every rule of its contract,
-# sampled rows at a million tokens, two runs bit-equal, and compute-sanitizer on one small case. About five minutes.
-# Usage: gpu_scripts/check_hopper.sh [RESULTS_DIRECTORY]      (DRY_RUN=1 prints the commands)
+# sampled rows at a million tokens, two runs bit-equal, and compute-sanitizer on one small case.
+# Usage: gpu_scripts/check_hopper.sh [RESULTS_DIRECTORY]      (DRY_RUN=1 prints the commands; relative to the repository)
 # PYTHON names an interpreter that has jax[cuda13], pytest, beartype, typer and rich; without it .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-}" in -*) echo "usage: $0 [RESULTS_DIRECTORY]" >&2; exit 2 ;; esac
 results=${1:-out/gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 run() { printf '+'; printf ' %q' "$@"; echo; [ -n "${DRY_RUN:-}" ] || "$@"; }

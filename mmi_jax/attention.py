@@ -25,7 +25,8 @@ class SparseAttention:
 
     Args:
       out: attention output in q's dtype.
-      lse: log-sum-exp of the scaled scores that were visited, float32; -inf for padding.
+      lse: log-sum-exp of the scaled scores that were visited, float32; -inf for padding. Rounded to q's dtype, and
+        without a gradient, where there is no plan.
       plan: the plan of each example, leading axis b on every array; None where nothing had to be planned.
     """
 

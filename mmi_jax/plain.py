@@ -36,7 +36,9 @@ def attend_densely(
     q: Float[Array, "b t h d"], k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], *, layout: TokenLayout,
     scale: float, implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:  # fmt: skip
-    """Causal attention of a plain prompt from its first token on: output, and log-sum-exp in float32.
+    """Causal attention of a plain prompt from its first token on: output, and log-sum-exp.
+
+    The log-sum-exp is float32, but JAX has rounded it to q's dtype before, and no gradient flows through it.
 
     Zeros and -inf at padding, as from a plan. Keys past the last query are not read.
     """

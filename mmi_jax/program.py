@@ -171,10 +171,12 @@ def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLa
     ).all(axis=0)
     density = result.density()
     num_real = queries.is_real.sum(axis=1)
-    if program.measures_recall:
-        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
-    else:
+    if not program.measures_recall:
         recall = jnp.full(density.shape, jnp.nan)
+    elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
+        recall = jnp.ones_like(density)
+    else:
+        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
     return {"density": density, "recall": recall, "num_queries": num_real, "is_finite": is_finite}
 
 

@@ -131,3 +131,16 @@ def test_the_prefill_runs_on_cpu_devices(tmp_path):
     for name, pattern in (("dense", "Dense"), ("sparse", "Grid")):
         found = json.loads((results / f"prefill-{name}.json").read_text())
         assert found["report"]["patterns"][0][0] == pattern and len(found["new_tokens"]) > 0
+
+
+def test_prefill_refuses_the_patterns_it_compares():
+    command = ["bash", str(ROOT / "tpu_scripts/prefill.sh"), MODEL, VIDEO, "--pattern", "AShape"]
+    done = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, text=True, capture_output=True)
+    assert done.returncode == 2 and "expected no --pattern or --table, got --pattern" in done.stderr
+
+
+def test_prefill_finds_files_from_where_it_was_started(tmp_path):
+    (tmp_path / "model").mkdir()
+    command = ["bash", str(ROOT / "tpu_scripts/prefill.sh"), "model", "nowhere.mp4"]
+    done = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, text=True, capture_output=True, cwd=tmp_path)
+    assert f"--model {tmp_path}/model --video nowhere.mp4" in done.stdout

@@ -20,8 +20,16 @@ if [ "${1:-}" = --slice ]; then
 fi
 
 [ $# -ge 2 ] || { echo "usage: $0 MODEL VIDEO [OPTIONS]" >&2; exit 2; }
-model=$1 video=$2
+model=$(from_start "$1") video=$(from_start "$2")
 shift 2
+for option in "$@"; do
+  case "$option" in
+    --pattern | --pattern=* | --table | --table=*)
+      echo "$0 compares dense attention with Grid: expected no --pattern or --table, got $option" >&2
+      exit 2
+      ;;
+  esac
+done
 prepare
 over=--mesh
 [ -z "${DISTRIBUTED:-}" ] || over=--distributed

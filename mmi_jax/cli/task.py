@@ -55,6 +55,11 @@ class PrefillTask:
     uses_mesh: bool
     sampling: Sampling
 
+    def __post_init__(self):
+        """Raises ValueError for what `prefill` would refuse only after video and weights are loaded."""
+        if self.uses_mesh and self.chunk_tokens is not None:
+            raise ValueError(f"a mesh runs the whole prompt at once: expected no chunk_tokens, got {self.chunk_tokens}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:

@@ -115,7 +115,7 @@ def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_
     monkeypatch.setattr(engine, "_COMPILED", {})  # programs of other tests know nothing of this kernel
     got = run(table=AShape(sink=1, local=2))
     assert cudnn_by_xla, "dense layers of a plain prompt went to the vendor's kernel"
-    assert (got.report.density == 1).all()
+    assert (got.report.density == 1).all() and (got.report.recall == 1).all()
     np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5)
     asked = run(table=AShape(sink=1, local=2), may_run_dense=False)
     assert np.abs(np.asarray(asked.logits - expected.logits)).max() > 1e-3
