@@ -110,7 +110,7 @@ class Target:
         return TpuAttention(self.mesh.devices.flat[0].device_kind)
 
     def buckets(self, largest: int) -> Buckets:
-        """The padded lengths up to `largest` tokens."""
+        """The padded lengths up to `largest` tokens, which may be more than prefill takes without other buckets."""
         usual = default_buckets(self.blocks, self.shards)
         return dataclasses.replace(usual, largest=max(usual.smallest, largest // usual.multiple * usual.multiple))
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+MOST_TOKENS = 2**22
+"""Longest prompt that a mesh takes without buckets of its own, and where `mmi aot --longest` begins; one device takes
+`Buckets.largest`. `mmi aot --tokens` compiles longer ones, which need `prefill(buckets=...)` to run."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:

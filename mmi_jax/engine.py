@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmi_jax.blocks import Blocks
-from mmi_jax.buckets import Buckets
+from mmi_jax.buckets import MOST_TOKENS, Buckets
 from mmi_jax.cache import KVCache, empty_cache
 from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.layout import TokenLayout
@@ -243,11 +243,14 @@ def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTabl
 
 
 def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:
-    """Padded lengths that every device's piece fills with whole blocks."""
+    """Padded lengths that every device's piece fills with whole blocks.
+
+    A mesh takes prompts of up to `MOST_TOKENS`, as many as `mmi aot --longest` tries; one device those of `Buckets()`.
+    """
     if shards.num_devices == 1:
         return Buckets()
     multiple = math.lcm(blocks.q, blocks.kv) * shards.num_devices
-    return Buckets(smallest=multiple, largest=-(-(2**20) // multiple) * multiple, multiple=multiple)
+    return Buckets(smallest=multiple, largest=-(-MOST_TOKENS // multiple) * multiple, multiple=multiple)
 
 
 def _sizes(

@@ -17,6 +17,7 @@ from pallas_kernels.attention.gpu_tuned import TunedEntry, read_table, write_tab
 
 PROBLEM = tune.TuneProblem(head_dim=64, num_q_heads=2, num_kv_heads=1, num_tokens=512)
 FAST = HopperConfig(tile_kv=128, num_k_stages=3, num_v_stages=3)
+OTHER = HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2)
 ENTRY = TunedEntry(
     head_dim=128, block_kv=128, heads_per_kv_head=7, config=HopperConfig(tile_kv=128, num_k_stages=3, num_v_stages=2),
     tflops_per_s={"all": 617.0, "random": 619.5}, device="NVIDIA H200", date="2026-11-25", commit="abc123",
@@ -103,7 +104,14 @@ def test_both_kinds_of_lists_have_one_shape():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(dict(head_dim=96), "64, 128 or 256, got 96"), (dict(num_q_heads=3, num_kv_heads=2), "must be a multiple")],
+    [
+        (dict(head_dim=96), "64, 128 or 256, got 96"),
+        (dict(head_dim=300), "64, 128 or 256, got 300"),
+        (dict(num_q_heads=3, num_kv_heads=2), "must be a multiple"),
+        (dict(block_kv=96), "block_kv must be a multiple of 64, got 96"),
+        (dict(block_kv=0), "block_kv must be a multiple of 64, got 0"),
+        (dict(block_kv=1024), "block_kv must be at most num_tokens=512, got 1024"),
+    ],
 )
 def test_a_problem_names_the_rule(change, message):
     with pytest.raises(ValueError, match=message):
@@ -116,10 +124,87 @@ def test_tune_refuses_without_a_hopper_gpu(capsys):
     assert "tune needs a GPU of compute capability 9.x" in capsys.readouterr().err
 
 
+def test_a_head_dim_above_the_last_is_refused():
+    assert [gpu_config.padded_head_dim(d) for d in (1, 64, 65, 256)] == [64, 64, 128, 256]
+    with pytest.raises(ValueError, match="head_dim must be at most 256, got 300"):
+        gpu_config.padded_head_dim(300)
+
+
+@pytest.fixture
+def run_tune(monkeypatch):
+    """`mmi bench tune` of one problem as on a Hopper GPU, the search itself replaced."""
+
+    def run(table, search):
+        monkeypatch.setattr("mmi_jax.cli.bench.has_hopper_gpu", lambda: True)
+        monkeypatch.setattr("mmi_jax.cli.bench_run.matmul_tflops_per_s", lambda: 1.0)
+        monkeypatch.setattr(tune, "tune", search)
+        return main(["bench", "tune", "--head-dim", "64", "--heads", "2/1", "--table", str(table)])
+
+    return run
+
+
+FIGURES: dict[str, Any] = {
+    "case": "d64 2/1",
+    "tflops_per_s": 2.0,
+    "ranking": [{"config": dataclasses.asdict(FAST), "tflops_per_s": {"random": 1.0, "all": 4.0}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nodir/x.json", None, "must be in a directory that exists"),
+        (".", None, "must be a file, got a directory"),
+        ("x.json", '{"version": 2, "entries": []}', "must be an object with version 1, got 2"),
+        ("x.json", "{", "must hold JSON"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_before_the_search(tmp_path, capsys, run_tune, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert run_tune(tmp_path / name, lambda *_, **__: pytest.fail("searched")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_figures_outlive_a_table_that_breaks_during_the_search(tmp_path, capsys, run_tune):
+    table = tmp_path / "x.json"
+
+    def search(*_, **__):
+        table.write_text("{")
+        return dict(FIGURES)
+
+    assert run_tune(table, search) == 1
+    out = capsys.readouterr().out
+    (case,) = json.loads(out.strip().splitlines()[-1])["cases"]
+    assert case["ranking"] == FIGURES["ranking"] and case["tflops_per_s"] == 2.0
+    assert case["error"].startswith(f"measured, but not kept in {table}: {table} must hold JSON")
+    assert table.read_text() == "{"
+
+
+def test_the_best_of_a_search_is_kept(tmp_path, run_tune):
+    assert run_tune(tmp_path / "x.json", lambda *_, **__: dict(FIGURES)) == 0
+    (found,) = read_table(tmp_path / "x.json")
+    assert (found.config, found.key) == (FAST, (64, 128, 2))
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        gpu_tuned.write_whole(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and path.read_text() == "old"
+
+
 def test_the_table_keeps_the_newest_entry_of_each_kind(tmp_path):
     path = tmp_path / "gpu_tuned.json"
     other = dataclasses.replace(ENTRY, head_dim=64)
-    newer = dataclasses.replace(ENTRY, config=FAST, commit="def456")
+    newer = dataclasses.replace(ENTRY, config=OTHER, commit="def456")
     for entry in (ENTRY, other, newer):
         tune.keep(path, entry)
     assert read_table(path) == (other, newer)
@@ -130,6 +215,10 @@ def test_the_table_keeps_the_newest_entry_of_each_kind(tmp_path):
 def spoiled(**changes):
     entry = dataclasses.asdict(ENTRY) | changes
     return {"version": 1, "entries": [{key: value for key, value in entry.items() if value is not None}]}
+
+
+def spoiled_config(**changes):
+    return spoiled(config=dataclasses.asdict(ENTRY.config) | changes)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +234,30 @@ def spoiled(**changes):
         (spoiled(config={"tile_kv": 64}), "config of entry 0 of .* lacks num_k_stages, num_v_stages"),
         (spoiled(config={"tile_kv": 128, "num_k_stages": 2, "num_v_stages": 2, "warps": 4}), "unknown keys warps"),
         (spoiled(config={"tile_kv": 96, "num_k_stages": 2, "num_v_stages": 2}), "tile_kv must be 64 or 128"),
+        (b"\xff\xfe\x00", "must hold JSON"),
+        ({"version": 1, "entries": None}, "entries of .* must be a list, got None"),
+        (spoiled(head_dim="128"), "head_dim of entry 0 of .* must be an integer, got '128'"),
+        (spoiled(heads_per_kv_head=True), "heads_per_kv_head of entry 0 of .* must be an integer, got True"),
+        (spoiled(commit=7), "commit of entry 0 of .* must be a string, got 7"),
+        (spoiled(tflops_per_s=[1.0]), "tflops_per_s of entry 0 of .* must be an object"),
+        (spoiled(tflops_per_s={"all": "fast"}), "tflops_per_s of entry 0 of .* must hold positive numbers"),
+        (spoiled(heads_per_kv_head=0), "entry 0 of .*: heads_per_kv_head must be at least 1, got 0"),
+        (spoiled(head_dim=96), "entry 0 of .*: head_dim must be 64, 128 or 256, got 96"),
+        (spoiled(block_kv=256), "entry 0 of .*: block_kv must be 64 or 128, got 256"),
+        (spoiled(block_kv=64), "entry 0 of .*: tile_kv must divide block_kv=64, got 128"),
+        (spoiled_config(num_k_stages="3"), "num_k_stages of config of entry 0 of .* must be an integer, got '3'"),
+        (spoiled_config(take_turns=1), "take_turns of config of entry 0 of .* must be true or false, got 1"),
+        (spoiled_config(num_k_stages=9), "entry 0 of .*: the config's shared memory must be at most 232448 bytes, got"),
         ({"version": 1, "entries": 2 * spoiled()["entries"]}, "must have one entry for each .* got two of"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_the_rule(tmp_path, table, message):
     path = tmp_path / "gpu_tuned.json"
-    path.write_text(table if isinstance(table, str) else json.dumps(table))
-    with pytest.raises(ValueError, match=message):
+    text = table if isinstance(table, str | bytes) else json.dumps(table)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ValueError, match=message) as error:
         read_table(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.fixture
@@ -171,9 +276,9 @@ def shipped(tmp_path, monkeypatch):
 
 def test_the_nearest_ratio_is_taken_and_the_built_in_config_where_there_is_none(shipped):
     assert choose_config(128, 128) == CONFIGS[128, 128]
-    four = dataclasses.replace(ENTRY, heads_per_kv_head=4, config=FAST)
+    four = dataclasses.replace(ENTRY, heads_per_kv_head=4, config=OTHER)
     shipped(ENTRY, four)
     assert choose_config(128, 128, 8) == choose_config(128, 256, 7) == ENTRY.config
-    assert choose_config(128, 128, 4) == choose_config(128, 128) == FAST
+    assert choose_config(128, 128, 4) == choose_config(128, 128) == OTHER
     assert choose_config(128, 64, 7) == CONFIGS[128, 64]
     assert choose_config(64, 128, 7) == CONFIGS[64, 128]

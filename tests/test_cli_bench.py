@@ -209,6 +209,35 @@ def test_plans_command_prints_a_table_and_a_json_line_last(capsys, tmp_path):
     assert [case["is_dense_extrapolated"] for case in line["cases"]] == [False, True]
     assert set(line["machine"]) == {"device", "jax", "commit", "date"} and line["matmul_tflops_per_s"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["plans.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr("mmi_jax.cli.bench_run.matmul_tflops_per_s", lambda: pytest.fail("timed a matrix product"))
+    monkeypatch.setattr("mmi_jax.cli.bench_run._figures", lambda *_: pytest.fail("measured a case"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nodir/x.json", "must be in a directory that exists"), (".", "must be a file, got a directory")],
+)
+@pytest.mark.parametrize("command", ["attention", "plans", "check"])
+def test_a_json_file_that_cannot_be_written_is_refused_first(capsys, tmp_path, nothing_runs, command, name, message):
+    assert main(["bench", command, "--json-file", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["attention", "plans", "check"])
+def test_an_unknown_implementation_is_refused_once_and_first(capsys, nothing_runs, command):
+    assert main(["bench", command, "--implementation", "foo"]) == 2
+    known = "reference, xla, mosaic_gpu, mosaic_tpu"
+    assert capsys.readouterr().err == f"error: --implementation must be one of {known}, got 'foo'\n"
+
+
+def test_an_unknown_dtype_is_refused_once_and_first(capsys, nothing_runs):
+    assert main(["bench", "plans", "--dtype", "foo"]) == 2
+    assert capsys.readouterr().err == "error: --dtype must be one of float32, bfloat16, float16, got 'foo'\n"
 
 
 def test_a_case_that_fails_is_a_row_and_the_others_are_measured(capsys, small_case, monkeypatch):

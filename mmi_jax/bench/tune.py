@@ -18,8 +18,8 @@ from mmi_jax.bench.sampled import sample
 from mmi_jax.bench.timing import Program, compile_lowered
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import AllVisited, AttentionCase, RandomLists
-from pallas_kernels.attention.gpu_config import CONFIGS, SHARED_MEMORY_BYTES, HopperConfig, padded_head_dim
-from pallas_kernels.attention.gpu_tuned import TunedEntry, read_table, write_table
+from pallas_kernels.attention.gpu_config import CONFIGS, HEAD_DIMS, SHARED_MEMORY_BYTES, HopperConfig
+from pallas_kernels.attention.gpu_tuned import TunedEntry, check_target, read_table, write_table
 from pallas_kernels.attention.inputs import AttentionInputs
 
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
@@ -47,11 +47,15 @@ class TuneProblem:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
-        """Raises ValueError for a head dim that the kernel pads, and for heads that do not divide."""
-        if padded_head_dim(self.head_dim) != self.head_dim:
+        """Raises ValueError for a head dim the kernel pads, heads that do not divide, and blocks it cannot cut."""
+        if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim must be one the kernel runs at: 64, 128 or 256, got {self.head_dim}")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"query heads must be a multiple of kv heads, got {self.num_q_heads}/{self.num_kv_heads}")
+        if self.block_kv < 64 or self.block_kv % 64:
+            raise ValueError(f"block_kv must be a multiple of 64, got {self.block_kv}")
+        if self.block_kv > self.num_tokens:
+            raise ValueError(f"block_kv must be at most num_tokens={self.num_tokens}, got {self.block_kv}")
 
     @property
     def label(self) -> str:
@@ -175,6 +179,23 @@ def entry(problem: TuneProblem, ranking: list[dict[str, Any]]) -> TunedEntry:
         date=where["date"],
         commit=where["commit"],
     )
+
+
+def check_table(path: Path) -> None:
+    """Raises ValueError for a table that `keep` could not write or read: before a search, not after it."""
+    check_target(path)
+    if path.exists():
+        read_table(path)
+
+
+def tune_and_keep(problem: TuneProblem, table: Path, *, repeats: int) -> dict[str, Any]:
+    """The figures of `tune`, the best of them kept in the table; `error` says why where it could not be kept."""
+    figures = tune(problem, repeats=repeats)
+    try:
+        keep(table, entry(problem, figures["ranking"]))
+    except Exception as error:  # the search took long: its ranking must not be lost with the table
+        figures["error"] = f"measured, but not kept in {table}: {reason(error)}"
+    return figures
 
 
 def keep(path: Path, new: TunedEntry) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
+from mmi_jax.buckets import MOST_TOKENS, Buckets
 from mmi_jax.cli.aot_task import Task
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.console import spinner, stdout_console
@@ -23,22 +25,23 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # no TPU is asked for
     "TPU_SKIP_MDS_QUERY": "1",  # nor the metadata server of a TPU VM
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile too
+    "JAX_TRACEBACK_FILTERING": "off",  # so that the last line on stderr is the error's
 }
 DOES_NOT_FIT = 1
 """Exit status of a prompt that needs more memory than there is."""
 
-MOST_TOKENS = 2**22
-"""Where `--longest` begins when `--tokens` does not say."""
-
 GB = 10**9
+
+TOKENS_HELP = (
+    f"Of the prompt: 131,072, or the longest to try: {MOST_TOKENS:,}. Prefill itself takes prompts up to its largest "
+    f"bucket: {MOST_TOKENS:,} tokens on several devices, {Buckets.largest:,} on one, unless it is given other buckets."
+)
 
 
 def aot(
     topology: Annotated[str, typer.Option(help="TPUs as the compiler names them: v5e:4x4, v5p:2x2x1, v6e:2x2, ...")],
     preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b.")] = "7b",
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the prompt: 131,072, or the longest to try: 4,194,304.")
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help=TOKENS_HELP)] = None,
     table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
     pattern: Annotated[str | None, typer.Option(help="One pattern for all heads: NAME[:field=value,...].")] = None,
     longest: Annotated[bool, typer.Option("--longest", help="Search the longest prompt that fits.")] = False,
@@ -68,15 +71,22 @@ def aot(
             longest=longest,
         )
         task.check()
+        _check_json_file(json_file)
         _check_compiler()
         found = _run(task)
         line = json.dumps(found)
+        _print(found)
+        print(line, flush=True)
         if json_file is not None:
             json_file.write_text(line + "\n")
-    _print(found)
-    print(line)
     if not found["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _check_json_file(path: Path | None) -> None:
+    """Before minutes of compilation."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"--json-file must be a file in a directory that exists, got {str(path)!r}")
 
 
 def _check_compiler() -> None:
@@ -85,7 +95,10 @@ def _check_compiler() -> None:
 
 
 def _run(task: Task) -> dict[str, Any]:
-    """Memory of the whole program, at the longest length that fits if that is asked for, then the kernel there."""
+    """Memory of the whole program, at the longest length that fits if that is asked for, then the kernel there.
+
+    Of a prompt that does not fit there is no kernel: far beyond the memory, its inputs alone do not compile.
+    """
     tried = []
     with spinner(f"{task.preset} on {task.topology}") as show:
         show("compiling the prefill")
@@ -95,11 +108,14 @@ def _run(task: Task) -> dict[str, Any]:
             show(f"{memory['padded_tokens']:,} tokens: {memory['total_bytes'] / GB:.2f} GB {verdict}")
         fitting = [memory for memory in tried if memory["fits"]]
         best = max(fitting, key=lambda memory: memory["padded_tokens"]) if fitting else tried[-1]
+        found = {"task": _asked(task), **best, "tried": tried if task.longest else []}
+        if not best["fits"]:
+            return found
         show("compiling the kernel")
         with tempfile.TemporaryDirectory() as dump:
             at_best = dataclasses.replace(task, tokens=best["padded_tokens"], longest=False, dump=dump)
             (kernel,) = _child(at_best, LIBTPU_INIT_ARGS=dump_flags(Path(dump)))
-    return {"task": _asked(task), **best, "tried": tried if task.longest else [], **kernel}
+    return found | kernel
 
 
 def _child(task: Task, **environment: str) -> Iterator[dict[str, Any]]:
@@ -129,9 +145,8 @@ def _asked(task: Task) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    """Memory, kernel and bound as tables."""
-    out = stdout_console()
-    task, kernel, least = found["task"], found["kernel"], found["least_seconds"]
+    """Memory; of a prompt that fits, kernel and bound as tables, too."""
+    out, task = stdout_console(), found["task"]
     mesh = " x ".join(f"{count} {axis}" for axis, count in found["mesh"].items())
     layers = "" if task["layers"] is None else f", first {task['layers']} layers"
     out.print(
@@ -142,7 +157,17 @@ def _print(found: dict[str, Any]) -> None:
     limit = found["limit_bytes"] or found["hbm_bytes_per_device"]
     verdict = "fits" if found["fits"] else "does not fit"
     held = f", {found['argument_bytes'] / GB:.2f} GB of it arguments"
-    out.print(f"memory of each device: {found['total_bytes'] / GB:.2f} GB of {limit / GB:.2f} GB, {verdict}{held}")
+    out.print(
+        f"memory of each device: {found['total_bytes'] / GB:.2f} GB of {limit / GB:.2f} GB, {verdict}{held}",
+        soft_wrap=True,
+    )
+    if "kernel" in found:
+        _print_kernel(out, found)
+
+
+def _print_kernel(out: Console, found: dict[str, Any]) -> None:
+    """The kernel's tile and schedule, bytes moved and the least time."""
+    kernel, least = found["kernel"], found["least_seconds"]
     vmem, vmem_limit = kernel["vmem_bytes"] / 2**20, kernel["vmem_limit_bytes"] / 2**20
     out.print(
         f"kernel tile: {kernel['block_q']} queries x {kernel['tile_kv']} keys, {vmem:.1f} of {vmem_limit:.1f} MiB VMEM"

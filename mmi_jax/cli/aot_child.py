@@ -17,7 +17,7 @@ from mmi_jax.schedule import read_schedules
 
 def kernel_figures(task: Task, target: aot.Target, dump: Path) -> dict[str, Any]:
     """Schedule and VMEM of the kernel, and the least time of the whole prefill at this length."""
-    chip, num_tokens = chip_of(task.topology), padded_tokens(task, target)
+    chip, num_tokens = chip_of(task.topology), task.tokens  # a search may have cut its last bucket
     tile = aot.compile_kernel(target, num_tokens)
     (schedule, *_) = read_schedules(dump, aot.KERNEL)
     block_kv, head_dim = target.blocks.kv, target.model.config.head_dim

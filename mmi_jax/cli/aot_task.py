@@ -9,6 +9,9 @@ from mmi_jax.codec import parse
 from mmi_jax.patterns import Dense
 from mmi_jax.table import PatternTable, load_table, uniform_table
 
+LARGEST_TOKENS = 2**30
+"""Positions are int32, and a prompt of almost 2**31 tokens is padded to a bucket of 2**31."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -17,7 +20,7 @@ class Task:
     Args:
       preset: a size of `PRESETS`.
       topology: of TPUs, such as v5e:4x4.
-      tokens: of the prompt.
+      tokens: of the prompt; with `dump`, the padded length itself.
       table, pattern: as for `mmi prefill`; dense attention without both.
       layers: to compile, from the first on; all when None.
       block_q: queries of a tile.
@@ -73,6 +76,8 @@ class Task:
         """Raises ValueError for what can be refused without the compiler."""
         chip_of(self.topology)
         self.patterns()
+        if not 0 < self.tokens <= LARGEST_TOKENS:
+            raise ValueError(f"--tokens must be 1 to {LARGEST_TOKENS}, as positions are int32: got {self.tokens}")
         if not 0 < self.density <= 1:
             raise ValueError(f"--density must be above 0 and at most 1, got {self.density}")
         if self.block_q < 128 or self.block_q % 128:

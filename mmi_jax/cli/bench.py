@@ -7,8 +7,9 @@ without peers; torch has the rest. Arrays are freed between cases.
 
 import fnmatch
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import jax
 import typer
@@ -17,11 +18,13 @@ from mmi_jax.bench.attention import bench_attention
 from mmi_jax.bench.dense import best_dense
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
 from mmi_jax.bench.rules import RULE_CASES, check_rules
-from mmi_jax.bench.tune import TuneProblem, entry, keep, tune
+from mmi_jax.bench.sampled import ERROR_LIMIT
+from mmi_jax.bench.tune import TuneProblem, check_table, tune_and_keep
+from mmi_jax.cli import bench_table
 from mmi_jax.cli.bench_run import Run, in_own_process, run_all
-from mmi_jax.cli.bench_table import attention_table, check_table, plans_table, tune_table
 from mmi_jax.cli.errors import one_line_errors
 from pallas_kernels.attention import gpu_tuned
+from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
@@ -66,6 +69,7 @@ def attention(
         )  # fmt: skip
 
     with one_line_errors(shows_traceback=debug):
+        _check_known("--implementation", implementation, get_args(Implementation))
         _share_memory(peers)
         on_cpu = jax.default_backend() == "cpu"
         names = _chosen(case, list(CASES), [n for n in CASES if n.startswith("cpu") == on_cpu])
@@ -74,7 +78,7 @@ def attention(
         flags += ["--implementation", implementation] if implementation else []
         flags += ["--dense-limit", str(dense_limit)]
         each = in_own_process(["attention", "--repeats", str(repeats), *flags]) if own else measure
-        run_all([Run(name, name) for name in names], each, attention_table, json_file, stops_at_error=debug)
+        run_all([Run(name, name) for name in names], each, bench_table.attention_table, json_file, stops_at_error=debug)
 
 
 @app.command()
@@ -111,6 +115,8 @@ def plans(
         return figures | speedup
 
     with one_line_errors(shows_traceback=debug):
+        _check_known("--dtype", dtype, ERROR_LIMIT)
+        _check_known("--implementation", implementation, get_args(Implementation))
         _share_memory(peers)
         on_gpu = jax.default_backend() == "gpu"
         names = _chosen(case, list(PLAN_CASES), list(PLAN_CASES))
@@ -126,7 +132,7 @@ def plans(
             for num_q_heads, num_kv_heads in map(_heads, heads or ["28/4" if on_gpu else "4/2"])
         ]
         runs = [Run(f"{name} {sizes.label}", (name, sizes)) for sizes in found for name in names]
-        run_all(runs, measure, plans_table, json_file, stops_at_error=debug)
+        run_all(runs, measure, bench_table.plans_table, json_file, stops_at_error=debug)
 
 
 @app.command()
@@ -142,10 +148,11 @@ def check(
         return check_rules(name, implementation=implementation)  # pyright: ignore
 
     with one_line_errors(shows_traceback=debug):
+        _check_known("--implementation", implementation, get_args(Implementation))
         _share_memory(peers=False)
         names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
         runs = [Run(name, name) for name in names]
-        run_all(runs, measure, check_table, json_file, stops_at_error=debug, times_matmul=False)
+        run_all(runs, measure, bench_table.check_table, json_file, stops_at_error=debug, times_matmul=False)
 
 
 @app.command("tune")
@@ -164,14 +171,13 @@ def tune_configs(
     """Search the Hopper kernel's configs: outputs checked, the ranking printed, the best kept in a table."""
 
     def measure(problem: TuneProblem) -> dict[str, Any]:
-        figures = tune(problem, repeats=repeats)
-        keep(table, entry(problem, figures["ranking"]))
-        return figures
+        return tune_and_keep(problem, table, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
         _share_memory(peers=False)
         if not has_hopper_gpu():
             raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+        check_table(table)
         runs = [
             Run(problem.label, problem)
             for d in head_dim or (64, 128, 256)
@@ -182,7 +188,7 @@ def tune_configs(
                 )
             ]
         ]
-        run_all(runs, measure, tune_table, json_file, stops_at_error=debug)
+        run_all(runs, measure, bench_table.tune_table, json_file, stops_at_error=debug)
 
 
 def _chosen(asked: list[str] | None, known: list[str], default: list[str]) -> list[str]:
@@ -190,6 +196,12 @@ def _chosen(asked: list[str] | None, known: list[str], default: list[str]) -> li
     if unknown := [name for name in asked or () if not fnmatch.filter(known, name)]:
         raise ValueError(f"unknown case {', '.join(unknown)}: known cases are {', '.join(known)}")
     return list(dict.fromkeys(n for name in asked for n in fnmatch.filter(known, name))) if asked else default
+
+
+def _check_known(option: str, value: str | None, known: Iterable[str]) -> None:
+    """Raises ValueError for a value that is given and not known: once, before the cases run."""
+    if value is not None and value not in (names := list(known)):
+        raise ValueError(f"{option} must be one of {', '.join(names)}, got {value!r}")
 
 
 def _heads(text: str) -> tuple[int, int]:

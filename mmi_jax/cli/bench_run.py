@@ -2,10 +2,8 @@
 
 import gc
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from mmi_jax.bench.machine import machine
 from mmi_jax.bench.rows import reason
 from mmi_jax.bench.timing import matmul_tflops_per_s
 from mmi_jax.console import stderr_console, stdout_console
+from pallas_kernels.attention.gpu_tuned import check_target, write_whole
 
 FILE_WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""
@@ -49,15 +48,18 @@ def run_all(
       times_matmul: measures the rate of a matrix product first, to hold the cases' rates against.
 
     Raises:
+      ValueError: `json_file` cannot be written; before anything is measured.
       typer.Exit: status 1 when a case failed; the others are measured all the same.
     """
+    if json_file is not None:
+        check_target(json_file)
     matmul = {"matmul_tflops_per_s": round(matmul_tflops_per_s(), 2)} if times_matmul else {}
     result: dict[str, Any] = {"machine": machine(), **matmul, "cases": []}
     for run in runs:
         result["cases"].append(figures := _figures(run, measure, stops_at_error))
         stderr_console().print(_progress(run.name, figures), markup=False, soft_wrap=True)
         if json_file is not None:
-            _replace(json_file, json.dumps(result))
+            write_whole(json_file, json.dumps(result) + "\n")
         gc.collect()  # what a case held on the device is free before the next one begins
     console = stdout_console()
     if not console.is_terminal:
@@ -87,13 +89,6 @@ def _progress(name: str, figures: dict[str, Any]) -> str:
     rate = f", {figures['tflops_per_s']:.4g} TFLOP/s" if "tflops_per_s" in figures else ""
     error = f", relative error {figures['relative_error']:.1e}" if "relative_error" in figures else ""
     return f"{name}: measured{error}{time}{rate}"
-
-
-def _replace(path: Path, line: str) -> None:
-    """Writes the file in one step."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(line + "\n")
-    os.replace(file.name, path)
 
 
 def in_own_process(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:

@@ -108,9 +108,15 @@ CONFIGS = {
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""
 
 
+HEAD_DIMS = (64, 128, 256)
+"""Head dims the kernel runs at; others are padded to the next."""
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """The head dim the kernel runs at: the next of 64, 128, 256."""
-    return next(d for d in (64, 128, 256) if head_dim <= d)
+    """The head dim the kernel runs at: the next of `HEAD_DIMS`; ValueError above the last."""
+    if head_dim > HEAD_DIMS[-1]:
+        raise ValueError(f"head_dim must be at most {HEAD_DIMS[-1]}, got {head_dim}")
+    return next(d for d in HEAD_DIMS if head_dim <= d)
 
 
 def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:

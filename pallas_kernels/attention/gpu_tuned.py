@@ -21,11 +21,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.attention.gpu_config import HopperConfig
+from pallas_kernels.attention.gpu_config import HEAD_DIMS, SHARED_MEMORY_BYTES, HopperConfig
 
 VERSION = 1
 PATH = Path(__file__).with_name("gpu_tuned.json")
 """The table that ships with the package; none has been measured where there is no such file."""
+
+_JSON_TYPES: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a string", dict: "an object"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,21 @@ class TunedEntry:
     date: str
     commit: str
 
+    def __post_init__(self):
+        """Raises ValueError for a problem that no lookup asks for, and for a config that cannot run it."""
+        smem_bytes, tile_kv = self.config.shared_memory_bytes(self.head_dim, "bfloat16"), self.config.tile_kv
+        rules = [
+            (self.head_dim in HEAD_DIMS, f"head_dim must be 64, 128 or 256, got {self.head_dim}"),
+            (self.block_kv in (64, 128), f"block_kv must be 64 or 128, got {self.block_kv}"),
+            (self.heads_per_kv_head >= 1, f"heads_per_kv_head must be at least 1, got {self.heads_per_kv_head}"),
+            (self.block_kv % tile_kv == 0, f"tile_kv must divide block_kv={self.block_kv}, got {tile_kv}"),
+            (smem_bytes <= SHARED_MEMORY_BYTES, f"the config's shared memory must be at most {SHARED_MEMORY_BYTES} "
+             f"bytes, got {smem_bytes}"),
+        ]  # fmt: skip
+        for holds, rule in rules:
+            if not holds:
+                raise ValueError(rule)
+
     @property
     def key(self) -> tuple[int, int, int]:
         """What the entry is looked up by."""
@@ -73,16 +90,19 @@ def read_table(path: Path) -> tuple[TunedEntry, ...]:
     """The entries of a table.
 
     Raises:
-      ValueError: the file is no table of this version, or an entry has missing or unknown keys; the message lists them.
+      ValueError: the file is no table of this version, or an entry has missing or unknown keys, wrong types or values
+        that cannot be; the message names the file and the rule.
     """
     try:
         table = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} must hold JSON: {error}") from error
     if not isinstance(table, dict) or table.get("version") != VERSION:
         found = table.get("version") if isinstance(table, dict) else type(table).__name__
         raise ValueError(f"{path} must be an object with version {VERSION}, got {found}")
     _check_keys(table, ("version", "entries"), (), str(path))
+    if not isinstance(table["entries"], list):
+        raise ValueError(f"entries of {path} must be a list, got {table['entries']!r}")
     entries = tuple(_read_entry(entry, f"entry {n} of {path}") for n, entry in enumerate(table["entries"]))
     keys = [entry.key for entry in entries]
     if doubled := sorted({key for key in keys if keys.count(key) > 1}):
@@ -94,9 +114,30 @@ def write_table(path: Path, entries: Iterable[TunedEntry]) -> None:
     """Writes the entries, one a line, sorted, in one step."""
     lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted(entries, key=lambda entry: entry.key)]
     text = f'{{"version": {VERSION}, "entries": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+    write_whole(path, text)
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError unless a file can be written at `path`: before the work whose result goes there."""
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file, got a directory")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} must be in a directory that exists, got {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} must be in a directory that can be written, got {path.parent}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file in one step, readable by all; on an error the old one stays and nothing is left beside it."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+        temporary = Path(file.name)
+    try:
+        temporary.write_text(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_entry(entry: Any, where: str) -> TunedEntry:
@@ -104,7 +145,23 @@ def _read_entry(entry: Any, where: str) -> TunedEntry:
     known = dataclasses.fields(HopperConfig)
     required = [f.name for f in known if f.default is dataclasses.MISSING]
     _check_keys(entry["config"], required, [f.name for f in known], f"config of {where}")
-    return TunedEntry(**entry | {"config": HopperConfig(**entry["config"])})
+    _check_types(entry, TunedEntry, where)
+    _check_types(entry["config"], HopperConfig, f"config of {where}")
+    rates = entry["tflops_per_s"]
+    if not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates.values()):
+        raise ValueError(f"tflops_per_s of {where} must hold positive numbers, got {rates!r}")
+    try:
+        return TunedEntry(**entry | {"config": HopperConfig(**entry["config"])})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_types(found: dict[str, Any], of: type, where: str) -> None:
+    """Raises ValueError unless each value has the JSON type of the dataclass's field; true is no integer."""
+    for field in dataclasses.fields(of):
+        expected = dict if field.type in (dict[str, float], HopperConfig) else field.type
+        if field.name in found and type(found[field.name]) is not expected:
+            raise ValueError(f"{field.name} of {where} must be {_JSON_TYPES[expected]}, got {found[field.name]!r}")
 
 
 def _check_keys(found: Any, required: Iterable[str], optional: Iterable[str], where: str) -> None:
