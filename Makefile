@@ -9,13 +9,17 @@ AOT_TESTS := tests/test_cli_aot.py tests/mmi_jax/test_top_k.py tests/mmi_jax/tes
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 
-.PHONY: demo test aot-test lint format clean
+.PHONY: demo test slow-test aot-test lint format clean
 
 demo: $(STAMP)
 	$(BIN)/mmi prefill --demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not slow"
+
+# Eight devices in one process, several hosts, whole scripts.
+slow-test: $(STAMP)
+	$(BIN)/pytest -n 2 -m slow -k "not aot"
 
 # The tests that compile for TPUs; no TPU is needed, only its compiler, which `make test` does without.
 aot-test: $(TPU_STAMP)

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import pytest
+from cases import plan_of
 
-from mmi_jax.attention import attend_sparsely
 from mmi_jax.blocks import Blocks
 from mmi_jax.cost import HOPPER, costs_of_device, faster_patterns
 from mmi_jax.keys import FramePlace
@@ -47,8 +46,8 @@ PATTERNS = [
 def test_typical_blocks_are_near_what_a_plan_visits(pattern):
     """Within a factor of two: the scores of a prompt decide how far the bands of diagonals lie apart, say."""
     layout, blocks = video_prompt(8192), Blocks()
-    q, k, v = (x[None] for x in planted_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32"))
-    plan = jax.jit(lambda q, k, v: attend_sparsely(q, k, v, pattern, layout=layout, implementation="xla").plan)(q, k, v)
+    q, k, _ = planted_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32")
+    plan = plan_of(pattern, layout, q=q, k=k, blocks=blocks, scale=0.125)
     visited = float(plan.index.count.sum()) / (8192 // blocks.q)
     expected = pattern.typical_blocks(8192 // blocks.kv, blocks)
     assert expected / 2 < visited < 2 * expected, f"{visited=}, {expected=}"
