@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
-from mmi_jax.bench.rows import chosen, rate
+from mmi_jax.bench.rows import chosen, rate, tile_flops
 from mmi_jax.bench.sampled import sample, sample_dense
 from mmi_jax.bench.timing import Program, compile_programs
 from mmi_jax.blocks import Blocks
@@ -18,7 +18,6 @@ from mmi_jax.keys import FramePlace
 from mmi_jax.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
 from mmi_jax.planted import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
 from pallas_kernels.attention.api import Implementation, attend_inputs
-from pallas_kernels.attention.inputs import AttentionInputs
 
 _FRAME = (FramePlace(),)
 
@@ -198,20 +197,13 @@ def _parts(programs: dict[str, Program], q, k, v, layout, repeats: int):
     timed("plan", q, k, viewed)
     timed("undo", planned, out, lse)
     del out, lse
-    flops = _flops(inputs)
+    flops = tile_flops(inputs)
     attend_rate = rate(flops, timed("attend", inputs))["tflops_per_s"]
     del inputs
     timed("permute", planned, q, k, v)
     density = float(jax.vmap(lambda plan: plan.density())(planned).mean())
     figures = {"density": round(density, 5), **errors, "flops": flops, "tflops_per_s": attend_rate}
     return figures | {name: round(ms, 3) for name, ms in times.items()}, {"rows": rows, "out": result}
-
-
-def _flops(inputs: AttentionInputs) -> float:
-    """Floating-point operations of the visited tiles, as `AttentionCase.flops` counts them."""
-    index = inputs.index
-    tiles = float(np.asarray(index.count, np.float64).sum())
-    return 4.0 * tiles * index.block_q * index.block_kv * inputs.q.shape[-1]
 
 
 def _check_same(whole: np.ndarray, parts: np.ndarray) -> None:

@@ -4,16 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from mmi_jax.bench.timing import Timing
 from pallas_kernels.attention.api import Implementation
+from pallas_kernels.attention.inputs import AttentionInputs
 
 REASON_LENGTH = 300
 """Characters of a failure's message that a row keeps: compilers write pages."""
 
 
 def row(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures under this name, or `error` with the reason: one failure must not end a run on a lent machine."""
+    """The figures under this name, or `error` with the reason: one failure must not end a run on a rented machine."""
     try:
         return {"name": name} | measure()
     except Exception as error:
@@ -37,6 +39,13 @@ def rate(flops: float, timing: Timing) -> dict[str, float]:
 def dense_flops(num_q_heads: int, num_tokens: int, head_dim: int) -> float:
     """Floating-point operations of the causal half: QK and PV, both halves of a multiply-add counted."""
     return 2.0 * num_q_heads * num_tokens**2 * head_dim
+
+
+def tile_flops(inputs: AttentionInputs) -> float:
+    """Floating-point operations of the visited tiles, as `AttentionCase.flops` counts them."""
+    index = inputs.index
+    tiles = float(np.asarray(index.count, np.float64).sum())
+    return 4.0 * tiles * index.block_q * index.block_kv * inputs.q.shape[-1]
 
 
 def chosen(implementation: Implementation | None) -> Implementation | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.bench.machine import machine
-from mmi_jax.bench.rows import reason
+from mmi_jax.bench.rows import reason, tile_flops
 from mmi_jax.bench.sampled import sample
 from mmi_jax.bench.timing import Program, compile_lowered
 from pallas_kernels.attention import mosaic_gpu
@@ -145,7 +145,7 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
         out, lse = program(inputs[name])
         rows.check(rows.of(out), rows.of(lse), dtype=problem.dtype)
         del out, lse
-        return _flops(inputs[name]) / program.time(inputs[name], repeats=repeats).median_ms / 1e9
+        return tile_flops(inputs[name]) / program.time(inputs[name], repeats=repeats).median_ms / 1e9
 
     def screen(configs: Sequence[HopperConfig]):
         programs.update(compile_all(configs, inputs["random"]))
@@ -223,8 +223,3 @@ def _row(config: HopperConfig, rates: dict[str, float]) -> dict[str, Any]:
 def _mean(rates: dict[str, float]) -> float:
     """The geometric mean."""
     return math.exp(sum(map(math.log, rates.values())) / len(rates))
-
-
-def _flops(inputs: AttentionInputs) -> float:
-    index = inputs.index
-    return 4.0 * float(index.visited_tiles().sum()) * index.block_q * index.block_kv * inputs.q.shape[-1]

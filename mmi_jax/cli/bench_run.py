@@ -76,7 +76,7 @@ def run_all(
 def _figures(run: Run, measure, stops_at_error: bool) -> dict[str, Any]:
     try:
         return measure(run.task)
-    except Exception as error:  # a case that fails must not cost the others their time on a lent machine
+    except Exception as error:  # a case that fails must not cost the others their time on a rented machine
         if stops_at_error:
             raise
         return {"case": run.name, "error": reason(error)}
