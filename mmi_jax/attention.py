@@ -78,7 +78,7 @@ def sparse_attention(
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
     scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | None = None,
-    starts_plain: bool | None = None,
+    starts_plain: bool | None = None, padding_is_finite: bool = False,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
 
@@ -86,6 +86,8 @@ def attend_sparsely(
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
       starts_plain: whether the queries are a plain prompt's first tokens (see `plain.is_plain`), which a caller under
         jit knows and the traced layout hides; looked up when None. Dense heads alone then need no plan.
+      padding_is_finite: the caller knows that padded tokens hold no NaN or infinity, as in a prefill, and does not
+        read their output, which may then be any finite number.
     """
     patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -94,7 +96,7 @@ def attend_sparsely(
         if starts_plain is None:
             starts_plain = q.shape[1] == k.shape[1] and is_plain(layout)
         if starts_plain:
-            out, lse = attend_densely(q, k, v, layout=layout, scale=scale)
+            out, lse = attend_densely(q, k, v, layout=layout, scale=scale, padding_is_finite=padding_is_finite)
             return SparseAttention(out=out, lse=lse, plan=None)
     if geometry is None:
         geometry = batch_geometry(

@@ -21,7 +21,6 @@ class CostModel:
       sparse_ns_per_tile: each visited tile.
       move_ns: each token and head: permuted and brought back.
       estimate_ns: each token and head, in addition, of a pattern that reads scores.
-      hold_ns: each token and head, in addition, of a pattern that holds scores.
     """
 
     dense_ms: float
@@ -31,7 +30,6 @@ class CostModel:
     sparse_ns_per_tile: float
     move_ns: float
     estimate_ns: float
-    hold_ns: float
 
     def dense(self, num_heads: int, num_tokens: int) -> float:
         """Milliseconds of a dense call of `num_heads` heads, all tokens being queries."""
@@ -44,7 +42,7 @@ class CostModel:
         if visited is None:
             return None
         tiles = -(-num_tokens // blocks.q) * visited * (blocks.q * blocks.kv) / (128 * 128)
-        per_token = self.move_ns + self.estimate_ns * pattern.reads_scores + self.hold_ns * pattern.holds_scores
+        per_token = self.move_ns + self.estimate_ns * pattern.reads_scores
         return 1e-6 * (self.sparse_ns_per_tile * tiles + per_token * num_tokens)
 
 
@@ -56,7 +54,6 @@ HOPPER = CostModel(
     sparse_ns_per_tile=17.0,
     move_ns=0.55,
     estimate_ns=0.35,
-    hold_ns=1.3,
 )
 """One H100 (SXM), by hand from the plans of bench/RESULTS.md, 2026-11-25: 128K tokens within 30 %, 1M within 40 %.
 
