@@ -1,4 +1,4 @@
-"""Attention mass per key and band: the meaning in float64, vmap without copies, the Hopper kernel interpreted, lowered."""
+"""Attention mass per key and band: meaning in float64, vmap without copies, the Hopper kernel interpreted, lowered."""
 
 import functools
 
