@@ -16,8 +16,8 @@ class CostModel:
     Args:
       dense_ms, dense_ns_per_tile: a dense causal call: its start, and each tile of 128 x 128 pairs left of or on the
         diagonal.
-      sparse_ms: launches of a sparse call that plans from scores.
-      static_ms: launches of a sparse call whose plans read no scores.
+      sparse_ms: launches of a sparse call.
+      plan_ms: launches of each pattern that reads scores, in addition.
       sparse_ns_per_tile: each visited tile.
       move_ns: each token and head: permuted and brought back.
       estimate_ns: each token and head, in addition, of a pattern that reads scores.
@@ -26,7 +26,7 @@ class CostModel:
     dense_ms: float
     dense_ns_per_tile: float
     sparse_ms: float
-    static_ms: float
+    plan_ms: float
     sparse_ns_per_tile: float
     move_ns: float
     estimate_ns: float
@@ -47,17 +47,17 @@ class CostModel:
 
 
 HOPPER = CostModel(
-    dense_ms=0.05,
-    dense_ns_per_tile=13.6,
-    sparse_ms=0.35,
-    static_ms=0.15,
-    sparse_ns_per_tile=17.0,
-    move_ns=0.55,
-    estimate_ns=0.35,
+    dense_ms=0.03,
+    dense_ns_per_tile=14.3,
+    sparse_ms=0.1,
+    plan_ms=0.25,
+    sparse_ns_per_tile=14.0,
+    move_ns=0.4,
+    estimate_ns=1.1,
 )
-"""One H100 (SXM), by hand from the plans of bench/RESULTS.md, 2026-11-25: 128K tokens within 30 %, 1M within 40 %.
-
-Between 8K and 32K tokens, where it decides, no plan has been measured yet.
+"""One H200, from the plans of bench/RESULTS.md, 2026-11-26, by least squares of relative errors over Grid at 8K to 1M
+tokens, VerticalSlash at 128K and A-shape: within 8 % for Grid, 16 % for the other two. A VerticalSlash plan at 1M is
+35 % slower than this says, since its diagonals lie further apart than `typical_blocks` expects.
 """
 
 
@@ -88,6 +88,6 @@ def faster_patterns(
             return tuple(patterns)
         chosen.append(pattern if cost < dense_head else Dense())
         total += min(cost, dense_head)
-    total += costs.sparse_ms if any(pattern.reads_scores for pattern in chosen) else costs.static_ms
+    total += costs.sparse_ms + costs.plan_ms * len({pattern for pattern in chosen if pattern.reads_scores})
     is_worth_it = total < costs.dense(len(patterns), num_tokens)
     return tuple(chosen) if is_worth_it else (Dense(),) * len(patterns)

@@ -114,7 +114,7 @@ def test_everything_else_is_planned(rng, cudnn_by_xla, layout):
 
 
 DENSE_IS_FREE = CostModel(
-    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, static_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
+    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, plan_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
     estimate_ns=1.0,
 )  # fmt: skip
 
