@@ -21,7 +21,7 @@ SMALL_INDEX = 2**16
 """Block entries of a head for which there is always room."""
 
 LARGEST_INDEX = 2**22
-"""Block entries of a head for which there is never room: 16 MB each time they are written, and a dozen times they are."""
+"""Block entries of a head for which there is never room: each of a dozen passes over them would write 16 MB a head."""
 
 
 @pytree
