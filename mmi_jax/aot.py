@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from mmi_jax.attention import batch_geometry, permute, plan_batch
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
-from mmi_jax.engine import default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, shards_of, weight_specs
+from mmi_jax.sizes import default_buckets
 from mmi_jax.table import PatternTable
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention.inputs import AttentionInputs

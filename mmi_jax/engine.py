@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -14,16 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from mmi_jax.batch import continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
 from mmi_jax.blocks import Blocks
-from mmi_jax.buckets import MOST_TOKENS, Buckets
-from mmi_jax.cache import KVCache, empty_cache
+from mmi_jax.buckets import Buckets
+from mmi_jax.cache import KVCache, empty_cache, with_capacity
 from mmi_jax.cost import costs_of_device, faster_patterns
-from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.plain import is_plain
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
-from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, place, shards_of, weight_specs
+from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, shards_of, weight_specs
+from mmi_jax.sizes import Sizes, default_buckets, sizes_for
 from mmi_jax.table import PatternTable, uniform_table
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.notation import AnyArray, Array, Float
@@ -91,6 +91,8 @@ def prefill(
     table: PatternTable | Pattern | None = None,
     chunk_tokens: int | None = None,
     max_new_tokens: int = 0,
+    cache: KVCache | PrefillResult | None = None,
+    donates_cache: bool = False,
     logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
@@ -110,7 +112,12 @@ def prefill(
         Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's own last
         queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
         queries" of Tri-shape are each chunk's.
-      max_new_tokens: room to leave in the cache for decoding.
+      max_new_tokens: room to leave in the cache for decoding, or for what will follow.
+      cache: of a prefill before, or its result: the prompt is what follows, a further piece of a video or another
+        question, counted from 0 as if it stood alone. All its prompts must hold equally many tokens. A sparse plan
+        is made for the new queries over all keys. The cache is enlarged where it has no room for the padded prompt.
+      donates_cache: the given cache's memory becomes the result's, and the cache must not be used again, save through
+        `KVCache.reclaim`. Otherwise it stays as it is and the result holds a copy.
       logits_at: tokens of each prompt, anywhere in it, after which next-token logits are wanted besides those after the
         last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places are not.
       buckets: padded lengths.
@@ -134,17 +141,25 @@ def prefill(
     blocks = blocks or Blocks()
     table = _as_table(table, model.config)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
-    buckets = buckets or default_buckets(blocks, shards)
-    lengths = _lengths(prompt)
-    wanted = _wanted(lengths, logits_at)
-    num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks, shards)
-    if may_run_dense and chunk >= num_tokens:
-        table = _faster(table, num_tokens, blocks)
+    lengths = lengths_of(prompt)
+    wanted = wanted_tokens(lengths, logits_at)
+    before = cache.cache if isinstance(cache, PrefillResult) else cache
+    sizes = sizes_for(
+        int(lengths.max()),
+        max_new_tokens=max_new_tokens,
+        chunk_tokens=chunk_tokens,
+        buckets=buckets or default_buckets(blocks, shards),
+        blocks=blocks,
+        shards=shards,
+        held=0 if before is None else held_tokens(before),
+        capacity=0 if before is None else before.capacity,
+    )
+    if may_run_dense:
+        table = _faster(table, sizes, blocks)
     clock = _Clock(on_stage)
+    padded = fit_prompt(prompt, sizes.padded)
     with clock("vision"):
-        x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
-    layout = jax.tree.map(jnp.asarray, _fit_layout(prompt.layout, capacity))
-    rope_pos = _fit(jnp.asarray(prompt.rope_pos), capacity, axis=2)
+        x = jax.block_until_ready(model.embed(padded))
     graphdef, state = nnx.split(model)
     program = Program(
         graphdef=graphdef,
@@ -152,63 +167,90 @@ def prefill(
         blocks=blocks,
         implementation=implementation,
         measures_recall=measures_recall,
-        starts_plain=chunk >= num_tokens and shards.num_devices == 1 and is_plain(prompt.layout),
+        starts_plain=sizes.is_whole and shards.num_devices == 1 and is_plain(padded.layout),
         mesh=mesh,
     )
-    filled = _described_cache(model.config, x, layout, rope_pos, lengths, mesh)
+    if before is None:
+        filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
+    else:
+        _check_cache(before, model.config, x)
+        filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates_cache)
     state = place(state, mesh, weight_specs(state, shards))
-    x, rope_pos = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
-    starts = range(0, num_tokens, chunk)
-    cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, wanted, starts, clock)
+    inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
+    del x  # the program takes its memory over
+    filled, hidden, statistics = _run_chunks(program, state, inputs, filled, wanted + sizes.held, sizes.starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
-        layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
+        layout=prompt.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
     )
     logits = _logits(graphdef, state, hidden, mesh)
     return PrefillResult(
         logits=logits[:, 0],
         logits_at=None if logits_at is None else logits[:, 1:],
         hidden=hidden[:, 0],
-        cache=cache,
+        cache=filled,
         report=report,
     )
 
 
 def _described_cache(
-    config: ModelConfig, x, layout: TokenLayout, rope_pos, lengths: np.ndarray, mesh: Mesh | None
-) -> KVCache:
-    """A cache with room for the padded prompts that knows all of them but their keys and values."""
+    config: ModelConfig, x, padded: Any, lengths: np.ndarray, sizes: Sizes, mesh: Mesh | None
+) -> tuple[KVCache, Any]:
+    """A cache with room for the padded prompts that knows all of them but their keys and values; rotary positions."""
     cache = empty_cache(
         num_layers=config.num_layers,
         batch=x.shape[0],
-        capacity=x.shape[1],
+        capacity=sizes.capacity,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=x.dtype,
         sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
     )
-    return dataclasses.replace(
+    layout = jax.tree.map(jnp.asarray, padded.layout.pad_to(sizes.capacity))
+    last_rope_pos = np.where(padded.layout.is_real, padded.rope_pos, -1).max(axis=(0, 2))
+    cache = dataclasses.replace(
         cache,
         layout=place(layout, mesh, P()),
         lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
-        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
+        next_rope_pos=jnp.asarray(last_rope_pos + 1, jnp.int32),
     )
+    return cache, jnp.asarray(padded.rope_pos)
 
 
-def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, wanted, starts: range, clock: "_Clock"):
-    """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics."""
+def _continued_cache(
+    before: KVCache, padded: Any, lengths: np.ndarray, sizes: Sizes, *, donates: bool
+) -> tuple[KVCache, Any]:
+    """The cache with room for what follows, and its description; rotary positions of what follows."""
+    new_layout = jax.tree.map(jnp.asarray, padded.layout)
+    rope_pos, layout, next_rope_pos = continued(
+        before.layout, jnp.int32(sizes.held), before.next_rope_pos, jnp.asarray(padded.rope_pos), new_layout,
+        capacity=sizes.capacity,
+    )  # fmt: skip
+    k, v = (with_capacity(x, sizes.capacity, donates=donates) for x in (before.k, before.v))
+    in_all = before.lengths + jnp.asarray(lengths, jnp.int32)
+    return KVCache(k=k, v=v, lengths=in_all, next_rope_pos=next_rope_pos, layout=layout), rope_pos
+
+
+def _run_chunks(program: Program, state, inputs, cache: KVCache, wanted, starts: range, clock: "_Clock"):
+    """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics.
+
+    Args:
+      inputs: embeddings and rotary positions of the tokens from the first start on; the embeddings are given up.
+    """
+    x, rope_pos = inputs
     hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
     wanted = place(jnp.asarray(wanted, jnp.int32), program.mesh, P())
     carry = cache.k, cache.v, hidden
     statistics = []
     for start in starts:
-        tokens = slice(start, start + starts.step)
+        tokens = slice(start - starts.start, start - starts.start + starts.step)
+        piece = (x, rope_pos) if len(starts) == 1 else (x[:, tokens], rope_pos[:, :, tokens])
         q_start = place(jnp.int32(start), program.mesh, P())
-        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, q_start, wanted, carry)
+        args = (state, *piece, cache.layout, q_start, wanted, carry)
         with clock("compile"):
             compiled = _compiled(program, *args)
         with clock("prefill"):
-            carry, chunk_statistics = jax.block_until_ready(compiled(*args))
+            carry, _, chunk_statistics = jax.block_until_ready(compiled(*args))
         pieces = jax.device_get(chunk_statistics)
         statistics += [jax.tree.map(lambda a, n=n: a[n], pieces) for n in range(len(pieces["num_queries"]))]
     k, v, hidden = carry
@@ -251,96 +293,24 @@ def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> Patt
     return table
 
 
-def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTable:
+def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:
     """The table with dense heads where the device's cost model finds them faster."""
     costs = costs_of_device()
-    layers = tuple(faster_patterns(row, num_tokens=num_tokens, blocks=blocks, costs=costs) for row in table.layers)
+    if not sizes.is_whole:
+        is_dense = costs is not None and costs.runs_dense(table.num_heads, sizes.chunk, sizes.held + sizes.padded)
+        return uniform_table(Dense(), num_layers=table.num_layers, num_heads=table.num_heads) if is_dense else table
+    layers = tuple(faster_patterns(row, num_tokens=sizes.padded, blocks=blocks, costs=costs) for row in table.layers)
     return dataclasses.replace(table, layers=layers)
 
 
-def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:
-    """Padded lengths that every device's piece fills with whole blocks.
-
-    A mesh takes prompts of up to `MOST_TOKENS`, as many as `mmi aot --longest` tries; one device those of `Buckets()`.
-    """
-    if shards.num_devices == 1:
-        return Buckets()
-    multiple = math.lcm(blocks.q, blocks.kv) * shards.num_devices
-    return Buckets(smallest=multiple, largest=-(-MOST_TOKENS // multiple) * multiple, multiple=multiple)
-
-
-def _sizes(
-    num_tokens: int, max_new_tokens: int, chunk_tokens: int | None, buckets: Buckets, blocks: Blocks, shards: Shards
-) -> tuple[int, int, int]:
-    """Tokens to run, in whole chunks; tokens of a chunk; and capacity of the cache."""
-    padded = buckets.length_for(num_tokens)
-    piece = buckets.multiple / shards.num_devices
-    if piece % blocks.q or piece % blocks.kv:
-        pieces = f"{shards.num_devices} times {blocks}" if shards.num_devices > 1 else f"{blocks}"
-        raise ValueError(f"buckets must be whole numbers of blocks: {buckets.multiple=} must be a multiple of {pieces}")
-    if shards.num_devices > 1 and chunk_tokens is not None:
-        raise ValueError(f"a mesh runs the whole prompt at once: expected no chunk_tokens, got {chunk_tokens}")
-    chunk = padded if chunk_tokens is None else chunk_tokens
-    if chunk < 1 or chunk % blocks.q or chunk % blocks.kv:
-        raise ValueError(f"chunk_tokens must be a positive multiple of the block sizes {blocks}, got {chunk_tokens}")
-    if not 0 <= max_new_tokens <= buckets.largest - num_tokens:
+def _check_cache(cache: KVCache, config: ModelConfig, x) -> None:
+    """Raises ValueError unless the cache is of this model and these prompts."""
+    expected = (config.num_layers, x.shape[0], cache.capacity, config.num_kv_heads, config.head_dim)
+    if cache.k.shape != expected or cache.k.dtype != x.dtype:
         raise ValueError(
-            f"max_new_tokens must be at least 0 and fit the largest bucket with the prompt: "
-            f"{buckets.largest=}, {num_tokens=}, {max_new_tokens=}"
+            "a cache that is continued must be of this model and as many prompts: "
+            f"expected {x.dtype} {expected}, got {cache.k.dtype} {cache.k.shape}"
         )
-    if shards.num_devices > 1:  # the cache is cut as the prompt is, so the room behind it runs along as padding
-        chunk = buckets.length_for(num_tokens + max_new_tokens)
-    whole = -(-num_tokens // chunk) * chunk
-    return whole, chunk, max(whole, buckets.length_for(num_tokens + max_new_tokens))
-
-
-def _fit(x, num_tokens: int, *, axis: int):
-    """The array cut or padded with zeros to `num_tokens` along an axis."""
-    x = jax.lax.slice_in_dim(x, 0, min(num_tokens, x.shape[axis]), axis=axis)
-    return jnp.pad(x, [(0, num_tokens - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
-
-
-def _fit_layout(layout: TokenLayout, num_tokens: int) -> TokenLayout:
-    cut = jax.tree.map(lambda x: x[:, :num_tokens], layout)
-    return cut.pad_to(num_tokens)
-
-
-def _lengths(prompt: Any) -> np.ndarray:
-    """Tokens of each prompt; raises ValueError for a batch that cannot be run."""
-    is_real = np.asarray(prompt.layout.is_real)
-    if is_real.ndim != 2:
-        raise ValueError(f"the layout's fields must be [b, t], got shape {is_real.shape}")
-    lengths = is_real.sum(axis=1)
-    if not len(lengths) or lengths.min() < 1:
-        raise ValueError(f"every prompt of a batch must have at least one token, got lengths {lengths.tolist()}")
-    if (is_real != (np.arange(is_real.shape[1]) < lengths[:, None])).any():
-        raise ValueError("prompts of a batch must be padded on the right only, got padding before a token")
-    if prompt.tokens.shape != is_real.shape or prompt.rope_pos.shape != (3, *is_real.shape):
-        raise ValueError(
-            f"tokens and rope_pos must fit the layout {is_real.shape}: "
-            f"got {prompt.tokens.shape} and {prompt.rope_pos.shape}"
-        )
-    return lengths
-
-
-def _wanted(lengths: np.ndarray, logits_at: Any) -> np.ndarray:
-    """Tokens whose hidden states are wanted, `[b, 1 + n]`: each prompt's last, then those of `logits_at`."""
-    last = lengths[:, None] - 1
-    if logits_at is None:
-        return last
-    asked = np.asarray(logits_at)
-    if asked.ndim != 2 or asked.shape[0] != len(lengths) or not np.issubdtype(asked.dtype, np.integer):
-        raise ValueError(
-            f"logits_at must be integers [b, n] with one row for each of the {len(lengths)} prompts: "
-            f"got {asked.dtype} {asked.shape}"
-        )
-    if ((asked < 0) | (asked > last)).any():
-        example, n = np.argwhere((asked < 0) | (asked > last))[0]
-        raise ValueError(
-            f"logits_at must name tokens of the prompt: prompt {example} has {lengths[example]}, "
-            f"got token {asked[example, n]}"
-        )
-    return np.concatenate([last, asked], axis=1)
 
 
 def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:

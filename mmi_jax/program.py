@@ -50,7 +50,7 @@ class Program:
     mesh: Mesh | None = None
 
     def jitted(self, state: Any, num_kv_heads: int):
-        """`run_chunk` as a function of its arrays; the carry's memory is given up to the result.
+        """`run_chunk` as a function of its arrays; the memory of x and of the carry is given up to the result.
 
         Args:
           state: of the model, arrays or shapes; it says how the weights are cut.
@@ -66,8 +66,10 @@ class Program:
         if self.mesh is not None:
             carry_specs = (CACHE_SPEC, CACHE_SPEC, P())
             in_specs = (weight_specs(state, shards), TOKENS_SPEC, ROPE_SPEC, P(), P(), P(), carry_specs)
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=(carry_specs, P()), check_vma=False)
-        return jax.jit(run, donate_argnums=6, keep_unused=True)
+            run = jax.shard_map(
+                run, mesh=self.mesh, in_specs=in_specs, out_specs=(carry_specs, TOKENS_SPEC, P()), check_vma=False
+            )
+        return jax.jit(run, donate_argnums=(1, 6), keep_unused=True)
 
 
 def run_chunk(
@@ -82,9 +84,9 @@ def run_chunk(
       wanted: tokens of each prompt whose hidden states are kept, int32 `[b, n]`.
 
     Returns:
-      The caches, and the wanted hidden states with those that stand in this chunk; and statistics of each piece and
-      layer: density and recall `[pieces, layers, b, h]`, the queries behind the recall and whether q and k were finite
-      `[pieces, layers, b]`.
+      The caches, and the wanted hidden states with those that stand in this chunk; the last layer's output, which takes
+      the memory of x and is of no other use; and statistics of each piece and layer: density and recall
+      `[pieces, layers, b, h]`, the queries behind the recall and whether q and k were finite `[pieces, layers, b]`.
     """
     from flax import nnx
 
@@ -117,7 +119,7 @@ def run_chunk(
         (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
         statistics.append(span_statistics)
     hidden = _hidden_at(shards, x, wanted, q_start, hidden)
-    return (k, v, hidden), _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
+    return (k, v, hidden), x, _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
 
 
 def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], x, layout: TokenLayout, q_start):

@@ -13,8 +13,8 @@ from tiny import CONFIG
 from mmi_jax import AShape, Blocks, Dense, Grid, aot
 from mmi_jax.aot import Memory, Target, bucket_lengths, kernel_inputs, longest_that_fits, prefill_shapes
 from mmi_jax.buckets import MOST_TOKENS, Buckets
-from mmi_jax.engine import default_buckets
 from mmi_jax.sharding import BOTH, Shards, make_mesh
+from mmi_jax.sizes import default_buckets
 from mmi_jax.table import uniform_table
 from models.qwen2_5_vl import Qwen2_5_VL
 

@@ -14,8 +14,8 @@ from tiny import BLOCKS, BUCKETS, tiny_model
 
 from mmi_jax import prefill
 from mmi_jax.blocks import Blocks
-from mmi_jax.engine import default_buckets
 from mmi_jax.sharding import ONE_DEVICE, Shards, make_mesh, shards_of
+from mmi_jax.sizes import default_buckets
 
 EQUAL = [name for name in CASES if name != "own last queries"]
 
