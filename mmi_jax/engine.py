@@ -167,7 +167,7 @@ def prefill(
         blocks=blocks,
         implementation=implementation,
         measures_recall=measures_recall,
-        starts_plain=sizes.is_whole and shards.num_devices == 1 and is_plain(padded.layout),
+        starts_plain=sizes.is_whole and _has_dense_layer(table) and mesh is None and is_plain(padded.layout),
         mesh=mesh,
     )
     if before is None:
@@ -301,6 +301,11 @@ def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:
         return uniform_table(Dense(), num_layers=table.num_layers, num_heads=table.num_heads) if is_dense else table
     layers = tuple(faster_patterns(row, num_tokens=sizes.padded, blocks=blocks, costs=costs) for row in table.layers)
     return dataclasses.replace(table, layers=layers)
+
+
+def _has_dense_layer(table: PatternTable) -> bool:
+    """Whether a layer may run without a plan; where none may, all chunks are one program, the first too."""
+    return any(set(row) == {Dense()} for row in table.layers)
 
 
 def _check_cache(cache: KVCache, config: ModelConfig, x) -> None:
