@@ -209,7 +209,7 @@ def longest_that_fits(target: Target, most_tokens: int) -> Iterator[tuple[int, M
 
     Memory grows almost linearly with the prompt, so a few lengths are guessed from the figures so far.
     """
-    lengths = bucket_lengths(target.buckets(most_tokens))
+    lengths = target.buckets(most_tokens).lengths()
     tried: dict[int, Memory] = {}
     while between := _open_lengths(lengths, tried):
         num_tokens = _next_length(between, tried)
@@ -237,14 +237,6 @@ def _next_length(between: list[int], tried: dict[int, Memory]) -> int:
     slope = max(bytes1 - bytes0, 1) / (n1 - n0)
     reached = [n for n in between if bytes0 + slope * (n - n0) <= limit]
     return reached[-1] if reached else between[0]
-
-
-def bucket_lengths(buckets: Buckets) -> list[int]:
-    """All padded lengths, ascending."""
-    lengths = [buckets.length_for(buckets.smallest)]
-    while lengths[-1] < buckets.largest:
-        lengths.append(buckets.length_for(lengths[-1] + 1))
-    return lengths
 
 
 def _finish(traced: Any, arguments: int, start: float) -> Memory:

@@ -81,6 +81,17 @@ def held_tokens(cache: KVCache) -> int:
     return int(lengths[0])
 
 
+def check_cache(cache: KVCache, model: Any, *, batch: int) -> None:
+    """Raises ValueError unless the cache is of this model and of as many prompts."""
+    config = model.config
+    expected = (config.num_layers, batch, cache.capacity, config.num_kv_heads, config.head_dim)
+    if cache.k.shape != expected or cache.k.dtype != model.dtype:
+        raise ValueError(
+            "a cache that is continued must be of this model and as many prompts: "
+            f"expected {model.dtype} {expected}, got {cache.k.dtype} {cache.k.shape}"
+        )
+
+
 @functools.partial(jax.jit, static_argnames="capacity")
 def continued(
     held: TokenLayout, held_tokens: Int32[Array, ""], next_rope_pos: Int32[Array, " b"],

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -13,11 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from mmi_jax.batch import continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
+from mmi_jax.batch import check_cache, continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache, with_capacity
 from mmi_jax.cost import costs_of_device, faster_patterns
+from mmi_jax.fit import check_room, explained_exhaustion, weight_bytes
+from mmi_jax.memory import MemoryTask, bytes_of
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.plain import is_plain
 from mmi_jax.program import Program
@@ -38,6 +41,9 @@ class ModelConfig(Protocol):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    embed_dim: int
+    mlp_dim: int
+    vocab_size: int
 
 
 @runtime_checkable
@@ -49,6 +55,7 @@ class VisionLanguageModel(Protocol):
     """
 
     config: Any
+    dtype: Any
     layers: Any
     embedding: Callable[..., Any]
 
@@ -135,12 +142,12 @@ def prefill(
     Raises:
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other,
         `logits_at` names tokens that are not there, or q or k are not finite in a layer; the message names it.
+      DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
     """
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
-
     blocks = blocks or Blocks()
     table = _as_table(table, model.config)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
+    buckets = buckets or default_buckets(blocks, shards)
     lengths = lengths_of(prompt)
     wanted = wanted_tokens(lengths, logits_at)
     before = cache.cache if isinstance(cache, PrefillResult) else cache
@@ -148,7 +155,7 @@ def prefill(
         int(lengths.max()),
         max_new_tokens=max_new_tokens,
         chunk_tokens=chunk_tokens,
-        buckets=buckets or default_buckets(blocks, shards),
+        buckets=buckets,
         blocks=blocks,
         shards=shards,
         held=0 if before is None else held_tokens(before),
@@ -156,37 +163,63 @@ def prefill(
     )
     if may_run_dense:
         table = _faster(table, sizes, blocks)
-    clock = _Clock(on_stage)
+    if before is not None:
+        check_cache(before, model, batch=len(lengths))
     padded = fit_prompt(prompt, sizes.padded)
+    settings = dict(blocks=blocks, implementation=implementation, measures_recall=measures_recall, mesh=mesh)
+    run = functools.partial(_run, model, padded, lengths, wanted, before, donates_cache, table, sizes, settings)
+    if mesh is not None:
+        return run(_Clock(on_stage))
+    memory = MemoryTask(
+        config=model.config,
+        weight_bytes=weight_bytes(model),
+        dtype=model.dtype,
+        layers=table.layers,
+        batch=len(lengths),
+        num_tokens=int(lengths.max()),
+        blocks=blocks,
+        buckets=buckets,
+        max_new_tokens=max_new_tokens,
+        chunk_tokens=chunk_tokens,
+        held=sizes.held,
+        capacity=0 if before is None else before.capacity,
+    )
+    takes_over = before is not None and donates_cache and before.capacity == sizes.capacity
+    check_room(memory, bytes_of((before.k, before.v)) if before is not None and takes_over else 0)
+    with explained_exhaustion(memory):
+        return run(_Clock(on_stage))
+
+
+def _run(
+    model, padded: Any, lengths: np.ndarray, wanted: np.ndarray, before: KVCache | None, donates: bool,
+    table: PatternTable, sizes: Sizes, settings: dict[str, Any], clock: "_Clock",
+) -> PrefillResult:  # fmt: skip
+    """The prefill of a batch that was checked and padded."""
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+    mesh = settings["mesh"]
     with clock("vision"):
         x = jax.block_until_ready(model.embed(padded))
     graphdef, state = nnx.split(model)
-    program = Program(
-        graphdef=graphdef,
-        layers=table.layers,
-        blocks=blocks,
-        implementation=implementation,
-        measures_recall=measures_recall,
-        starts_plain=sizes.is_whole and _has_dense_layer(table) and mesh is None and is_plain(padded.layout),
-        mesh=mesh,
-    )
+    starts_plain = sizes.is_whole and mesh is None and _has_dense_layer(table) and is_plain(padded.layout)
+    program = Program(graphdef=graphdef, layers=table.layers, starts_plain=starts_plain, **settings)
     if before is None:
         filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
     else:
-        _check_cache(before, model.config, x)
-        filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates_cache)
+        filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates)
+    shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     state = place(state, mesh, weight_specs(state, shards))
     inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
     del x  # the program takes its memory over
     filled, hidden, statistics = _run_chunks(program, state, inputs, filled, wanted + sizes.held, sizes.starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
-        layout=prompt.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
+        layout=padded.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
     )
     logits = _logits(graphdef, state, hidden, mesh)
     return PrefillResult(
         logits=logits[:, 0],
-        logits_at=None if logits_at is None else logits[:, 1:],
+        logits_at=logits[:, 1:] if wanted.shape[1] > 1 else None,
         hidden=hidden[:, 0],
         cache=filled,
         report=report,
@@ -306,16 +339,6 @@ def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:
 def _has_dense_layer(table: PatternTable) -> bool:
     """Whether a layer may run without a plan; where none may, all chunks are one program, the first too."""
     return any(set(row) == {Dense()} for row in table.layers)
-
-
-def _check_cache(cache: KVCache, config: ModelConfig, x) -> None:
-    """Raises ValueError unless the cache is of this model and these prompts."""
-    expected = (config.num_layers, x.shape[0], cache.capacity, config.num_kv_heads, config.head_dim)
-    if cache.k.shape != expected or cache.k.dtype != x.dtype:
-        raise ValueError(
-            "a cache that is continued must be of this model and as many prompts: "
-            f"expected {x.dtype} {expected}, got {cache.k.dtype} {cache.k.shape}"
-        )
 
 
 def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from mmi_jax.sharding import (
     weight_specs,
 )
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.notation import Array
 
 NUM_RECALL_QUERIES = 64
 """Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
@@ -133,11 +134,13 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
         )
 
         def attend(q, k, v):
+            # Before q is permuted, so that it need not be kept until all is done.
+            q, sample = jax.lax.optimization_barrier((q, _sample(program, q, k, layout, first_query)))
             result = attend_sparsely(
                 q, k, v, patterns, layout=layout, geometry=geometry, q_start=first_query,
                 blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
             )  # fmt: skip
-            return result.out, _statistics(program, result, q, k, layout, first_query)
+            return result.out, _statistics(program, result, sample)
 
         return attend
 
@@ -163,8 +166,11 @@ def _join(shards: Shards, statistics):
     return per_piece | {name: shards.by_piece(x, has_heads=False) for name, x in others.items()}
 
 
-def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLayout, q_start):
-    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite."""
+def _sample(program: Program, q, k, layout: TokenLayout, q_start) -> dict[str, Array]:
+    """What is asked of all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
+
+    Of the queries: their rows `[b, n]`, whether they are real, and each head's log-sum-exp over all keys `[b, h, n]`.
+    """
     queries = layout.window(q_start, q.shape[1])
     is_finite = jnp.array(
         [
@@ -172,31 +178,44 @@ def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLa
             for x, layout_part in ((q, queries), (k, layout))
         ]
     ).all(axis=0)
-    density = result.density()
-    num_real = queries.is_real.sum(axis=1)
+    sample = {"num_queries": queries.is_real.sum(axis=1), "is_finite": is_finite}
     if not program.measures_recall:
-        recall = jnp.full(density.shape, jnp.nan)
-    elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
-        recall = jnp.ones_like(density)
-    else:
-        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
-    return {"density": density, "recall": recall, "num_queries": num_real, "is_finite": is_finite}
+        return sample
+    with jax.named_scope("mmi.recall"):
+        rows, is_real, lse = jax.vmap(_dense_lse)(q, k, queries, layout)
+    return sample | {"rows": rows, "is_real": is_real, "lse": lse}
 
 
-def _recall(q, k, lse, queries: TokenLayout, keys: TokenLayout):
-    """Mean over evenly spaced queries of the share of attention that was kept, per head; one example."""
+def _dense_lse(q, k, queries: TokenLayout, keys: TokenLayout):
+    """Rows of evenly spaced queries, whether they are real, and each head's log-sum-exp over all keys; one example."""
     num_real = queries.is_real.sum()
     rows = ((jnp.arange(NUM_RECALL_QUERIES) + 0.5) * num_real / NUM_RECALL_QUERIES).astype(jnp.int32)
     q_pos = jnp.where(queries.is_real, queries.pos, PADDING)[rows]
     kv_pos = jnp.where(keys.is_real, keys.pos, jnp.iinfo(jnp.int32).max)
     ratio, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    q = q[rows]
 
     def head(h):
-        dense = estimate.dense_lse(q[rows, h], k[:, h // ratio], q_pos, kv_pos, scale)
-        kept = jnp.exp(lse[h, rows] - jnp.where(jnp.isfinite(dense), dense, 0.0))
-        return jnp.mean(kept, where=q_pos >= 0)
+        return estimate.dense_lse(q[:, h], k[:, h // ratio], q_pos, kv_pos, scale)
 
-    return jax.lax.map(head, jnp.arange(q.shape[1]))
+    return rows, q_pos >= 0, jax.lax.map(head, jnp.arange(q.shape[1]))
+
+
+def _statistics(program: Program, result: SparseAttention, sample: dict[str, Array]):
+    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite.
+
+    Recall is the mean over the sampled queries of the share of attention that was kept.
+    """
+    density = result.density()
+    if not program.measures_recall:
+        recall = jnp.full(density.shape, jnp.nan)
+    elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
+        recall = jnp.ones_like(density)
+    else:
+        kept = jnp.take_along_axis(result.lse, sample["rows"][:, None], axis=2)
+        dense = jnp.where(jnp.isfinite(sample["lse"]), sample["lse"], 0.0)
+        recall = jnp.mean(jnp.exp(kept - dense), axis=2, where=sample["is_real"][:, None])
+    return {name: sample[name] for name in ("num_queries", "is_finite")} | {"density": density, "recall": recall}
 
 
 def _spans(layers: tuple[tuple[Pattern, ...], ...]) -> list[tuple[int, int]]:
