@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from mmi_jax.attention import Vendor
 from mmi_jax.batch import check_cache, continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
@@ -103,7 +104,7 @@ def prefill(
     logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Vendor | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
     mesh: Mesh | None = None,
@@ -129,7 +130,7 @@ def prefill(
         last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places are not.
       buckets: padded lengths.
       blocks: tile sizes.
-      implementation: see `block_sparse_attention`.
+      implementation: see `attend_sparsely`.
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
       may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
         this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
@@ -303,6 +304,11 @@ def _logits(graphdef, state, hidden, mesh: Mesh | None):
 def num_compiled_programs() -> int:
     """Programs that prefill has compiled in this process."""
     return len(_COMPILED)
+
+
+def forget_programs() -> None:
+    """Drops the programs that prefill has compiled in this process; the persistent cache keeps its own."""
+    _COMPILED.clear()
 
 
 _COMPILED: dict[Any, Any] = {}

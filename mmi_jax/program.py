@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mmi_jax import estimate
-from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
+from mmi_jax.attention import SparseAttention, Vendor, attend_sparsely, batch_geometry
 from mmi_jax.blocks import Blocks
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.patterns import Pattern
@@ -45,7 +45,7 @@ class Program:
     graphdef: Any
     layers: tuple[tuple[Pattern, ...], ...]
     blocks: Blocks
-    implementation: Backend | None = None
+    implementation: Backend | Vendor | None = None
     measures_recall: bool = True
     starts_plain: bool = False
     mesh: Mesh | None = None

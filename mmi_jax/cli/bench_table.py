@@ -60,6 +60,44 @@ def plans_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def prefill_table(result: dict[str, Any]) -> Table:
+    """Each length: ours, dense with ~ where it is extrapolated, memory planned and measured, then the peers."""
+    table = _table(
+        result, "", "tokens", "layers", "density", "s (fastest, slowest)", "dense s", "speed-up", "tokens/s",
+        "projections at the matmul rate, s", "compile s: cold", "warm", "planned GiB", "peak GiB",
+    )  # fmt: skip
+    for case in _measured_cases(result):
+        dense = (
+            f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_seconds']:.4g}" if "speedup" in case else ""
+        )
+        ideal = case["projection_flops"] / result["matmul_tflops_per_s"] / 1e12
+        densities = ", ".join(f"{name} {value:.4f}" for name, value in case["density_by_pattern"].items())
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            str(case["layers"]),
+            f"{case['density']:.4f}: {densities}",
+            f"{case['seconds']:.4g} ({case['fastest_seconds']:.4g}, {case['slowest_seconds']:.4g})",
+            dense or case.get("dense_error", ""),
+            f"{case['speedup']:.2f} x" if "speedup" in case else "",
+            f"{case['tokens'] / case['seconds']:,.0f}",
+            f"{ideal:.4g}",
+            f"{case['compile_seconds']:.1f}",
+            f"{case['warm_compile_seconds']:.1f}",
+            f"{case['planned_bytes'] / 2**30:.2f}",
+            f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
+        )
+        if "check" in case:
+            check = case["check"]
+            found = check.get("error") or f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e}"
+            table.add_row(f"  {check['name']}: {found}")
+        for other in case["others"]:
+            time = f"{other['seconds']:.4g}" if "seconds" in other else other["error"]
+            peak = f"{other['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in other else ""
+            table.add_row(f"  {other['name']}", "", "", "", time, *[""] * 7, peak)
+    return table
+
+
 def check_table(result: dict[str, Any]) -> Table:
     """Errors of each small problem."""
     table = _table(result, "", "rel. error", "lse error", "empty rows")

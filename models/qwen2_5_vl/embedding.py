@@ -34,7 +34,7 @@ class FrameBatch(NamedTuple):
 
 
 def frame_batches(patches: Float[AnyArray, "p c"], grids: tuple[Grid, ...], config: Qwen2_5_VLConfig):
-    """All frames of all images and videos as `FrameBatch`es, so that a frame size has few shapes however long the video.
+    """All frames of all images and videos as `FrameBatch`es: a frame size has few shapes, however long the video.
 
     Raises:
         ValueError: patches do not fit the grids, or a grid does not consist of merged blocks.

@@ -62,10 +62,7 @@ class Qwen2_5_VL(nnx.Module):
 
     def unembed(self, x: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
         """Final norm and head: logits, float32."""
-        x = self.norm(x)
-        if self.head is None:
-            return jnp.einsum("...e,ve->...v", x, self.embedding.embedding[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...e,ev->...v", x, self.head.kernel[...], preferred_element_type=jnp.float32)
+        return next_logits(x, self.norm, self.head, self.embedding)
 
     def __call__(self, prompt: Prompt, attend: Attend | None = None) -> Float[Array, "b t v"]:
         """Logits of every token, float32; the plain forward pass, dense and causal unless `attend` says otherwise."""
@@ -73,6 +70,16 @@ class Qwen2_5_VL(nnx.Module):
             attend = dense_attend(prompt.layout)
         x, _ = self.run_layers(self.embed(prompt), self.rotary(prompt.rope_pos), attend)
         return self.unembed(x)
+
+
+def next_logits(
+    x: Float[Array, "*b e"], norm: nnx.RMSNorm, head: nnx.Linear | None, embedding: nnx.Embed
+) -> Float[Array, "*b v"]:
+    """Logits, float32, of the last layer's output; through the embedding where the head is tied to it."""
+    x = norm(x)
+    if head is None:
+        return jnp.einsum("...e,ve->...v", x, embedding.embedding[...], preferred_element_type=jnp.float32)
+    return jnp.einsum("...e,ev->...v", x, head.kernel[...], preferred_element_type=jnp.float32)
 
 
 def dense_attend(layout: TokenLayout) -> Attend:
