@@ -15,6 +15,7 @@ from mmi_jax.plain import attend_densely, cudnn_takes, is_plain
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
 from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
@@ -83,7 +84,7 @@ def sparse_attention(
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
     scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | Vendor | None = None,
-    starts_plain: bool | None = None,
+    starts_plain: bool | None = None, padding_is_finite: bool = False,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
 
@@ -92,6 +93,8 @@ def attend_sparsely(
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
       starts_plain: whether the queries are a plain prompt's first tokens (see `plain.is_plain`), which a caller under
         jit knows and the traced layout hides; looked up when None. Dense heads alone then need no plan.
+      padding_is_finite: the caller knows that padded tokens hold no NaN or infinity, as in a prefill, and does not
+        read their output, which may then be any finite number.
     """
     patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -102,9 +105,11 @@ def attend_sparsely(
         if implementation == VENDOR and not (starts_plain and set(patterns) == {Dense()}):
             raise NotImplementedError(f"{VENDOR} takes dense heads of a plain prompt from its first token on")
         if starts_plain:
-            vendor = "cudnn" if jax.default_backend() == "gpu" else "xla"
+            vendor = "cudnn" if has_hopper_gpu() else "xla"
             with jax.named_scope("mmi.attend"):
-                out, lse = attend_densely(q, k, v, layout=layout, scale=scale, implementation=vendor)
+                out, lse = attend_densely(
+                    q, k, v, layout=layout, scale=scale, padding_is_finite=padding_is_finite, implementation=vendor
+                )
             return SparseAttention(out=out, lse=lse, plan=None)
     assert implementation != VENDOR, "it has attended, or raised"
     if geometry is None:

@@ -52,10 +52,14 @@ def wanted_tokens(lengths: np.ndarray, logits_at: Any) -> np.ndarray:
 
 
 def fit_prompt(prompt: Any, num_tokens: int) -> Any:
-    """The prompt cut, or padded at its end, to `num_tokens`, host arrays: what is made of it has a bucket's shapes."""
+    """The prompt cut, or padded at its end, to `num_tokens`, host arrays: what is made of it has a bucket's shapes.
+
+    All padding is token 0, whatever the caller wrote there: its keys and values are then finite.
+    """
+    tokens = np.where(np.asarray(prompt.layout.is_real), np.asarray(prompt.tokens), 0).astype(np.int32)
     return dataclasses.replace(
         prompt,
-        tokens=_fit(prompt.tokens, num_tokens, 0),
+        tokens=_fit(tokens, num_tokens, 0),
         rope_pos=_fit(prompt.rope_pos, num_tokens, 0),
         layout=jax.tree.map(lambda x: _fit(x, num_tokens, PADDING), prompt.layout),
     )

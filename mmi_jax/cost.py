@@ -16,22 +16,20 @@ class CostModel:
     Args:
       dense_ms, dense_ns_per_tile: a dense causal call: its start, and each tile of 128 x 128 pairs left of or on the
         diagonal.
-      sparse_ms: launches of a sparse call that plans from scores.
-      static_ms: launches of a sparse call whose plans read no scores.
+      sparse_ms: launches of a sparse call.
+      plan_ms: launches of each pattern that reads scores, in addition.
       sparse_ns_per_tile: each visited tile.
       move_ns: each token and head: permuted and brought back.
       estimate_ns: each token and head, in addition, of a pattern that reads scores.
-      hold_ns: each token and head, in addition, of a pattern that holds scores.
     """
 
     dense_ms: float
     dense_ns_per_tile: float
     sparse_ms: float
-    static_ms: float
+    plan_ms: float
     sparse_ns_per_tile: float
     move_ns: float
     estimate_ns: float
-    hold_ns: float
 
     def dense(self, num_heads: int, num_tokens: int) -> float:
         """Milliseconds of a dense call of `num_heads` heads, all tokens being queries."""
@@ -41,7 +39,7 @@ class CostModel:
     def runs_dense(self, num_heads: int, num_queries: int, num_keys: int) -> bool:
         """Whether few queries over many keys had better run dense: a plan would cost more before it visits a tile."""
         tiles = num_heads * -(-num_queries // 128) * -(-num_keys // 128)
-        plan = self.sparse_ms + 1e-6 * (self.move_ns + self.estimate_ns) * num_heads * num_keys
+        plan = self.sparse_ms + self.plan_ms + 1e-6 * (self.move_ns + self.estimate_ns) * num_heads * num_keys
         return self.dense_ms + 1e-6 * self.dense_ns_per_tile * tiles <= plan
 
     def head(self, pattern: Pattern, num_tokens: int, blocks: Blocks) -> float | None:
@@ -50,23 +48,22 @@ class CostModel:
         if visited is None:
             return None
         tiles = -(-num_tokens // blocks.q) * visited * (blocks.q * blocks.kv) / (128 * 128)
-        per_token = self.move_ns + self.estimate_ns * pattern.reads_scores + self.hold_ns * pattern.holds_scores
+        per_token = self.move_ns + self.estimate_ns * pattern.reads_scores
         return 1e-6 * (self.sparse_ns_per_tile * tiles + per_token * num_tokens)
 
 
 HOPPER = CostModel(
-    dense_ms=0.05,
-    dense_ns_per_tile=13.6,
-    sparse_ms=0.35,
-    static_ms=0.15,
-    sparse_ns_per_tile=17.0,
-    move_ns=0.55,
-    estimate_ns=0.35,
-    hold_ns=1.3,
+    dense_ms=0.03,
+    dense_ns_per_tile=14.3,
+    sparse_ms=0.1,
+    plan_ms=0.25,
+    sparse_ns_per_tile=14.0,
+    move_ns=0.4,
+    estimate_ns=1.1,
 )
-"""One H100 (SXM), by hand from the plans of bench/RESULTS.md, 2026-11-25: 128K tokens within 30 %, 1M within 40 %.
-
-Between 8K and 32K tokens, where it decides, no plan has been measured yet.
+"""One H200, from the plans of bench/RESULTS.md, 2026-11-26, by least squares of relative errors over Grid at 8K to 1M
+tokens, VerticalSlash at 128K and A-shape: within 8 % for Grid, 16 % for the other two. A VerticalSlash plan at 1M is
+35 % slower than this says, since its diagonals lie further apart than `typical_blocks` expects.
 """
 
 
@@ -97,6 +94,6 @@ def faster_patterns(
             return tuple(patterns)
         chosen.append(pattern if cost < dense_head else Dense())
         total += min(cost, dense_head)
-    total += costs.sparse_ms if any(pattern.reads_scores for pattern in chosen) else costs.static_ms
+    total += costs.sparse_ms + costs.plan_ms * len({pattern for pattern in chosen if pattern.reads_scores})
     is_worth_it = total < costs.dense(len(patterns), num_tokens)
     return tuple(chosen) if is_worth_it else (Dense(),) * len(patterns)

@@ -311,6 +311,11 @@ def forget_programs() -> None:
     _COMPILED.clear()
 
 
+def program_texts() -> list[str]:
+    """The programs that prefill has compiled in this process, as their compiler writes them."""
+    return [compiled.as_text() for compiled in _COMPILED.values()]
+
+
 _COMPILED: dict[Any, Any] = {}
 
 

@@ -1,4 +1,4 @@
-"""What the last queries say of the whole prompt: column, diagonal and fold scores of one head.
+"""What the last queries say of the whole prompt: which tokens stand out, and which folds of one head.
 
 All estimates read `last_q` queries (64 in the paper, Alg. 1 and App. C.3) and stay linear in the prompt.
 """
@@ -23,29 +23,6 @@ def last_queries(member: Bool[Array, " t"], last_q: int) -> Int32[Array, " q"]:
     rank_from_end = jnp.cumsum(member[::-1])[::-1] - 1
     place = jnp.where(member, rank_from_end, last_q)
     return jnp.full(last_q, -1, jnp.int32).at[place].set(jnp.arange(len(member), dtype=jnp.int32), mode="drop")
-
-
-def diagonal_mass(weights: Float[Array, "q s"], anchor: Int32[Array, " q"], width: int) -> Float[Array, " n"]:
-    """Attention mass by distance from each query's anchor, in bands of `width` keys around multiples of `width`.
-
-    Args:
-      weights: attention of some queries over the rows of a view.
-      anchor: the row of the view at which each query's distance is 0; -1 for a query to leave out.
-
-    Returns:
-      Mass of band `n`: distances `n * width - width // 2` up to, not including, `n * width + (width + 1) // 2`.
-    """
-    s = weights.shape[1]
-    num_bands = -(-s // width) + 1
-    lead = width // 2
-
-    def shift(weight, at):
-        padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
-        by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
-        return jnp.where(at >= 0, by_distance, 0.0)
-
-    by_distance = jax.vmap(shift)(weights, anchor).sum(axis=0)
-    return jnp.pad(by_distance, (lead, num_bands * width - lead - s)).reshape(num_bands, width).sum(axis=1)
 
 
 def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: TokenLayout) -> Float[Array, " s"]:

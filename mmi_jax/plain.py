@@ -34,20 +34,23 @@ def cudnn_takes(q: Float[Array, "b t h d"]) -> bool:
 
 def attend_densely(
     q: Float[Array, "b t h d"], k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], *, layout: TokenLayout,
-    scale: float, implementation: Literal["cudnn", "xla"] = "cudnn",
+    scale: float, padding_is_finite: bool = False, implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:  # fmt: skip
     """Causal attention of a plain prompt from its first token on: output, and log-sum-exp.
 
     The log-sum-exp is float32, but JAX has rounded it to q's dtype before, and no gradient flows through it.
 
-    Zeros and -inf at padding, as from a plan. Keys past the last query are not read.
+    Zeros and -inf at padding, as from a plan; where `padding_is_finite`, which saves two passes (5 % at 4K tokens),
+    finite numbers instead of zeros. Keys past the last query are not read.
     """
     num_tokens = q.shape[1]
+    k, v = k[:, :num_tokens], v[:, :num_tokens]
     is_query = jnp.atleast_2d(jnp.asarray(layout.is_real)[..., :num_tokens])
-    # A padded token may hold NaN.
-    k, v = (jnp.where(is_query[..., None, None], x[:, :num_tokens], 0) for x in (k, v))
+    if not padding_is_finite:
+        k, v = (jnp.where(is_query[..., None, None], x, 0) for x in (k, v))
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation=implementation, return_residual=True
     )
-    out = jnp.where(is_query[..., None, None], out, 0)
+    if not padding_is_finite:
+        out = jnp.where(is_query[..., None, None], out, 0)
     return out, jnp.where(is_query[..., None], lse.astype(jnp.float32), -jnp.inf).transpose(0, 2, 1)

@@ -18,12 +18,6 @@ from pallas_kernels import BlockIndex, coverage
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
-ESTIMATE_BYTES = 2**31
-"""Room for the float32 scores of all heads that are planned at once; heads beyond it wait their turn."""
-
-ESTIMATE_QUERIES = 64
-"""Queries that an estimate usually reads, for `ESTIMATE_BYTES`."""
-
 
 @pytree
 class Plan:
@@ -122,10 +116,7 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         return _plan_head(pattern.parts(scope), scope)
 
     if pattern.reads_scores:
-        at_once = len(heads)
-        if pattern.holds_scores:
-            at_once = max(1, ESTIMATE_BYTES // (4 * ESTIMATE_QUERIES * k.shape[0]))
-        planned, extra_order, variants = jax.lax.map(one, jnp.array(heads), batch_size=min(len(heads), at_once))
+        planned, extra_order, variants = jax.vmap(one)(jnp.array(heads))
     else:
         shared = one(jnp.int32(heads[0]))
         planned, extra_order, variants = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(heads), *x.shape)), shared)

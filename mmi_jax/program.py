@@ -139,6 +139,7 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
             result = attend_sparsely(
                 q, k, v, patterns, layout=layout, geometry=geometry, q_start=first_query,
                 blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
+                padding_is_finite=True,  # prefill pads with a token of its own
             )  # fmt: skip
             return result.out, _statistics(program, result, sample)
 

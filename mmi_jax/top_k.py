@@ -8,18 +8,23 @@ from pallas_kernels.notation import Array, Bool, Float, Int32
 
 KEY_BITS = 32
 SIGN = np.uint32(2**31)
+MOST_SORTED_ON_GPU = 2**17
 
 
 def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
     """True for the `k` largest numbers, the first among equals: what `jax.lax.top_k` returns the places of.
 
-    On a TPU `top_k` is a sort of all of them, so there the `k`-th largest is found bit by bit instead.
+    On a TPU `top_k` is a sort of all of them, so there the `k`-th largest is found bit by bit instead; on a GPU among
+    many numbers only: of 28 rows of 2^20 the largest 1,000 take 1.4 ms bit by bit and 7.5 by `top_k`, of 2^17 0.6 both.
 
     Args:
       x: float32, no NaN.
       k: from 1 to `n`.
     """
-    return jax.lax.platform_dependent(x, tpu=lambda x: by_bits(x, k), default=lambda x: by_top_k(x, k))
+    on_gpu = by_bits if len(x) > MOST_SORTED_ON_GPU else by_top_k
+    return jax.lax.platform_dependent(
+        x, tpu=lambda x: by_bits(x, k), cuda=lambda x: on_gpu(x, k), default=lambda x: by_top_k(x, k)
+    )
 
 
 def largest_places(x: Float[Array, " n"], k: int) -> Int32[Array, " k"]:

@@ -154,7 +154,15 @@ def _programs(patterns, chosen_patterns, q, k, v, layout, implementation) -> dic
     def whole(q, k, v, layout):
         named = None if set(chosen_patterns) == {Dense()} else implementation
         return attend_sparsely(
-            q, k, v, chosen_patterns, layout=layout, blocks=blocks, implementation=named, starts_plain=True
+            q,
+            k,
+            v,
+            chosen_patterns,
+            layout=layout,
+            blocks=blocks,
+            implementation=named,
+            starts_plain=True,
+            padding_is_finite=True,
         ).out
 
     move = functools.partial(permute, scale=scale)

@@ -1,7 +1,9 @@
 """Figures of whole prefills: the engine with a table beside the engine with the device's own dense attention."""
 
 import dataclasses
+import functools
 import statistics
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +14,12 @@ from mmi_jax.bench.rows import reason
 from mmi_jax.bench.sampled import ERROR_LIMIT
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
-from mmi_jax.engine import forget_programs, prefill
+from mmi_jax.engine import forget_programs, prefill, program_texts
 from mmi_jax.fit import weight_bytes
 from mmi_jax.keys import FramePlace
 from mmi_jax.memory import MemoryTask, plan_memory
 from mmi_jax.patterns import Dense, Grid, Pattern, VerticalSlash
+from mmi_jax.profile import StageTimes, profiled
 from mmi_jax.report import PrefillReport
 from mmi_jax.table import PatternTable
 
@@ -89,6 +92,12 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
         "compile_seconds": round(report.seconds["compile"], 3),
     }
     return figures, report
+
+
+def profile_stages(model: Any, prompt: Any, table: PatternTable, directory: Path) -> StageTimes:
+    """Device time of the stages of one prefill whose programs are compiled."""
+    run = functools.partial(prefill, model, prompt, table=table, measures_recall=False)
+    return profiled(lambda: run().hidden, directory, program_texts)[1]
 
 
 def dense_seconds(model: Any, prompt: Any) -> float:

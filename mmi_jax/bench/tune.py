@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +30,14 @@ DIALS: dict[str, tuple[Any, ...]] = {"stagger": (0, 7), "fixes_top": (False,), "
 """Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
 
 NUM_TURNED = 2
-NUM_FINALISTS = 4
-"""Configs that are timed on every kind of list, after one measurement of each on random ones."""
+NUM_FINALISTS = 3
+"""Configs, besides the built-in ones, that are timed on every kind of list."""
+
+NUM_SCREENED = 2
+"""Measurements of every candidate on random lists: a card slows down while it warms up, so each comes in its turn."""
+
+SHORT_ROW = 24
+"""Blocks in each row of the short lists: what a row of a sparse plan visits."""
 
 type Compile = Callable[[Sequence[HopperConfig], AttentionInputs], Mapping[HopperConfig, Program | Exception]]
 
@@ -63,21 +70,27 @@ class TuneProblem:
         return f"d{self.head_dim} {self.num_q_heads}/{self.num_kv_heads}"
 
     def inputs(self) -> dict[str, AttentionInputs]:
-        """The same q, k, v over random lists, half of the causal blocks at most, and over all blocks.
+        """The same q, k, v over random lists, half of the causal blocks at most, short random lists, and all blocks.
 
-        Lists are padded to one length, so that one program serves both.
+        Lists are padded to one length, so that one program serves all.
         """
-        random = RandomLists(blocks_per_row=max(1, self.num_tokens // self.block_kv // 2))
+        half = max(1, self.num_tokens // self.block_kv // 2)
+        random, short = RandomLists(blocks_per_row=half), RandomLists(blocks_per_row=min(half, SHORT_ROW))
         case = AttentionCase(
             name=self.label, num_tokens=self.num_tokens, lists=random, num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=self.dtype, block=self.block_kv,  # pyright: ignore
         )  # fmt: skip
         inputs = case.inputs()
-        every = AllVisited().index(self.num_q_heads, self.num_tokens, self.block_kv)
-        missing = inputs.index.start.shape[1] - every.start.shape[1]
-        start, interval = (jnp.asarray(np.pad(x, ((0, 0), (0, missing)))) for x in (every.start, every.interval))
-        every = dataclasses.replace(jax.tree.map(jnp.asarray, every), start=start, interval=interval)
-        return {"random": inputs, "all": dataclasses.replace(inputs, index=every)}
+        most = inputs.index.start.shape[1]
+
+        def over(lists):
+            index = lists.index(self.num_q_heads, self.num_tokens, self.block_kv)
+            missing = most - index.start.shape[1]
+            start, interval = (jnp.asarray(np.pad(x, ((0, 0), (0, missing)))) for x in (index.start, index.interval))
+            index = dataclasses.replace(jax.tree.map(jnp.asarray, index), start=start, interval=interval)
+            return dataclasses.replace(inputs, index=index)
+
+        return {"random": inputs, "short": over(short), "all": over(AllVisited())}
 
 
 def sizes(problem: TuneProblem) -> list[HopperConfig]:
@@ -136,27 +149,30 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
     expected = {name: sample(x) for name, x in inputs.items()}
     programs: dict[HopperConfig, Program | Exception] = {}
 
-    def rate(config: HopperConfig, name: str, repeats: int) -> float:
-        """TFLOP/s on one kind of list, the output checked first."""
+    def check(config: HopperConfig, name: str) -> None:
         program = programs[config]
         if isinstance(program, Exception):
             raise program
         rows = expected[name]
         out, lse = program(inputs[name])
         rows.check(rows.of(out), rows.of(lse), dtype=problem.dtype)
-        del out, lse
-        return tile_flops(inputs[name]) / program.time(inputs[name], repeats=repeats).median_ms / 1e9
+
+    def rate(config: HopperConfig, name: str) -> float:
+        """TFLOP/s on one kind of list, measured once."""
+        program: Any = programs[config]
+        return tile_flops(inputs[name]) / program.time(inputs[name], repeats=1).median_ms / 1e9
 
     def screen(configs: Sequence[HopperConfig]):
         programs.update(compile_all(configs, inputs["random"]))
-        return _rates(configs, lambda config: {"random": rate(config, "random", 1)})
+        return _rates(configs, ("random",), NUM_SCREENED, check, rate)
 
     screened, failed = screen(sizes(problem))
     fastest = sorted(screened, key=lambda config: -screened[config]["random"])
     more, more_failed = screen(variants(fastest[:NUM_TURNED]))
     screened, failed = screened | more, failed | more_failed
-    finalists = sorted(screened, key=lambda config: -screened[config]["random"])[:NUM_FINALISTS]
-    finals, failed_late = _rates(finalists, lambda config: {name: rate(config, name, repeats) for name in inputs})
+    finalists = [c for (d, _), c in CONFIGS.items() if d == problem.head_dim and c in screened]
+    finalists += sorted(screened.keys() - {*finalists}, key=lambda c: -screened[c]["random"])[:NUM_FINALISTS]
+    finals, failed_late = _rates(finalists, tuple(inputs), repeats, check, rate)
     if not finals:
         raise RuntimeError(f"no config gives a right output: {'; '.join(sorted(set((failed | failed_late).values())))}")
     best = sorted(finals, key=lambda config: -_mean(finals[config]))
@@ -204,15 +220,23 @@ def keep(path: Path, new: TunedEntry) -> None:
     write_table(path, [*(entry for entry in old if entry.key != new.key), new])
 
 
-def _rates(configs, measure) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:
-    """What was measured of each config, and why the others could not be."""
-    measured, failed = {}, {}
-    for config in configs:
-        try:
-            measured[config] = measure(config)
-        except Exception as error:  # a wrong or broken config must not end the search
-            failed[config] = reason(error)
-    return measured, failed
+def _rates(
+    configs: Sequence[HopperConfig], names: Sequence[str], rounds: int,
+    check: Callable[[HopperConfig, str], None], rate: Callable[[HopperConfig, str], float],
+) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:  # fmt: skip
+    """The median rate of each config on each kind of list, configs taking turns, and why the others have none."""
+    rates: dict[HopperConfig, dict[str, list[float]]] = {config: {name: [] for name in names} for config in configs}
+    failed = {}
+    for n, name in itertools.product(range(rounds), names):
+        for config in [config for config in configs if config not in failed]:
+            try:
+                if n == 0:
+                    check(config, name)
+                rates[config][name].append(rate(config, name))
+            except Exception as error:  # a wrong or broken config must not end the search
+                failed[config] = reason(error)
+    right = [config for config in configs if config not in failed]
+    return {config: {k: statistics.median(v) for k, v in rates[config].items()} for config in right}, failed
 
 
 def _row(config: HopperConfig, rates: dict[str, float]) -> dict[str, Any]:

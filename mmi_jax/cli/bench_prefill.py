@@ -20,6 +20,7 @@ from mmi_jax.bench.prefill import (
     dense_seconds,
     is_all_dense,
     mixed_table,
+    profile_stages,
     projection_flops,
 )
 from mmi_jax.bench.rows import row
@@ -52,6 +53,7 @@ def prefill(
     dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
     peers: Annotated[bool, typer.Option("--peers", help="Also time transformers, where torch is installed.")] = False,
     peers_limit: Annotated[int, typer.Option(min=1024, help="Tokens up to which transformers runs.")] = 2**18,
+    profile: Annotated[Path | None, typer.Option(help="Directory for traces: one more prefill of each length.")] = None,
     json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here, after every case.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
 ) -> None:
@@ -70,7 +72,7 @@ def prefill(
         rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
         with _own_programs():
             runs = [Run(f"{preset} {n}", n) for n in lengths]
-            suite = _Suite(config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows)
+            suite = _Suite(config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile)
             if baseline and not is_all_dense(chosen):
                 suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
             if check:
@@ -87,6 +89,7 @@ class _Suite:
     dtype: str
     repeats: int
     peers: list[dict[str, Any]]
+    profile: Path | None
     dense: DenseBaseline | None = None
     check: dict[str, Any] | None = None
 
@@ -96,9 +99,12 @@ class _Suite:
 
     def measure(self, num_tokens: int) -> dict[str, Any]:
         """The figures of one length."""
-        figures = bench_prefill(self.model, video_prompt(self.config, num_tokens), self.table, repeats=self.repeats)
+        prompt = video_prompt(self.config, num_tokens)
+        figures = bench_prefill(self.model, prompt, self.table, repeats=self.repeats)
         figures |= {"case": self.table.model, "heads": f"{self.config.num_heads}/{self.config.num_kv_heads}"}
         figures |= {"dtype": self.dtype, "projection_flops": projection_flops(self.config, num_tokens)}
+        if self.profile is not None:
+            figures["stages"] = profile_stages(self.model, prompt, self.table, self.profile / str(num_tokens)).to_json()
         if self.dense is not None:
             figures |= self.dense.of(num_tokens)
         if "dense_seconds" in figures:

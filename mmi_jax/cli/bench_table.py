@@ -87,6 +87,9 @@ def prefill_table(result: dict[str, Any]) -> Table:
             f"{case['planned_bytes'] / 2**30:.2f}",
             f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
         )
+        if "stages" in case:
+            stages = case["stages"]["seconds"]
+            table.add_row("  " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in stages.items()))
         if "check" in case:
             check = case["check"]
             found = check.get("error") or f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e}"

@@ -10,8 +10,7 @@ from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
 from mmi_jax.views import AllKeys, Geometry, Group, KeyView, View
-from pallas_kernels.estimate.api import column_mass
-from pallas_kernels.estimate.xla import attention_rows
+from pallas_kernels.estimate.api import column_mass, line_mass
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
@@ -42,11 +41,6 @@ class Scope:
     scale: float = static_field()
     blocks: Blocks = static_field()
     group: Group = static_field(default=AllKeys())
-
-    @property
-    def k(self) -> Float[Array, "s d"]:
-        """The head's keys in prompt order. A copy for each head once heads are mapped over: `last_mass` needs none."""
-        return self.all_k[:, self.kv_head]
 
     @property
     def view(self) -> KeyView:
@@ -98,18 +92,36 @@ class Scope:
         q_pos = jnp.where(rows >= 0, self.geometry.q_pos[jnp.maximum(rows, 0)], -1)
         return self.q[jnp.maximum(rows, 0)], q_pos, rows
 
-    def last_attention(self, last_q: int):
-        """Attention of the last members over the group's keys, float32 [last_q, s], and their tokens."""
-        q, q_pos, rows = self.last_queries(last_q)
-        return attention_rows(q, self.k, q_pos, self.group_pos, self.scale), rows
-
     def last_mass(self, last_q: int):
-        """`last_attention` summed over the members, float32 [s], and their positions, -1 where there are fewer."""
+        """Attention of the last members over the group's keys, summed over the members, float32 [s]; and their
+        positions, -1 where there are fewer.
+        """
         q, q_pos, _ = self.last_queries(last_q)
-        mass = column_mass(
-            q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=self.group_pos[None], scale=self.scale
-        )
+        with jax.named_scope("mmi.estimate"):
+            mass = column_mass(
+                q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=self.group_pos[None],
+                scale=self.scale,
+            )  # fmt: skip
         return mass[0], q_pos
+
+    def last_line_mass(self, last_q: int):
+        """Attention of the last members per row of the group's view, float32 [s]; and by distance, counted in rows
+        from the last key at or before the member, in bands of one granule, float32 [n].
+        """
+        q, q_pos, rows = self.last_queries(last_q)
+        view, geometry = self.view, self.geometry
+        anchor = view.rank(q_pos + 1) - 1
+        if self.group == AllKeys():  # rows are the prompt's tokens, then empty ones
+            k = jnp.pad(self.all_k, ((0, len(view.order) - len(self.all_k)), (0, 0), (0, 0)))
+        else:
+            k = self.all_k[jnp.maximum(view.order, 0)]
+        kv_pos = jnp.where(view.order >= 0, geometry.keys.pos[jnp.maximum(view.order, 0)], PAD_KV_POS)
+        with jax.named_scope("mmi.estimate"):
+            columns, bands = line_mass(
+                q[None], k, self.kv_head[None], q_pos=q_pos[None], q_row=jnp.where(rows >= 0, anchor, -1)[None],
+                kv_pos=kv_pos[None], band=self.blocks.granule, scale=self.scale,
+            )  # fmt: skip
+        return columns[0], bands[0]
 
 
 def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> Columns:
@@ -140,11 +152,6 @@ class Pattern(abc.ABC):
     def reads_scores(self) -> bool:
         """Whether `parts` reads q or k; if not, one plan serves all heads of the pattern."""
         return True
-
-    @property
-    def holds_scores(self) -> bool:
-        """Whether `parts` holds scores of single queries for all keys, so that heads of a long prompt take turns."""
-        return self.reads_scores
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """Key views that `parts` will ask the geometry for, when the keys are those of `group`."""

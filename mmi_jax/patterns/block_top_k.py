@@ -10,6 +10,9 @@ from mmi_jax.parts import Part, QBlocks, Runs
 from mmi_jax.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 
+Q_BLOCKS_AT_ONCE = 1024
+"""Q blocks whose scores against all kv blocks are held at once: all of them would be quadratic in memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockTopK(Pattern):
@@ -42,28 +45,33 @@ class BlockTopK(Pattern):
 
     def _best_blocks(self, scope: Scope, q_blocks: QBlocks, num_chosen: int) -> Runs:
         view, size = scope.view, scope.blocks.kv
-        is_row = (view.order >= 0)[:, None]
-        num_rows = is_row.reshape(-1, size).sum(axis=1)
-        rows = jnp.where(is_row, scope.k[jnp.maximum(view.order, 0)].astype(jnp.float32), 0.0)
-        pooled = rows.reshape(-1, size, rows.shape[1]).sum(axis=1)
-        pooled /= jnp.maximum(num_rows, 1)[:, None]
-        scores = q_blocks.mean(scope.q) @ pooled.T
+        pooled, num_rows = _pooled_keys(scope)
         block = jnp.arange(scope.num_kv_blocks)
+        is_first = block == jnp.argmax(num_rows > 0)
         reach = -(-view.rank(q_blocks.highest + 1) // size)
-        is_candidate = (block[None] < reach[:, None]) & (num_rows > 0)[None]
-        scores = jnp.where((block == jnp.argmax(num_rows > 0))[None], jnp.finfo(jnp.float32).max, scores)
-        scores = jnp.where(self._own_blocks(scope, q_blocks), jnp.inf, scores)
-        scores = jnp.where(is_candidate, scores, -jnp.inf)
-        best, chosen = jax.lax.top_k(scores, num_chosen)
+        pos = scope.geometry.q_pos[jnp.maximum(q_blocks.order, 0)]
+        begins, ends = view.rank(pos) // size, -(-view.rank(pos + 1) // size)
+        is_row = (q_blocks.order >= 0).astype(jnp.int32)
+
+        def one(q_block):
+            mean, reach, begins, ends, is_row = q_block
+            edges = jnp.zeros(len(block) + 1, jnp.int32).at[begins].add(is_row).at[ends].add(-is_row)
+            holds_own_position = jnp.cumsum(edges)[:-1] > 0
+            scores = jnp.where(is_first, jnp.finfo(jnp.float32).max, pooled @ mean)
+            scores = jnp.where(holds_own_position, jnp.inf, scores)
+            return jax.lax.top_k(jnp.where((block < reach) & (num_rows > 0), scores, -jnp.inf), num_chosen)
+
+        of_each = (q_blocks.mean(scope.q), reach, begins, ends, is_row)
+        best, chosen = jax.lax.map(one, of_each, batch_size=min(len(reach), Q_BLOCKS_AT_ONCE))
         is_seen = (best > -jnp.inf).astype(jnp.int32)
         return Runs(start=view.offset + chosen.astype(jnp.int32) * size, num_blocks=is_seen)
 
-    def _own_blocks(self, scope: Scope, q_blocks: QBlocks):
-        """True for the kv blocks that hold the position of a query of the q block; bool [i, kv blocks]."""
-        view, size = scope.view, scope.blocks.kv
-        pos = scope.geometry.q_pos[jnp.maximum(q_blocks.order, 0)]
-        begins, ends = view.rank(pos) // size, -(-view.rank(pos + 1) // size)
-        step = (q_blocks.order >= 0).astype(jnp.int32)
-        i = jnp.arange(len(pos))[:, None]
-        edges = jnp.zeros((len(pos), scope.num_kv_blocks + 1), jnp.int32).at[i, begins].add(step).at[i, ends].add(-step)
-        return jnp.cumsum(edges, axis=1)[:, :-1] > 0
+
+def _pooled_keys(scope: Scope):
+    """Mean key of each kv block of the group's view, float32 [kv blocks, d]; and the keys in it."""
+    order, size = scope.view.order, scope.blocks.kv
+    is_row = order >= 0
+    num_rows = is_row.reshape(-1, size).sum(axis=1)
+    rows = jnp.where(is_row[:, None, None], scope.all_k[jnp.maximum(order, 0)].astype(jnp.float32), 0.0)
+    total = rows.reshape(-1, size, *rows.shape[1:]).sum(axis=1)  # of all kv heads, once for the heads that share them
+    return total[:, scope.kv_head] / jnp.maximum(num_rows, 1)[:, None], num_rows

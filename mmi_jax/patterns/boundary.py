@@ -48,11 +48,6 @@ class QBoundary(Pattern):
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
-    @property
-    def holds_scores(self) -> bool:
-        """Whether an inner pattern does."""
-        return any(pattern.holds_scores for pattern in (*self.inner.values(), self.other))
-
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The views of every inner pattern."""
         return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(group, blocks))
@@ -110,11 +105,6 @@ class Boundary2D(Pattern):
     def reads_scores(self) -> bool:
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
-
-    @property
-    def holds_scores(self) -> bool:
-        """Whether an inner pattern does."""
-        return any(pattern.holds_scores for pattern in (*self.inner.values(), self.other))
 
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""

@@ -72,11 +72,6 @@ class Grid(Pattern):
         if not (self.use_hline or self.use_vline or self.use_slash):
             raise ValueError("Grid needs at least one of use_hline, use_vline, use_slash")
 
-    @property
-    def holds_scores(self) -> bool:
-        """False: sums over the last queries are enough."""
-        return False
-
     def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by each stride's place."""
         return tuple(SortedBy(key, self.sink, group) for key in self.strides)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mmi_jax import estimate
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Part, Runs
 from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
@@ -59,11 +58,9 @@ class VerticalSlash(Pattern):
     def parts(self, scope: Scope) -> list[Part]:
         """One part in prompt order, with gathered columns."""
         view, blocks = scope.view, scope.blocks
-        weights, rows = scope.last_attention(self.last_q)
-        weights = jnp.where(view.order >= 0, weights[:, jnp.maximum(view.order, 0)], 0.0)
+        column_mass, band_mass = scope.last_line_mass(self.last_q)
         anchor = view.rank(scope.geometry.q_pos + 1) - 1
-        row_anchor = jnp.where(rows >= 0, anchor[jnp.maximum(rows, 0)], -1)
-        bands = self._bands(estimate.diagonal_mass(weights, row_anchor, blocks.granule), blocks)
+        bands = self._bands(band_mass, blocks)
         return [
             Part(
                 member=scope.member,
@@ -71,7 +68,7 @@ class VerticalSlash(Pattern):
                     bands, view.offset, view.rank(q_blocks.lowest), *q_blocks.extent(anchor), blocks
                 ),
                 max_blocks=scope.bound(len(bands) + 2) + scope.num_kv_blocks,
-                columns=(self._columns(weights.sum(axis=0), scope),),
+                columns=(self._columns(column_mass, scope),),
             )
         ]
 

@@ -163,10 +163,12 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0
     return weights.astype(refs.q.dtype), top, total
 
 
-def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_partial):
+def _next_tile(
+    refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, tile, acc, softmax, is_partial, is_first=False
+):
     """QK and softmax of tile `j` of `row`, beside PV of the tile before it, which may end another q tile.
 
-    `is_partial` is None for the first tile of a q tile, which may be of any kind or, at the end of the table, absent.
+    `is_partial` is None where a q tile's first tile may be partial or, at the end of the table, absent.
     Returns the accumulator with that PV, the softmax state with tile `j`, and the factor the accumulator still needs,
     None for a factor of 1.
     """
@@ -180,7 +182,7 @@ def _next_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, q_slot, j, t
     else:
         is_real = True
         mask = (lambda s_qk: mask_tile(s_qk)) if is_partial else (lambda s_qk: s_qk)
-    update = _softmax_below if shape.fixes_top and is_partial is False else _softmax
+    update = _softmax_below if shape.fixes_top and is_partial is False and not is_first else _softmax
     _when(is_real, lambda: plgpu.barrier_wait(k_ready))
     _when(is_partial, lambda: plgpu.barrier_wait(pos_ready))
     mask_tile = _mask(refs, shape, warpgroup, row, j, k_slot)
@@ -233,9 +235,14 @@ def _finish_overlapped(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, t
     pl.when((row.num_tiles == 1) & (n > 0))(lambda: _free_q(refs, n - 1))  # no second tile has done it
     next_row = _read_row(refs, shape, n + 1)
     fresh = (softmax[0], *_empty_softmax())
-    acc, next_softmax, _ = _next_tile(
-        refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_partial=None
-    )
+
+    def first_of_next(is_partial):
+        return lambda acc: _next_tile(
+            refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_partial, is_first=True
+        )[:2]
+
+    # Nearly always a full tile: told apart before, not between the issue of a wgmma and its end.
+    acc, next_softmax = lax.cond(next_row.num_full > 0, first_of_next(False), first_of_next(None), acc)
     _store(refs, shape, refs.smem["q"].at[n % 2, warpgroup], warpgroup, row, acc, *softmax[1:])
     return next_row, next_softmax
 

@@ -1,8 +1,8 @@
-"""column_mass: attention that a few queries of each head spend on every key."""
+"""column_mass and line_mass: attention that a few queries of each head spend on every key, and at every distance."""
 
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["xla", "mosaic_gpu"]
 
-_BACKENDS: dict[Implementation, Callable[..., Array]] = {"xla": xla.column_mass, "mosaic_gpu": mosaic_gpu.column_mass}
+_BACKENDS: dict[Implementation, Any] = {"xla": xla, "mosaic_gpu": mosaic_gpu}
 
 DEFAULT_ORDER: tuple[Implementation, ...] = ("mosaic_gpu", "xla")
 """What `implementation=None` tries, in this order, until one does not refuse."""
@@ -34,7 +34,7 @@ def column_mass(
 
     Args:
       q: a few queries of each head, in any order.
-      k: keys of all kv heads, in prompt order; rows that nobody may see may hold anything.
+      k: keys of all kv heads, in any order; rows that nobody may see may hold anything.
       kv_head: the kv head that each head reads.
       q_pos: position of each query, -1 for one that is not there.
       kv_pos: position of each key, for equal runs of kv heads: kv head `j` reads row `j * n // g`.
@@ -45,38 +45,64 @@ def column_mass(
       ValueError: the implementation's name is unknown.
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
-    return _folding(scale, implementation)(q, k, kv_head, q_pos, kv_pos)
+    (mass,) = _folding("column_mass", implementation, scale=scale)(k, kv_pos, kv_head, q, q_pos)
+    return mass
+
+
+def line_mass(
+    q: Float[Array, "h q d"],
+    k: Float[Array, "s g d"],
+    kv_head: Int32[Array, " h"],
+    *,
+    q_pos: Int32[Array, "h q"],
+    q_row: Int32[Array, "h q"],
+    kv_pos: Int32[Array, "n s"],
+    band: int,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:
+    """`column_mass`, and the same attention summed by distance instead: the mass of each band of diagonals.
+
+    Args:
+      q_row: the key row at which each query's distance is 0, one that no key it sees lies beyond; -1 for a query that
+        is not there.
+      band: keys in a band.
+
+    Returns:
+      Mass per key; and per band, `ceil(s / band) + 1` of them: band `n` holds the distances from `n * band - band // 2`
+      up to, not including, `n * band + (band + 1) // 2`.
+    """
+    return _folding("line_mass", implementation, scale=scale, band=band)(k, kv_pos, kv_head, q, q_pos, q_row)
 
 
 @functools.cache
-def _folding(scale: float, implementation: Implementation | None):
-    """The estimate with this scale, whose batching rule folds a mapped axis into the heads."""
+def _folding(name: str, implementation: Implementation | None, **static: Any) -> Callable[..., Any]:
+    """A backend's function of `(k, kv_pos, kv_head, *arrays of each head)`; a mapped axis is folded into the heads."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
 
     @jax.custom_batching.custom_vmap
-    def run(q, k, kv_head, q_pos, kv_pos):
-        for name in DEFAULT_ORDER if implementation is None else (implementation,):
+    def run(*args):
+        for backend in DEFAULT_ORDER if implementation is None else (implementation,):
             try:
-                return _BACKENDS[name](q, k, kv_head, q_pos=q_pos, kv_pos=kv_pos, scale=scale)
+                return getattr(_BACKENDS[backend], name)(*args, **static)
             except NotImplementedError:
-                if name == implementation:
+                if backend == implementation:
                     raise
         raise AssertionError("xla refuses nothing")
 
     @run.def_vmap
     def _(axis_size, is_mapped, *args):
-        mapped = tuple(is_mapped)
-        q, k, kv_head, q_pos, kv_pos = (
-            x if m else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, m in zip(args, mapped, strict=True)
+        k, kv_pos, kv_head, *per_head = (
+            x if m else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, m in zip(args, is_mapped, strict=True)
         )
         fold = lambda x: x.reshape(axis_size * x.shape[1], *x.shape[2:])  # noqa: E731
-        if mapped[1] or mapped[4]:  # examples with keys of their own: kv heads side by side
+        if is_mapped[0] or is_mapped[1]:  # examples with keys of their own: kv heads side by side
             kv_head += jnp.arange(axis_size, dtype=jnp.int32)[:, None] * k.shape[2]
             k, kv_pos = jnp.moveaxis(k, 0, 1).reshape(k.shape[1], -1, k.shape[3]), fold(kv_pos)
         else:
-            k, kv_pos = args[1], args[4]
-        out = run(fold(q), k, fold(kv_head), fold(q_pos), kv_pos)
-        return out.reshape(axis_size, -1, out.shape[1]), True
+            k, kv_pos = args[:2]
+        out = run(k, kv_pos, fold(kv_head), *map(fold, per_head))
+        return tuple(x.reshape(axis_size, -1, x.shape[1]) for x in out), (True,) * len(out)
 
     return run

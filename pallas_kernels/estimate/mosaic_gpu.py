@@ -1,4 +1,4 @@
-"""column_mass on Hopper GPUs: checks, padding and the launches of the two passes."""
+"""column_mass and line_mass on Hopper GPUs: checks, padding and the launches of the passes."""
 
 import math
 from collections.abc import Callable
@@ -14,9 +14,11 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
     TILE_KEYS,
     EstimateShape,
     Refs,
+    band_pass,
     lse_pass,
     mass_pass,
 )
+from pallas_kernels.estimate.xla import num_bands_of
 from pallas_kernels.notation import Array, Float, Int32
 
 NUM_PROGRAMS = 8 * 132
@@ -24,21 +26,39 @@ NUM_PROGRAMS = 8 * 132
 
 
 def column_mass(
-    q: Float[Array, "h q d"], k: Float[Array, "s g d"], kv_head: Int32[Array, " h"], *,
-    q_pos: Int32[Array, "h q"], kv_pos: Int32[Array, "n s"], scale: float,
-) -> Float[Array, "h s"]:  # fmt: skip
+    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], *, scale: float,
+) -> tuple[Float[Array, "h s"]]:  # fmt: skip
     """Attention mass per key, see `api.column_mass`.
 
     Raises:
       NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
     """
+    _check_device()
+    check_supported(q, k, scale)
+    return (launch(k, kv_pos, kv_head, q, q_pos, scale=scale)[0],)
+
+
+def line_mass(
+    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], q_row: Int32[Array, "h q"], *, scale: float, band: int,
+) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:  # fmt: skip
+    """Attention mass per key and per band of diagonals, see `api.line_mass`.
+
+    Raises:
+      NotImplementedError: as from `column_mass`.
+    """
+    _check_device()
+    check_supported(q, k, scale, band)
+    return launch(k, kv_pos, kv_head, q, q_pos, q_row, scale=scale, band=band)
+
+
+def _check_device() -> None:
     if not has_hopper_gpu():
         raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
-    check_supported(q, k, scale)
-    return launch(q, k, kv_head, q_pos=q_pos, kv_pos=kv_pos, scale=scale)
 
 
-def check_supported(q, k, scale: float) -> None:
+def check_supported(q, k, scale: float, band: int = 16) -> None:
     """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
     limits = [
         (q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
@@ -47,14 +67,15 @@ def check_supported(q, k, scale: float) -> None:
         (q.shape[1] <= NUM_QUERIES, f"a head may have at most {NUM_QUERIES} queries, got {q.shape[1]}"),
         (k.shape[0] % TILE_KEYS == 0, f"keys must be a multiple of {TILE_KEYS}, got {k.shape[0]}"),
         (scale > 0, f"scale must be positive, got {scale}"),
+        (band in (8, 16, 32, 64), f"a band must be 8, 16, 32 or 64 keys, got {band}"),
     ]  # fmt: skip
     for holds, message in limits:
         if not holds:
             raise NotImplementedError(f"mosaic_gpu: {message}")
 
 
-def launch(q, k, kv_head, *, q_pos, kv_pos, scale: float, num_programs: int = NUM_PROGRAMS) -> Float[Array, "h s"]:
-    """Runs both passes."""
+def launch(k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS):
+    """Runs two passes, and the third one when there are `q_row` and `band`: the masses per key and per band."""
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
@@ -67,6 +88,7 @@ def launch(q, k, kv_head, *, q_pos, kv_pos, scale: float, num_programs: int = NU
         num_tiles=num_tiles,
         kv_heads_per_row=num_kv_heads // kv_pos.shape[0],
         score_scale=scale * math.log2(math.e),
+        band=band,
     )
     arrays = (q, k, kv_head, q_pos, kv_pos)
     num_shares = -(-num_tiles // tiles_per_program)
@@ -74,10 +96,30 @@ def launch(q, k, kv_head, *, q_pos, kv_pos, scale: float, num_programs: int = NU
     top, total = _launch(lse_pass, arrays, shape, num_shares, (partial, partial))
     highest = jnp.max(top, axis=1)
     lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
-    (mass,) = _launch(
-        mass_pass, (*arrays, lse), shape, num_shares, (jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32),)
-    )
-    return mass
+    per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
+    (mass,) = _launch(mass_pass, (*arrays, lse), shape, num_shares, (per_key,))
+    if q_row is None:
+        return mass, None
+    q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
+    past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
+    per_band = jax.ShapeDtypeStruct((num_heads, num_tiles, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
+    (tile_mass,) = _launch(band_pass, (*arrays, lse, past_start % band), shape, num_shares, (per_band,))
+    tile_mass = jnp.where(q_row[:, None, None] >= 0, tile_mass, 0.0)
+    return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, past_start // band, num_bands_of(num_keys, band))
+
+
+def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q"], num_bands: int):
+    """Mass per band of distance [num_bands] of one head, from that of every tile's bands.
+
+    Args:
+      nearest: the band of distance 0 of each query, counted from the first key on as the bands of all tiles are.
+    """
+    whole, rest = tile_mass[:, :-1], tile_mass[:, -1]  # the last band of a tile is the first one of the next tile
+    whole = jnp.pad(whole, ((0, 1), (0, 0), (0, 0))).at[1:, 0].add(rest)
+    by_start = whole.reshape(-1, NUM_QUERIES)
+    at = nearest[None] - jnp.arange(num_bands)[:, None]
+    rows = jnp.take_along_axis(by_start, jnp.clip(at, 0, len(by_start) - 1), axis=0)
+    return jnp.sum(jnp.where((at >= 0) & (at < len(by_start)), rows, 0.0), axis=1)
 
 
 def _launch(body: Callable[..., None], arrays, shape: EstimateShape, num_shares: int, out_type: Any):
@@ -91,7 +133,7 @@ def _launch(body: Callable[..., None], arrays, shape: EstimateShape, num_shares:
         plgpu.Barrier(num_barriers=2),
     ]
 
-    def column_mass(*refs):
+    def attention_mass(*refs):
         ends = len(arrays), len(arrays) + len(out_type)
         q_tile, k_tiles, q_ready, k_ready = refs[ends[1] :]
         names = dict(zip(("q", "k", "kv_head", "q_pos", "kv_pos"), refs, strict=False))
@@ -99,7 +141,7 @@ def _launch(body: Callable[..., None], arrays, shape: EstimateShape, num_shares:
         body(given, *refs[5 : ends[1]], shape)
 
     run = plgpu.kernel(
-        column_mass,
+        attention_mass,
         out_type=out_type,
         scratch_types=scratch,
         grid=(shape.num_heads * num_shares,),

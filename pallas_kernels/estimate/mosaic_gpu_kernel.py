@@ -1,10 +1,11 @@
-"""The two passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass per key.
+"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key or band.
 
-Scores are cheap (64 queries a head) and HBM is not, so both passes compute them from k and nothing of size
+Scores are cheap (64 queries a head) and HBM is not, so all passes compute them from k and nothing of size
 [queries, keys] is written. One warpgroup a thread block; while it computes on one tile of keys the next one arrives.
 
     pass 1   scores = q k^T    rows are queries: a row's maximum and sum over the tile's keys
     pass 2   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
+    pass 3   scores = q k^T    rows are queries: a row's sums over the few bands of diagonals that cross the tile
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ class EstimateShape:
       num_tiles: tiles of all keys; the last thread blocks may have fewer.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
       score_scale: factor on the scores, for base-2 exponentials.
+      band: keys in a band of diagonals, a divisor of `TILE_KEYS`; 0 in the passes that know none.
     """
 
     num_heads: int
@@ -45,6 +47,12 @@ class EstimateShape:
     num_tiles: int
     kv_heads_per_row: int
     score_scale: float
+    band: int = 0
+
+    @property
+    def bands_per_tile(self) -> int:
+        """Bands of one query that cross a tile: a tile rarely begins where a band does."""
+        return TILE_KEYS // self.band + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +105,36 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
         return number + 1
 
     _walk(refs, shape, layout.reduce(1), tile, jnp.int32(0))
+
+
+def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
+    """Writes, for each of this thread block's tiles, the mass of each query in each of its bands, nearest last.
+
+    Query `q` is `skew[q]` keys, less than a band, past the start of its band of distance 0. So its bands cut a tile
+    that begins at a multiple of the band's width after keys `skew`, `skew + band`, ...: here for a band of 4 and tiles
+    of 8, with the number of the band for each key.
+
+        skew 0:   0 1 1 1 1 2 2 2        skew 2:   0 0 0 1 1 1 1 2
+    """
+    layout = plgpu.Layout.WGMMA
+    per_query = layout.reduce(1)
+    head, share = _place(shape)
+    q_pos, lse, skew = (plgpu.load(x.at[head], layout=per_query, optimized=False) for x in (refs.q_pos, lse, skew))
+    key = plgpu.broadcasted_iota(jnp.int32, (NUM_QUERIES, TILE_KEYS), 1, layout=layout)
+    number = lax.shift_right_arithmetic(
+        key - _along_columns(skew, key) + (shape.band - 1), jnp.int32(shape.band.bit_length() - 1)
+    )
+
+    def tile(slot, kv_pos, tile_number):
+        scores = _product(refs.q_tile, refs.k_tiles.at[slot], (NUM_QUERIES, TILE_KEYS)) * shape.score_scale
+        sees = _along_rows(kv_pos, scores) <= _along_columns(q_pos, scores)
+        weights = jnp.where(sees, jnp.exp2(scores - _along_columns(lse, scores)), 0.0)
+        for n in range(shape.bands_per_tile):
+            in_band = jnp.sum(jnp.where(number == n, weights, 0.0), axis=1)
+            mass[head, share * shape.tiles_per_program + tile_number, n] = in_band
+        return tile_number + 1
+
+    _walk(refs, shape, layout.reduce(0), tile, jnp.int32(0))
 
 
 def _place(shape: EstimateShape):

@@ -10,18 +10,35 @@ SCORE_BYTES = 2**31
 
 
 def column_mass(
-    q: Float[Array, "h q d"], k: Float[Array, "s g d"], kv_head: Int32[Array, " h"], *,
-    q_pos: Int32[Array, "h q"], kv_pos: Int32[Array, "n s"], scale: float,
-) -> Float[Array, "h s"]:  # fmt: skip
+    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], *, scale: float,
+) -> tuple[Float[Array, "h s"]]:  # fmt: skip
     """Attention mass per key, see `api.column_mass`."""
+    return _each_head(lambda weights, q_row: (weights.sum(axis=0),), k, kv_pos, kv_head, q, q_pos, q_pos, scale)
+
+
+def line_mass(
+    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], q_row: Int32[Array, "h q"], *, scale: float, band: int,
+) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:  # fmt: skip
+    """Attention mass per key and per band of diagonals, see `api.line_mass`."""
+
+    def masses(weights, q_row):
+        return weights.sum(axis=0), diagonal_mass(weights, q_row, band)
+
+    return _each_head(masses, k, kv_pos, kv_head, q, q_pos, q_row, scale)
+
+
+def _each_head(masses, k, kv_pos, kv_head, q, q_pos, q_row, scale: float):
+    """`masses(weights, q_row)` of every head, as many at once as `SCORE_BYTES` allows."""
     heads_per_row = k.shape[1] // kv_pos.shape[0]
 
     def head(args):
-        q, g, q_pos = args
-        return attention_rows(q, k[:, g], q_pos, kv_pos[g // heads_per_row], scale).sum(axis=0)
+        g, q, q_pos, q_row = args
+        return masses(attention_rows(q, k[:, g], q_pos, kv_pos[g // heads_per_row], scale), q_row)
 
     at_once = max(1, SCORE_BYTES // (4 * q.shape[1] * k.shape[0]))
-    return jax.lax.map(head, (q, kv_head, q_pos), batch_size=min(len(q), at_once))
+    return jax.lax.map(head, (kv_head, q, q_pos, q_row), batch_size=min(len(q), at_once))
 
 
 def attention_rows(
@@ -33,3 +50,23 @@ def attention_rows(
     top = jnp.max(scores, axis=1, keepdims=True, where=sees, initial=-jnp.inf)
     weights = jnp.where(sees, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
     return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
+
+
+def diagonal_mass(weights: Float[Array, "q s"], q_row: Int32[Array, " q"], band: int) -> Float[Array, " n"]:
+    """Attention mass by distance from each query's row, in bands, see `api.line_mass`."""
+    s = weights.shape[1]
+    num_bands = num_bands_of(s, band)
+    lead = band // 2
+
+    def shift(weight, at):
+        padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
+        by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
+        return jnp.where(at >= 0, by_distance, 0.0)
+
+    by_distance = jax.vmap(shift)(weights, q_row).sum(axis=0)
+    return jnp.pad(by_distance, (lead, num_bands * band - lead - s)).reshape(num_bands, band).sum(axis=1)
+
+
+def num_bands_of(num_keys: int, band: int) -> int:
+    """Bands that hold all distances from 0 up to `num_keys - 1`."""
+    return -(-num_keys // band) + 1

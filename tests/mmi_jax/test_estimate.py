@@ -5,11 +5,11 @@ import numpy as np
 from cases import words
 
 from mmi_jax.blocks import Blocks
-from mmi_jax.estimate import diagonal_mass, fold_score, last_queries, salience
+from mmi_jax.estimate import fold_score, last_queries, salience
 from mmi_jax.keys import NO_KEY, RowPlace
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.views import SortedBy, build_geometry
-from pallas_kernels.estimate.xla import attention_rows
+from pallas_kernels.estimate.xla import attention_rows, diagonal_mass
 
 
 def test_the_last_members_are_found_wherever_they_stand():

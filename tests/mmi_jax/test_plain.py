@@ -69,14 +69,25 @@ def test_dense_attention_of_a_plain_prompt_equals_the_dense_plan(rng):
     assert not np.asarray(got[0, PROMPT.num_tokens :]).any()
 
 
+def test_finite_padding_is_left_alone_and_changes_no_prompt(rng):
+    layout = stack([PROMPT.pad_to(48), text_tokens(48)])
+    q, k, v = (jnp.nan_to_num(x, nan=100.0) for x in inputs(rng, layout, 48))
+    args = dict(layout=layout, scale=0.125, implementation="xla")
+    (got, lse), (want, want_lse) = (attend_densely(q, k, v, padding_is_finite=f, **args) for f in (True, False))
+    is_real = np.asarray(layout.is_real)
+    np.testing.assert_array_equal(np.asarray(got)[is_real], np.asarray(want)[is_real])
+    np.testing.assert_array_equal(lse, want_lse)
+    assert np.isfinite(got).all()
+
+
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
     """A device on which the vendor's kernel takes every dense call: the number of calls it took."""
     calls = []
 
-    def attend(q, k, v, *, layout, scale):
+    def attend(q, k, v, **options):
         calls.append(q.shape)
-        return plain.attend_densely(q, k, v, layout=layout, scale=scale, implementation="xla")
+        return plain.attend_densely(q, k, v, **options | dict(implementation="xla"))
 
     monkeypatch.setattr(attention, "cudnn_takes", lambda q: True)
     monkeypatch.setattr(attention, "attend_densely", attend)
@@ -103,8 +114,8 @@ def test_everything_else_is_planned(rng, cudnn_by_xla, layout):
 
 
 DENSE_IS_FREE = CostModel(
-    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, static_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
-    estimate_ns=1.0, hold_ns=1.0,
+    dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, plan_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,
+    estimate_ns=1.0,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention mass per key: the meaning in float64, vmap without copies, the Hopper kernel interpreted and lowered."""
+"""Attention mass per key and band: meaning in float64, vmap without copies, the Hopper kernel interpreted, lowered."""
 
 import functools
 
@@ -10,10 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.estimate import mosaic_gpu
-from pallas_kernels.estimate.api import column_mass
+from pallas_kernels.estimate.api import column_mass, line_mass
 from pallas_kernels.notation import PAD_KV_POS
 
 SCALE = 0.2
+BAND = 16
 
 
 def problem(rng, *, num_heads=3, num_queries=50, num_keys=512, num_kv_heads=2, head_dim=64, dtype="bfloat16"):
@@ -44,6 +45,32 @@ def expected(q, k, kv_head, q_pos, kv_pos):
 def assert_close(got, args):
     want = expected(**args)
     np.testing.assert_allclose(np.asarray(got), want, rtol=1e-4, atol=1e-6)  # sums of 64 float32 exponentials
+
+
+def with_rows(args):
+    """The problem with keys in order of position, as in a prompt, and the row of each query's own position."""
+    kv_pos = jnp.arange(args["k"].shape[0], dtype=jnp.int32)[None].at[0, -12:].set(PAD_KV_POS)
+    return args | dict(kv_pos=kv_pos, q_row=args["q_pos"])
+
+
+def assert_lines_close(got, args):
+    """Both masses, the bands counted pair by pair from the distances."""
+    columns, bands = got
+    assert_close(columns, {name: x for name, x in args.items() if name != "q_row"})
+    want = np.zeros(bands.shape)
+    for h, q_row in enumerate(np.asarray(args["q_row"])):
+        for n, row in enumerate(q_row):
+            one = {name: args[name][h : h + 1] for name in ("q", "kv_head", "q_pos")}
+            one |= dict(q=one["q"][:, n : n + 1], q_pos=one["q_pos"][:, n : n + 1], k=args["k"], kv_pos=args["kv_pos"])
+            mass = expected(**one)[0]
+            for key in range(row + 1):
+                want[h, (row - key + BAND // 2) // BAND] += mass[key]
+    np.testing.assert_allclose(np.asarray(bands), want, rtol=1e-4, atol=1e-6)
+
+
+def test_lines_are_the_same_mass_by_distance(rng):
+    args = with_rows(problem(rng, num_keys=128, num_queries=7))
+    assert_lines_close(line_mass(**args, band=BAND, scale=SCALE, implementation="xla"), args)
 
 
 def test_mass_is_the_softmax_summed_over_the_queries(rng):
@@ -92,25 +119,44 @@ def test_check_supported_names_the_limit(rng, change, message):
         mosaic_gpu.check_supported(args["q"], args["k"], SCALE)
 
 
+def test_check_supported_names_the_bands(rng):
+    args = problem(rng)
+    with pytest.raises(NotImplementedError, match="8, 16, 32 or 64 keys, got 12"):
+        mosaic_gpu.check_supported(args["q"], args["k"], SCALE, 12)
+
+
 @pytest.mark.parametrize("num_programs", [1, 7])
 def test_interpreted_kernel_is_right_and_has_no_races(rng, num_programs, capfd):
     args = problem(rng)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = mosaic_gpu.launch(**args, scale=SCALE, num_programs=num_programs)
+        got, bands = mosaic_gpu.launch(**args, scale=SCALE, num_programs=num_programs)
     assert_close(got, args)
+    assert bands is None
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("num_programs", [1, 7])
+def test_interpreted_kernel_finds_the_bands_and_has_no_races(rng, num_programs, capfd):
+    args = with_rows(problem(rng, num_keys=320, num_queries=20))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = mosaic_gpu.launch(**args, scale=SCALE, band=BAND, num_programs=num_programs)
+    assert_lines_close(got, args)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_kernel_lowers_for_cuda(rng, head_dim, dtype):
-    args = problem(rng, head_dim=head_dim, dtype=dtype)
-    lowered = jax.jit(functools.partial(mosaic_gpu.launch, scale=SCALE)).trace(**args)
-    assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 2
+def test_kernels_lower_for_cuda(rng, head_dim, dtype):
+    args = with_rows(problem(rng, head_dim=head_dim, dtype=dtype))
+    lowered = jax.jit(functools.partial(mosaic_gpu.launch, scale=SCALE, band=BAND)).trace(**args)
+    assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 3
 
 
 @pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("sizes", [dict(), dict(head_dim=128, num_keys=4096, num_heads=28, num_kv_heads=4)], ids=str)
-def test_kernel_is_right_on_the_device(rng, sizes):
+def test_kernels_are_right_on_the_device(rng, sizes):
     args = problem(rng, **sizes)
     assert_close(jax.jit(functools.partial(column_mass, scale=SCALE, implementation="mosaic_gpu"))(**args), args)
+    args = with_rows(problem(rng, num_queries=20, **sizes))
+    run = jax.jit(functools.partial(line_mass, scale=SCALE, band=BAND, implementation="mosaic_gpu"))
+    assert_lines_close(run(**args), args)
