@@ -15,7 +15,6 @@ from mmi_jax.buckets import Buckets
 from mmi_jax.layout import text_tokens
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.plain import CUDNN_TOKENS
-from mmi_jax.plan import ESTIMATE_BYTES, ESTIMATE_QUERIES
 from mmi_jax.sharding import ONE_DEVICE
 from mmi_jax.sizes import Sizes, sizes_for
 
@@ -26,6 +25,9 @@ LAYER = STAGES[1:-1]
 
 PIECE_BYTES_PER_TOKEN = 6
 """Arrays as wide as an MLP or as all heads, in units of one 16-bit row, that a piece of the tokens goes through."""
+
+ESTIMATE_ARRAYS = 4
+"""Arrays of a number per key that the planning of a head that reads scores goes through."""
 
 GIB = 2**30
 
@@ -167,11 +169,8 @@ def _attention_buffers(task: MemoryTask, sizes: Sizes, row: tuple[Pattern, ...],
         yield array("attention output", ("attend", "undo"), b, t, h, d)
         return
     inputs = _attention_shapes(row, b, t, sizes.capacity, h, g, d, jnp.dtype(task.dtype), task.blocks)
-    holding = sum(pattern.holds_scores for pattern in row)
-    one_head = 4 * ESTIMATE_QUERIES * sizes.capacity
-    at_once = max(1, min(holding, ESTIMATE_BYTES // one_head))
-    if holding:
-        yield array("scores of estimates, float32", ("plan",), 2, at_once, ESTIMATE_QUERIES, sizes.capacity, item=4)
+    reading = sum(pattern.reads_scores for pattern in row)
+    yield array("masses of estimates, float32", ("plan",), ESTIMATE_ARRAYS, b, reading, sizes.capacity, item=4)
     yield array("queries in permuted order", ("permute", "attend"), *inputs.q.shape)
     keys = bytes_of((inputs.k, inputs.v))
     yield Buffer(name="key and value views", shape=inputs.k.shape, num_bytes=keys, alive=("permute", "attend"))
