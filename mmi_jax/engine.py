@@ -302,20 +302,20 @@ def _logits(graphdef, state, hidden, mesh: Mesh | None):
 
 
 GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 1000}
-"""XLA must not try to fit the program into 80 % of the memory: it would compute things again and arrange the rest worse.
+"""XLA must not try to fit the program into 80 % of the memory: it computes things again and arranges the rest worse.
 
 A prefill of a million tokens, 7B: 113.4 GiB as it is, 120.9 GiB after XLA's rematerialization (compiled for an H200).
 """
 
 
+def compile_options() -> dict[str, Any] | None:
+    """What the compiler of the default device is told."""
+    return GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+
 def num_compiled_programs() -> int:
     """Programs that prefill has compiled in this process."""
     return len(_COMPILED)
-
-
-def forget_programs() -> None:
-    """Drops the programs that prefill has compiled in this process; the persistent cache keeps its own."""
-    _COMPILED.clear()
 
 
 def program_texts() -> list[str]:
@@ -334,7 +334,7 @@ def _compiled(program: Program, *args):
     if key not in _COMPILED:
         num_kv_heads = args[-1][0].shape[3]
         lowered = program.jitted(args[0], num_kv_heads).lower(*args)
-        _COMPILED[key] = lowered.compile(GPU_OPTIONS if jax.default_backend() == "gpu" else None)
+        _COMPILED[key] = lowered.compile(compile_options())
     return _COMPILED[key]
 
 

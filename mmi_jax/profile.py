@@ -8,9 +8,9 @@ import dataclasses
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,6 +32,16 @@ VISION_MODULE = "encode_batch"
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*?\s(?P<opcode>[a-z][\w\-]*)\(", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="(?P<path>[^"]*)"')
+KERNEL_NAMES = {
+    "block_sparse_attention": "mmi.attend",
+    "attention_mass": "mmi.estimate",
+    "column_mass": "mmi.estimate",
+    "line_mass": "mmi.estimate",
+    "fmha": "mmi.attend",
+    "flash": "mmi.attend",
+}
+"""Parts of the names of our own kernels and of cuDNN's, by which a trace calls them."""
+
 _HOLDERS = {"while", "conditional", "call"}
 """Instructions that last as long as others that they hold."""
 
@@ -93,11 +103,13 @@ def stage_times(trace: Path, programs: Iterable[str], directory: Path) -> StageT
     begins, ends = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the profiler's own extension type
-        kernels = [kernel for kernel in _kernels(devices or planes) if kernel[0] not in holders]
-    for name, module, start, duration in kernels:
-        totals[_stage(name, module, stage_of)] += duration
-        begins.append(start)
-        ends.append(start + duration)
+        timelines = [list(timeline) for timeline in _timelines(devices or planes)]
+    for timeline in timelines:
+        kernels = [kernel for kernel in timeline if kernel.instruction not in holders]
+        for stage, kernel in zip(_stages_in_order(kernels, stage_of), kernels, strict=True):
+            totals[stage] += kernel.duration
+            begins.append(kernel.start)
+            ends.append(kernel.start + kernel.duration)
     span = (max(ends) - min(begins)) * 1e-9 if ends else 0.0
     order = [VISION, *STAGES.values(), REST]
     seconds = {stage: totals[stage] * 1e-9 for stage in order if stage in totals}
@@ -114,10 +126,10 @@ def _stages_of(programs: Iterable[str]) -> tuple[dict[str, str], set[str]]:
             name = instruction["name"]
             if instruction["opcode"] in _HOLDERS:
                 holders.add(name)
-            if path := _OP_NAME.search(line):
-                scopes = [part for part in re.split(r"[/()]", path["path"]) if part in STAGES]
-                if scopes:
-                    stage_of[name] = stage_of[_flat(name)] = STAGES[scopes[-1]]
+            path = _OP_NAME.search(line)
+            scopes = _scopes(path["path"]) if path else []
+            stage = STAGES[scopes[-1]] if scopes else REST
+            stage_of[name] = stage_of[_flat(name)] = stage
     return stage_of, holders
 
 
@@ -126,23 +138,77 @@ def _flat(name: str) -> str:
     return name.replace(".", "_").replace("-", "_")
 
 
-def _stage(name: str, module: str, stage_of: dict[str, str]) -> str:
-    if VISION_MODULE in module:
+class _Kernel(NamedTuple):
+    """One thing that ran: its own name, its instruction, program and scope where the trace knows them; nanoseconds."""
+
+    name: str
+    instruction: str
+    module: str
+    path: str
+    start: float
+    duration: float
+
+
+def _stages_in_order(kernels: Sequence[_Kernel], stage_of: Mapping[str, str]) -> list[str]:
+    """The stage of each kernel of one timeline.
+
+    A GPU replays recorded sequences of kernels, in which a library's kernel, such as a matrix product, bears no name of
+    the program's: it belongs where the kernel before it does, else where the next one does, if of the same program.
+    """
+    own = [_own_stage(kernel, stage_of) for kernel in kernels]
+    filled = _filled(kernels, own, range(len(kernels)))
+    filled = _filled(kernels, filled, range(len(kernels) - 1, -1, -1))
+    return [stage or REST for stage in filled]
+
+
+def _filled(kernels: Sequence[_Kernel], stages: Sequence[str | None], order: range) -> list[str | None]:
+    """The stages, those that are unknown taken from the neighbour that comes before them in `order`."""
+    filled, last = list(stages), None
+    for n in order:
+        if last is not None and filled[n] is None and kernels[n].module == kernels[last].module:
+            filled[n] = filled[last]
+        last = n
+    return filled
+
+
+def _own_stage(kernel: _Kernel, stage_of: Mapping[str, str]) -> str | None:
+    """The stage that the kernel's names tell: `REST` for a named instruction outside all scopes, None for no name."""
+    if VISION_MODULE in kernel.module:
         return VISION
-    if "block_sparse_attention" in name or "cudnn" in name or "fmha" in name:  # kernels that bear their own names
-        return stage_of.get(name, STAGES["mmi.attend"])
-    return stage_of.get(name) or stage_of.get(_flat(name)) or REST
+    if scopes := _scopes(kernel.path):
+        return STAGES[scopes[-1]]
+    for part, scope in KERNEL_NAMES.items():
+        if part in kernel.name:
+            return STAGES[scope]
+    for name in (kernel.instruction, kernel.name):
+        if name in stage_of:
+            return stage_of[name]
+    return None
 
 
-def _kernels(planes: list[Any]) -> Iterator[tuple[str, str, float, float]]:
-    """Instruction, program, start and duration in nanoseconds of everything that ran."""
+def _scopes(path: str) -> list[str]:
+    """The stages' scopes on the path of an operation, the innermost last."""
+    return [part for part in re.split(r"[/()]", path) if part in STAGES]
+
+
+def _timelines(planes: Sequence[Any]) -> Iterator[Iterator[_Kernel]]:
+    """What ran on each stream of a device, or each thread of the host, in order."""
     for plane in planes:
         is_device = plane.name.startswith("/device")
         for line in plane.lines:
-            if is_device and not line.name.startswith(("Stream", "XLA Ops")):
-                continue  # lines derived from the others
-            for event in line.events:
-                stats = {key: value for key, value in event.stats if key in ("hlo_op", "hlo_module")}
-                if "hlo_op" in stats or is_device:
-                    name = str(stats.get("hlo_op", event.name))
-                    yield name, str(stats.get("hlo_module", "")), event.start_ns, event.duration_ns
+            if not is_device or line.name.startswith(("Stream", "XLA Ops")):  # the others are derived from these
+                yield _kernels(line, is_device)
+
+
+def _kernels(line: Any, is_device: bool) -> Iterator[_Kernel]:
+    for event in line.events:
+        stats = dict(event.stats)
+        if is_device or "hlo_op" in stats:
+            yield _Kernel(
+                name=event.name,
+                instruction=str(stats.get("hlo_op", event.name)),
+                module=str(stats.get("hlo_module", "")),
+                path=str(stats.get("name", "")),
+                start=event.start_ns,
+                duration=event.duration_ns,
+            )

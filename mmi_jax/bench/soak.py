@@ -20,9 +20,9 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
     """How many programs of any kind XLA has compiled since the block began."""
     events: list[str] = []
 
-    def listen(name: str, _: float, **__: Any) -> None:
-        if name == COMPILE_EVENT:
-            events.append(name)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

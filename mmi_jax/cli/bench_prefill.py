@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from mmi_jax.bench.torch_model import transformers_rows
 from mmi_jax.cli import bench_table, compiled
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.start_child import start_seconds
 from mmi_jax.patterns import Dense
 from mmi_jax.table import PatternTable, load_table, uniform_table
 
@@ -53,6 +55,7 @@ def prefill(
     dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
     peers: Annotated[bool, typer.Option("--peers", help="Also time transformers, where torch is installed.")] = False,
     peers_limit: Annotated[int, typer.Option(min=1024, help="Tokens up to which transformers runs.")] = 2**18,
+    start: Annotated[bool, typer.Option("--start", help="Also time cold and warm starts, in own processes.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Directory for traces: one more prefill of each length.")] = None,
     json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here, after every case.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
@@ -66,13 +69,17 @@ def prefill(
         _take_memory()
         on_gpu = jax.default_backend() == "gpu"
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
-        config = _config(preset, layers)
-        chosen = _table(table, config)
+        config = config_of(preset, layers)
+        chosen = table_of(table, config)
         dtype = dtype or ("bfloat16" if on_gpu else "float32")
         rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
+        task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
+        started = row("start", lambda: start_seconds(task)) if start else None
         with _own_programs():
             runs = [Run(f"{preset} {n}", n) for n in lengths]
-            suite = _Suite(config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile)
+            suite = _Suite(
+                config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile, start=started
+            )
             if baseline and not is_all_dense(chosen):
                 suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
             if check:
@@ -90,6 +97,7 @@ class _Suite:
     repeats: int
     peers: list[dict[str, Any]]
     profile: Path | None
+    start: dict[str, Any] | None
     dense: DenseBaseline | None = None
     check: dict[str, Any] | None = None
 
@@ -113,6 +121,8 @@ class _Suite:
             {"name": "transformers, sdpa"} | peer for peer in self.peers if peer.get("tokens") == num_tokens
         ]
         figures["others"] += [{"name": "transformers, sdpa"} | peer for peer in self.peers if "tokens" not in peer]
+        if self.start is not None:
+            figures["start"] = self.start
         if self.check is not None:
             figures["check"] = self.check
         return figures
@@ -174,7 +184,8 @@ def video_prompt(config: Any, num_tokens: int) -> Any:
     )
 
 
-def _config(preset: str, layers: int | None) -> Any:
+def config_of(preset: str, layers: int | None) -> Any:
+    """The sizes of a preset, or of its first layers."""
     from models.qwen2_5_vl.presets import PRESETS
 
     if preset not in PRESETS:
@@ -185,7 +196,8 @@ def _config(preset: str, layers: int | None) -> Any:
     return config if layers is None else dataclasses.replace(config, num_layers=layers)
 
 
-def _table(name: str, config: Any) -> PatternTable:
+def table_of(name: str, config: Any) -> PatternTable:
+    """The table that `--table` names, for the layers that run."""
     if name == "mix":
         return mixed_table(config.num_layers, config.num_heads)
     if name == "dense":
@@ -200,14 +212,12 @@ def _table(name: str, config: Any) -> PatternTable:
 
 def _take_memory() -> None:
     """Lets JAX have nearly all of a GPU, as it needs it; before it opens the device."""
-    import os
-
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
 
 
 @contextmanager
 def _own_programs() -> Iterator[None]:
-    """An empty persistent cache, so that cold is cold and warm is warm."""
+    """An empty persistent cache, so that cold is cold."""
     with tempfile.TemporaryDirectory() as directory, compiled.kept_programs(Path(directory)):
         yield

@@ -68,7 +68,7 @@ def prefill_table(result: dict[str, Any]) -> Group:
     """
     table = _table(
         result, "", "tokens", "layers", "density", "s (fastest, slowest)", "dense s", "speed-up", "tokens/s",
-        "projections at the matmul rate, s", "compile s: cold", "warm", "planned GiB", "peak GiB",
+        "projections at the matmul rate, s", "compile s", "planned GiB", "peak GiB",
     )  # fmt: skip
     for case in _measured_cases(result):
         dense = (
@@ -86,14 +86,13 @@ def prefill_table(result: dict[str, Any]) -> Group:
             f"{case['tokens'] / case['seconds']:,.0f}",
             f"{ideal:.4g}",
             f"{case['compile_seconds']:.1f}",
-            f"{case['warm_compile_seconds']:.1f}",
             f"{case['planned_bytes'] / 2**30:.2f}",
             f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
         )
         for other in case["others"]:
             time = f"{other['seconds']:.4g}" if "seconds" in other else other["error"]
             peak = f"{other['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in other else ""
-            table.add_row(f"  {other['name']}", "", "", "", time, *[""] * 7, peak)
+            table.add_row(f"  {other['name']}", "", "", "", time, *[""] * 6, peak)
     return Group(table, *(note for case in _measured_cases(result) for note in _prefill_notes(case)))
 
 
@@ -104,10 +103,19 @@ def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
     if "stages" in case:
         stages = case["stages"]["seconds"]
         yield f"{label}, stages: " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in stages.items())
+    if "start" in case:
+        yield f"{label}, start: " + (case["start"].get("error") or ", ".join(_starts(case["start"])))
     if "check" in case:
         check = case["check"]
         found = check.get("error") or f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e}"
         yield f"{label}, {check['name']}: {found}"
+
+
+def _starts(start: dict[str, Any]) -> Iterator[str]:
+    """Cold and warm, tracing and compiling apart."""
+    for name in ("cold", "warm"):
+        times = start[f"{name}_start"]
+        yield f"{name} {times['trace_seconds']} s tracing, {times['compile_seconds']} s compiling"
 
 
 def check_table(result: dict[str, Any]) -> Table:

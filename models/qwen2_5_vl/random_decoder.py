@@ -57,6 +57,11 @@ class Decoder(nnx.Module):
         return next_logits(x, self.norm, self.head, self.embedding)
 
 
+def abstract_decoder(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Decoder:
+    """The decoder with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Decoder(Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
 def random_decoder(
     config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...], *, dtype: Any = jnp.bfloat16, seed: int = 0
 ) -> Decoder:
@@ -68,8 +73,7 @@ def random_decoder(
     """
     if len(shapes) != config.num_heads:
         raise ValueError(f"shapes must name one for each of the {config.num_heads} query heads, got {len(shapes)}")
-    abstract = nnx.eval_shape(lambda: Decoder(Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(abstract_decoder(config, dtype=dtype))
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(_name(path), leaf, next(keys)), state)
     model = nnx.merge(graphdef, state)
