@@ -7,6 +7,7 @@ from mmi_jax.decode import decode as decode
 from mmi_jax.engine import PrefillResult as PrefillResult
 from mmi_jax.engine import prefill as prefill
 from mmi_jax.layout import TokenLayout as TokenLayout
+from mmi_jax.many import prefill_many as prefill_many
 from mmi_jax.patterns import AShape as AShape
 from mmi_jax.patterns import BlockTopK as BlockTopK
 from mmi_jax.patterns import Boundary2D as Boundary2D

@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from mmi_jax.attention import batch_geometry, permute, plan_batch
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
-from mmi_jax.engine import default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, shards_of, weight_specs
+from mmi_jax.sizes import default_buckets
 from mmi_jax.table import PatternTable
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention.inputs import AttentionInputs
@@ -157,9 +157,9 @@ def prefill_shapes(target: Target, num_tokens: int) -> tuple:
     layout = layout_shape(shape(P(), 1, num_tokens))
     sizes = (config.num_layers, 1, num_tokens, config.num_kv_heads, config.head_dim)
     cache = shape(CACHE_SPEC, *sizes, dtype=target.dtype)
-    hidden = shape(P(), 1, config.embed_dim, dtype=target.dtype)
+    hidden = shape(P(), 1, 1, config.embed_dim, dtype=target.dtype)
     x = shape(TOKENS_SPEC, 1, num_tokens, config.embed_dim, dtype=target.dtype)
-    return weights, x, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), shape(P(), 1), (cache, cache, hidden)
+    return weights, x, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), shape(P(), 1, 1), (cache, cache, hidden)
 
 
 def layout_shape(field: Any) -> TokenLayout:
@@ -209,7 +209,7 @@ def longest_that_fits(target: Target, most_tokens: int) -> Iterator[tuple[int, M
 
     Memory grows almost linearly with the prompt, so a few lengths are guessed from the figures so far.
     """
-    lengths = bucket_lengths(target.buckets(most_tokens))
+    lengths = target.buckets(most_tokens).lengths()
     tried: dict[int, Memory] = {}
     while between := _open_lengths(lengths, tried):
         num_tokens = _next_length(between, tried)
@@ -237,14 +237,6 @@ def _next_length(between: list[int], tried: dict[int, Memory]) -> int:
     slope = max(bytes1 - bytes0, 1) / (n1 - n0)
     reached = [n for n in between if bytes0 + slope * (n - n0) <= limit]
     return reached[-1] if reached else between[0]
-
-
-def bucket_lengths(buckets: Buckets) -> list[int]:
-    """All padded lengths, ascending."""
-    lengths = [buckets.length_for(buckets.smallest)]
-    while lengths[-1] < buckets.largest:
-        lengths.append(buckets.length_for(lengths[-1] + 1))
-    return lengths
 
 
 def _finish(traced: Any, arguments: int, start: float) -> Memory:

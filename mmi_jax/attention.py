@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,14 @@ from mmi_jax.plain import attend_densely, cudnn_takes, is_plain
 from mmi_jax.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.views import Geometry
 from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
+
+type Vendor = Literal["vendor"]
+VENDOR: Vendor = "vendor"
+"""The device's own dense attention, at any length: cuDNN on a GPU, XLA elsewhere. What a plan stands beside."""
 
 
 @pytree
@@ -77,12 +83,13 @@ def sparse_attention(
 
 def attend_sparsely(
     q, k, v, patterns, *, layout: TokenLayout, geometry: Geometry | None = None, q_start=None,
-    scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | None = None,
+    scale: float | None = None, blocks: Blocks | None = None, implementation: Backend | Vendor | None = None,
     starts_plain: bool | None = None, padding_is_finite: bool = False,
 ) -> SparseAttention:  # fmt: skip
     """`sparse_attention` with its plan and log-sum-exp.
 
     Args:
+      implementation: see `block_sparse_attention`; or `VENDOR`, which attends densely or raises NotImplementedError.
       geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
       starts_plain: whether the queries are a plain prompt's first tokens (see `plain.is_plain`), which a caller under
         jit knows and the traced layout hides; looked up when None. Dense heads alone then need no plan.
@@ -92,12 +99,19 @@ def attend_sparsely(
     patterns = check_attention(q, k, v, patterns, layout, q_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = blocks or Blocks()
-    if implementation is None and all(pattern == Dense() for pattern in patterns) and cudnn_takes(q):
+    if implementation == VENDOR or (implementation is None and set(patterns) == {Dense()} and cudnn_takes(q)):
         if starts_plain is None:
             starts_plain = q.shape[1] == k.shape[1] and is_plain(layout)
+        if implementation == VENDOR and not (starts_plain and set(patterns) == {Dense()}):
+            raise NotImplementedError(f"{VENDOR} takes dense heads of a plain prompt from its first token on")
         if starts_plain:
-            out, lse = attend_densely(q, k, v, layout=layout, scale=scale, padding_is_finite=padding_is_finite)
+            vendor = "cudnn" if has_hopper_gpu() else "xla"
+            with jax.named_scope("mmi.attend"):
+                out, lse = attend_densely(
+                    q, k, v, layout=layout, scale=scale, padding_is_finite=padding_is_finite, implementation=vendor
+                )
             return SparseAttention(out=out, lse=lse, plan=None)
+    assert implementation != VENDOR, "it has attended, or raised"
     if geometry is None:
         geometry = batch_geometry(
             layout, patterns, batch=q.shape[0], num_queries=q.shape[1], q_start=q_start, blocks=blocks
@@ -105,8 +119,7 @@ def attend_sparsely(
 
     with jax.named_scope("mmi.plan"):
         plan = plan_batch(patterns, q, k, geometry, scale=scale, blocks=blocks)
-    with jax.named_scope("mmi.attend"):
-        out, lse = attend_by_plan(plan, q, k, v, scale=scale, implementation=implementation)
+    out, lse = attend_by_plan(plan, q, k, v, scale=scale, implementation=implementation)
     return SparseAttention(out=out, lse=lse, plan=plan)
 
 
@@ -135,8 +148,12 @@ def batch_geometry(
 
 def attend_by_plan(plan: Plan, q, k, v, *, scale: float, implementation: Backend | None = None):
     """Permute, attend, undo: output `[b, t, h, d]` in q's dtype and log-sum-exp `[b, h, t]` in float32."""
-    out, lse = attend_inputs(permute(plan, q, k, v, scale=scale), implementation)
-    return undo(plan, out, lse)
+    with jax.named_scope("mmi.permute"):
+        inputs = permute(plan, q, k, v, scale=scale)
+    with jax.named_scope("mmi.attend"):
+        out, lse = attend_inputs(inputs, implementation)
+    with jax.named_scope("mmi.undo"):
+        return undo(plan, out, lse)
 
 
 def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:

@@ -41,3 +41,10 @@ class Buckets:
         octave = 2 ** max((num_tokens - 1).bit_length() - 1, 0)  # the power of two below
         step = max(octave // 8 // self.multiple, 1) * self.multiple
         return min(-(-num_tokens // step) * step, self.largest)
+
+    def lengths(self) -> list[int]:
+        """All padded lengths, ascending."""
+        lengths = [self.length_for(self.smallest)]
+        while lengths[-1] < self.largest:
+            lengths.append(self.length_for(lengths[-1] + 1))
+        return lengths

@@ -1,5 +1,7 @@
 """KVCache: keys and values of every layer, in their final layout."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -33,6 +35,21 @@ class KVCache:
         """Tokens that each example has room for."""
         return self.k.shape[2]
 
+    def reclaim(self, later: "KVCache") -> "KVCache":
+        """This cache in the memory of one that a later prefill made from it with `donates_cache`.
+
+        A later prefill writes behind these tokens and leaves them as they are; what it wrote is forgotten, and its
+        memory serves the next question. `later` must not be used afterwards by a prefill that donates.
+
+        Raises:
+          ValueError: `later` has no room for this cache's tokens, or holds other sizes.
+        """
+        mine, theirs = self.layout.modality.shape, later.layout.modality.shape
+        if mine[0] != theirs[0] or mine[1] > theirs[1]:
+            raise ValueError(f"a later cache must hold these prompts and more: this is {mine}, got one of {theirs}")
+        layout = jax.tree.map(jnp.asarray, self.layout.pad_to(theirs[1]))
+        return dataclasses.replace(self, k=later.k, v=later.v, layout=layout)
+
 
 def empty_cache(
     *, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype, sharding: Any = None
@@ -50,3 +67,23 @@ def empty_cache(
             TokenLayout(modality=absent, video=absent, frame=absent, row=absent, column=absent, pos=absent),
         ),
     )
+
+
+def with_capacity(k: Array, capacity: int, *, donates: bool) -> Array:
+    """Keys or values of all layers with room for `capacity` tokens, in memory of their own.
+
+    Args:
+      donates: whether `k` is given up: its memory is taken over where it has the room already, and freed else.
+    """
+    if k.shape[2] == capacity:
+        return k if donates else jnp.copy(k)
+    larger = _enlarged(k, capacity)
+    if donates:
+        jax.block_until_ready(larger)
+        k.delete()
+    return larger
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _enlarged(k: Array, capacity: int) -> Array:
+    return jnp.pad(k, [(0, 0), (0, 0), (0, capacity - k.shape[2]), (0, 0), (0, 0)])

@@ -36,6 +36,12 @@ class CostModel:
         num_blocks = -(-num_tokens // 128)
         return self.dense_ms + 1e-6 * self.dense_ns_per_tile * num_heads * num_blocks * (num_blocks + 1) / 2
 
+    def runs_dense(self, num_heads: int, num_queries: int, num_keys: int) -> bool:
+        """Whether few queries over many keys had better run dense: a plan would cost more before it visits a tile."""
+        tiles = num_heads * -(-num_queries // 128) * -(-num_keys // 128)
+        plan = self.sparse_ms + self.plan_ms + 1e-6 * (self.move_ns + self.estimate_ns) * num_heads * num_keys
+        return self.dense_ms + 1e-6 * self.dense_ns_per_tile * tiles <= plan
+
     def head(self, pattern: Pattern, num_tokens: int, blocks: Blocks) -> float | None:
         """Milliseconds that one head adds to a sparse call; None for a pattern that does not say what it visits."""
         visited = pattern.typical_blocks(-(-num_tokens // blocks.kv), blocks)

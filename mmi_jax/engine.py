@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -12,20 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
+from mmi_jax.attention import Vendor
+from mmi_jax.batch import check_cache, continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
 from mmi_jax.blocks import Blocks
-from mmi_jax.buckets import MOST_TOKENS, Buckets
-from mmi_jax.cache import KVCache, empty_cache
+from mmi_jax.buckets import Buckets
+from mmi_jax.cache import KVCache, empty_cache, with_capacity
 from mmi_jax.cost import costs_of_device, faster_patterns
-from mmi_jax.layout import TokenLayout
+from mmi_jax.fit import check_room, explained_exhaustion, weight_bytes
+from mmi_jax.memory import MemoryTask, bytes_of
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.plain import is_plain
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
-from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, place, shards_of, weight_specs
+from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, shards_of, weight_specs
+from mmi_jax.sizes import Sizes, default_buckets, sizes_for
 from mmi_jax.table import PatternTable, uniform_table
 from pallas_kernels.attention.api import Implementation
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
 
 
@@ -37,6 +42,9 @@ class ModelConfig(Protocol):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    embed_dim: int
+    mlp_dim: int
+    vocab_size: int
 
 
 @runtime_checkable
@@ -48,6 +56,7 @@ class VisionLanguageModel(Protocol):
     """
 
     config: Any
+    dtype: Any
     layers: Any
     embedding: Callable[..., Any]
 
@@ -70,12 +79,14 @@ class PrefillResult:
 
     Args:
       logits: of the token after each prompt's last, float32.
+      logits_at: of the token after each of the asked ones, float32; None when none were asked.
       hidden: the last layer's output at each prompt's last token.
       cache: keys and values of all layers.
       report: what was skipped and what it cost.
     """
 
     logits: Float[Array, "b v"]
+    logits_at: Float[Array, "b n v"] | None
     hidden: Float[Array, "b e"]
     cache: KVCache
     report: PrefillReport
@@ -88,9 +99,12 @@ def prefill(
     table: PatternTable | Pattern | None = None,
     chunk_tokens: int | None = None,
     max_new_tokens: int = 0,
+    cache: KVCache | PrefillResult | None = None,
+    donates_cache: bool = False,
+    logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Vendor | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
     mesh: Mesh | None = None,
@@ -106,10 +120,17 @@ def prefill(
         Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's own last
         queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
         queries" of Tri-shape are each chunk's.
-      max_new_tokens: room to leave in the cache for decoding.
+      max_new_tokens: room to leave in the cache for decoding, or for what will follow.
+      cache: of a prefill before, or its result: the prompt is what follows, a further piece of a video or another
+        question, counted from 0 as if it stood alone. All its prompts must hold equally many tokens. A sparse plan
+        is made for the new queries over all keys. The cache is enlarged where it has no room for the padded prompt.
+      donates_cache: the given cache's memory becomes the result's, and the cache must not be used again, save through
+        `KVCache.reclaim`. Otherwise it stays as it is and the result holds a copy.
+      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are wanted besides those after the
+        last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places are not.
       buckets: padded lengths.
       blocks: tile sizes.
-      implementation: see `block_sparse_attention`.
+      implementation: see `attend_sparsely`.
       measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
       may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
         this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
@@ -120,79 +141,150 @@ def prefill(
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
 
     Raises:
-      ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
-        q or k are not finite in a layer; the message names it.
+      ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other,
+        `logits_at` names tokens that are not there, or q or k are not finite in a layer; the message names it.
+      DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
     """
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
-
     blocks = blocks or Blocks()
     table = _as_table(table, model.config)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     buckets = buckets or default_buckets(blocks, shards)
-    lengths = _lengths(prompt)
-    num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks, shards)
-    if may_run_dense and chunk >= num_tokens:
-        table = _faster(table, num_tokens, blocks)
-    clock = _Clock(on_stage)
-    with clock("vision"):
-        x = jax.block_until_ready(_fit(model.embed(prompt), capacity, axis=1))
-    layout = jax.tree.map(jnp.asarray, _fit_layout(prompt.layout, capacity))
-    rope_pos = _fit(jnp.asarray(prompt.rope_pos), capacity, axis=2)
-    graphdef, state = nnx.split(model)
-    program = Program(
-        graphdef=graphdef,
-        layers=table.layers,
+    lengths = lengths_of(prompt)
+    wanted = wanted_tokens(lengths, logits_at)
+    before = cache.cache if isinstance(cache, PrefillResult) else cache
+    sizes = sizes_for(
+        int(lengths.max()),
+        max_new_tokens=max_new_tokens,
+        chunk_tokens=chunk_tokens,
+        buckets=buckets,
         blocks=blocks,
-        implementation=implementation,
-        measures_recall=measures_recall,
-        starts_plain=chunk >= num_tokens and shards.num_devices == 1 and is_plain(prompt.layout),
-        mesh=mesh,
+        shards=shards,
+        held=0 if before is None else held_tokens(before),
+        capacity=0 if before is None else before.capacity,
     )
-    filled = _described_cache(model.config, x, layout, rope_pos, lengths, mesh)
+    if may_run_dense:
+        table = _faster(table, sizes, blocks)
+    if before is not None:
+        check_cache(before, model, batch=len(lengths))
+    padded = fit_prompt(prompt, sizes.padded)
+    settings = dict(blocks=blocks, implementation=implementation, measures_recall=measures_recall, mesh=mesh)
+    run = functools.partial(_run, model, padded, lengths, wanted, before, donates_cache, table, sizes, settings)
+    if mesh is not None:
+        return run(_Clock(on_stage))
+    memory = MemoryTask(
+        config=model.config,
+        weight_bytes=weight_bytes(model),
+        dtype=model.dtype,
+        layers=table.layers,
+        batch=len(lengths),
+        num_tokens=int(lengths.max()),
+        blocks=blocks,
+        buckets=buckets,
+        max_new_tokens=max_new_tokens,
+        chunk_tokens=chunk_tokens,
+        held=sizes.held,
+        capacity=0 if before is None else before.capacity,
+    )
+    takes_over = before is not None and donates_cache and before.capacity == sizes.capacity
+    check_room(memory, bytes_of((before.k, before.v)) if before is not None and takes_over else 0)
+    with explained_exhaustion(memory):
+        return run(_Clock(on_stage))
+
+
+def _run(
+    model, padded: Any, lengths: np.ndarray, wanted: np.ndarray, before: KVCache | None, donates: bool,
+    table: PatternTable, sizes: Sizes, settings: dict[str, Any], clock: "_Clock",
+) -> PrefillResult:  # fmt: skip
+    """The prefill of a batch that was checked and padded."""
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+    mesh = settings["mesh"]
+    with clock("vision"):
+        x = jax.block_until_ready(model.embed(padded))
+    graphdef, state = nnx.split(model)
+    starts_plain = sizes.is_whole and mesh is None and _has_dense_layer(table) and is_plain(padded.layout)
+    program = Program(graphdef=graphdef, layers=table.layers, starts_plain=starts_plain, **settings)
+    if before is None:
+        filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
+    else:
+        filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates)
+    shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     state = place(state, mesh, weight_specs(state, shards))
-    x, rope_pos = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
-    cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, range(0, num_tokens, chunk), clock)
+    inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
+    del x  # the program takes its memory over
+    filled, hidden, statistics = _run_chunks(program, state, inputs, filled, wanted + sizes.held, sizes.starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
-        layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
+        layout=padded.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
     )
-    return PrefillResult(logits=_logits(graphdef, state, hidden, mesh), hidden=hidden, cache=cache, report=report)
+    logits = _logits(graphdef, state, hidden, mesh)
+    return PrefillResult(
+        logits=logits[:, 0],
+        logits_at=logits[:, 1:] if wanted.shape[1] > 1 else None,
+        hidden=hidden[:, 0],
+        cache=filled,
+        report=report,
+    )
 
 
 def _described_cache(
-    config: ModelConfig, x, layout: TokenLayout, rope_pos, lengths: np.ndarray, mesh: Mesh | None
-) -> KVCache:
-    """A cache with room for the padded prompts that knows all of them but their keys and values."""
+    config: ModelConfig, x, padded: Any, lengths: np.ndarray, sizes: Sizes, mesh: Mesh | None
+) -> tuple[KVCache, Any]:
+    """A cache with room for the padded prompts that knows all of them but their keys and values; rotary positions."""
     cache = empty_cache(
         num_layers=config.num_layers,
         batch=x.shape[0],
-        capacity=x.shape[1],
+        capacity=sizes.capacity,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=x.dtype,
         sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
     )
-    return dataclasses.replace(
+    layout = jax.tree.map(jnp.asarray, padded.layout.pad_to(sizes.capacity))
+    last_rope_pos = np.where(padded.layout.is_real, padded.rope_pos, -1).max(axis=(0, 2))
+    cache = dataclasses.replace(
         cache,
         layout=place(layout, mesh, P()),
         lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
-        next_rope_pos=jnp.max(jnp.where(layout.is_real, rope_pos, -1), axis=(0, 2)) + 1,
+        next_rope_pos=jnp.asarray(last_rope_pos + 1, jnp.int32),
     )
+    return cache, jnp.asarray(padded.rope_pos)
 
 
-def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
-    """All chunks one after another: the cache with its keys and values, the last hidden states, and statistics."""
-    hidden = place(jnp.zeros((x.shape[0], x.shape[2]), x.dtype), program.mesh, P())
+def _continued_cache(
+    before: KVCache, padded: Any, lengths: np.ndarray, sizes: Sizes, *, donates: bool
+) -> tuple[KVCache, Any]:
+    """The cache with room for what follows, and its description; rotary positions of what follows."""
+    new_layout = jax.tree.map(jnp.asarray, padded.layout)
+    rope_pos, layout, next_rope_pos = continued(
+        before.layout, jnp.int32(sizes.held), before.next_rope_pos, jnp.asarray(padded.rope_pos), new_layout,
+        capacity=sizes.capacity,
+    )  # fmt: skip
+    k, v = (with_capacity(x, sizes.capacity, donates=donates) for x in (before.k, before.v))
+    in_all = before.lengths + jnp.asarray(lengths, jnp.int32)
+    return KVCache(k=k, v=v, lengths=in_all, next_rope_pos=next_rope_pos, layout=layout), rope_pos
+
+
+def _run_chunks(program: Program, state, inputs, cache: KVCache, wanted, starts: range, clock: "_Clock"):
+    """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics.
+
+    Args:
+      inputs: embeddings and rotary positions of the tokens from the first start on; the embeddings are given up.
+    """
+    x, rope_pos = inputs
+    hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
+    wanted = place(jnp.asarray(wanted, jnp.int32), program.mesh, P())
     carry = cache.k, cache.v, hidden
     statistics = []
     for start in starts:
-        tokens = slice(start, start + starts.step)
+        tokens = slice(start - starts.start, start - starts.start + starts.step)
+        piece = (x, rope_pos) if len(starts) == 1 else (x[:, tokens], rope_pos[:, :, tokens])
         q_start = place(jnp.int32(start), program.mesh, P())
-        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, q_start, cache.lengths, carry)
+        args = (state, *piece, cache.layout, q_start, wanted, carry)
         with clock("compile"):
             compiled = _compiled(program, *args)
         with clock("prefill"):
-            carry, chunk_statistics = jax.block_until_ready(compiled(*args))
+            carry, _, chunk_statistics = jax.block_until_ready(compiled(*args))
         pieces = jax.device_get(chunk_statistics)
         statistics += [jax.tree.map(lambda a, n=n: a[n], pieces) for n in range(len(pieces["num_queries"]))]
     k, v, hidden = carry
@@ -200,7 +292,7 @@ def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: ra
 
 
 def _logits(graphdef, state, hidden, mesh: Mesh | None):
-    """Float32 logits `[b, v]`, on every device of a mesh."""
+    """Float32 logits `[b, n, v]`, on every device of a mesh."""
     from flax import nnx
 
     if mesh is None:
@@ -209,9 +301,26 @@ def _logits(graphdef, state, hidden, mesh: Mesh | None):
     return unembed(state, hidden)
 
 
+GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 1000}
+"""XLA must not try to fit the program into 80 % of the memory: it computes things again and arranges the rest worse.
+
+A prefill of a million tokens, 7B: 113.4 GiB as it is, 120.9 GiB after XLA's rematerialization (compiled for an H200).
+"""
+
+
+def compile_options() -> dict[str, Any] | None:
+    """What the compiler of the default device is told."""
+    return GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+
 def num_compiled_programs() -> int:
     """Programs that prefill has compiled in this process."""
     return len(_COMPILED)
+
+
+def program_texts() -> list[str]:
+    """The programs that prefill has compiled in this process, as their compiler writes them."""
+    return [compiled.as_text() for compiled in _COMPILED.values()]
 
 
 _COMPILED: dict[Any, Any] = {}
@@ -224,7 +333,8 @@ def _compiled(program: Program, *args):
     key = (program, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if key not in _COMPILED:
         num_kv_heads = args[-1][0].shape[3]
-        _COMPILED[key] = program.jitted(args[0], num_kv_heads).lower(*args).compile()
+        lowered = program.jitted(args[0], num_kv_heads).lower(*args)
+        _COMPILED[key] = lowered.compile(compile_options())
     return _COMPILED[key]
 
 
@@ -235,76 +345,19 @@ def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> Patt
     return table
 
 
-def _faster(table: PatternTable, num_tokens: int, blocks: Blocks) -> PatternTable:
+def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:
     """The table with dense heads where the device's cost model finds them faster."""
     costs = costs_of_device()
-    layers = tuple(faster_patterns(row, num_tokens=num_tokens, blocks=blocks, costs=costs) for row in table.layers)
+    if not sizes.is_whole:
+        is_dense = costs is not None and costs.runs_dense(table.num_heads, sizes.chunk, sizes.held + sizes.padded)
+        return uniform_table(Dense(), num_layers=table.num_layers, num_heads=table.num_heads) if is_dense else table
+    layers = tuple(faster_patterns(row, num_tokens=sizes.padded, blocks=blocks, costs=costs) for row in table.layers)
     return dataclasses.replace(table, layers=layers)
 
 
-def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:
-    """Padded lengths that every device's piece fills with whole blocks.
-
-    A mesh takes prompts of up to `MOST_TOKENS`, as many as `mmi aot --longest` tries; one device those of `Buckets()`.
-    """
-    if shards.num_devices == 1:
-        return Buckets()
-    multiple = math.lcm(blocks.q, blocks.kv) * shards.num_devices
-    return Buckets(smallest=multiple, largest=-(-MOST_TOKENS // multiple) * multiple, multiple=multiple)
-
-
-def _sizes(
-    num_tokens: int, max_new_tokens: int, chunk_tokens: int | None, buckets: Buckets, blocks: Blocks, shards: Shards
-) -> tuple[int, int, int]:
-    """Tokens to run, in whole chunks; tokens of a chunk; and capacity of the cache."""
-    padded = buckets.length_for(num_tokens)
-    piece = buckets.multiple / shards.num_devices
-    if piece % blocks.q or piece % blocks.kv:
-        pieces = f"{shards.num_devices} times {blocks}" if shards.num_devices > 1 else f"{blocks}"
-        raise ValueError(f"buckets must be whole numbers of blocks: {buckets.multiple=} must be a multiple of {pieces}")
-    if shards.num_devices > 1 and chunk_tokens is not None:
-        raise ValueError(f"a mesh runs the whole prompt at once: expected no chunk_tokens, got {chunk_tokens}")
-    chunk = padded if chunk_tokens is None else chunk_tokens
-    if chunk < 1 or chunk % blocks.q or chunk % blocks.kv:
-        raise ValueError(f"chunk_tokens must be a positive multiple of the block sizes {blocks}, got {chunk_tokens}")
-    if not 0 <= max_new_tokens <= buckets.largest - num_tokens:
-        raise ValueError(
-            f"max_new_tokens must be at least 0 and fit the largest bucket with the prompt: "
-            f"{buckets.largest=}, {num_tokens=}, {max_new_tokens=}"
-        )
-    if shards.num_devices > 1:  # the cache is cut as the prompt is, so the room behind it runs along as padding
-        chunk = buckets.length_for(num_tokens + max_new_tokens)
-    whole = -(-num_tokens // chunk) * chunk
-    return whole, chunk, max(whole, buckets.length_for(num_tokens + max_new_tokens))
-
-
-def _fit(x, num_tokens: int, *, axis: int):
-    """The array cut or padded with zeros to `num_tokens` along an axis."""
-    x = jax.lax.slice_in_dim(x, 0, min(num_tokens, x.shape[axis]), axis=axis)
-    return jnp.pad(x, [(0, num_tokens - x.shape[axis] if n == axis else 0) for n in range(x.ndim)])
-
-
-def _fit_layout(layout: TokenLayout, num_tokens: int) -> TokenLayout:
-    cut = jax.tree.map(lambda x: x[:, :num_tokens], layout)
-    return cut.pad_to(num_tokens)
-
-
-def _lengths(prompt: Any) -> np.ndarray:
-    """Tokens of each prompt; raises ValueError for a batch that cannot be run."""
-    is_real = np.asarray(prompt.layout.is_real)
-    if is_real.ndim != 2:
-        raise ValueError(f"the layout's fields must be [b, t], got shape {is_real.shape}")
-    lengths = is_real.sum(axis=1)
-    if not len(lengths) or lengths.min() < 1:
-        raise ValueError(f"every prompt of a batch must have at least one token, got lengths {lengths.tolist()}")
-    if (is_real != (np.arange(is_real.shape[1]) < lengths[:, None])).any():
-        raise ValueError("prompts of a batch must be padded on the right only, got padding before a token")
-    if prompt.tokens.shape != is_real.shape or prompt.rope_pos.shape != (3, *is_real.shape):
-        raise ValueError(
-            f"tokens and rope_pos must fit the layout {is_real.shape}: "
-            f"got {prompt.tokens.shape} and {prompt.rope_pos.shape}"
-        )
-    return lengths
+def _has_dense_layer(table: PatternTable) -> bool:
+    """Whether a layer may run without a plan; where none may, all chunks are one program, the first too."""
+    return any(set(row) == {Dense()} for row in table.layers)
 
 
 def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:
@@ -312,7 +365,7 @@ def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -
         if not chunk["is_finite"].all():
             layer, example = np.argwhere(~chunk["is_finite"])[0]
             raise ValueError(f"q and k must be finite: layer {layer} has NaN or infinity in example {example}")
-    is_finite = np.isfinite(hidden).all(axis=1)
+    is_finite = np.isfinite(hidden).all(axis=(1, 2))
     if not is_finite.all():
         layer, example = len(statistics[0]["is_finite"]) - 1, int(np.argmin(is_finite))
         raise ValueError(f"hidden states must be finite: layer {layer} left NaN or infinity in example {example}")

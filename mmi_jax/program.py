@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mmi_jax import estimate
-from mmi_jax.attention import SparseAttention, attend_sparsely, batch_geometry
+from mmi_jax.attention import SparseAttention, Vendor, attend_sparsely, batch_geometry
 from mmi_jax.blocks import Blocks
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.patterns import Pattern
@@ -23,6 +23,7 @@ from mmi_jax.sharding import (
     weight_specs,
 )
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.notation import Array
 
 NUM_RECALL_QUERIES = 64
 """Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
@@ -44,13 +45,13 @@ class Program:
     graphdef: Any
     layers: tuple[tuple[Pattern, ...], ...]
     blocks: Blocks
-    implementation: Backend | None = None
+    implementation: Backend | Vendor | None = None
     measures_recall: bool = True
     starts_plain: bool = False
     mesh: Mesh | None = None
 
     def jitted(self, state: Any, num_kv_heads: int):
-        """`run_chunk` as a function of its arrays; the carry's memory is given up to the result.
+        """`run_chunk` as a function of its arrays; the memory of x and of the carry is given up to the result.
 
         Args:
           state: of the model, arrays or shapes; it says how the weights are cut.
@@ -66,24 +67,27 @@ class Program:
         if self.mesh is not None:
             carry_specs = (CACHE_SPEC, CACHE_SPEC, P())
             in_specs = (weight_specs(state, shards), TOKENS_SPEC, ROPE_SPEC, P(), P(), P(), carry_specs)
-            run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=(carry_specs, P()), check_vma=False)
-        return jax.jit(run, donate_argnums=6, keep_unused=True)
+            run = jax.shard_map(
+                run, mesh=self.mesh, in_specs=in_specs, out_specs=(carry_specs, TOKENS_SPEC, P()), check_vma=False
+            )
+        return jax.jit(run, donate_argnums=(1, 6), keep_unused=True)
 
 
 def run_chunk(
     program: Program, shards: Shards, cuts: tuple[int | None, ...],
-    state, x, rope_pos, layout: TokenLayout, q_start, lengths, carry,
+    state, x, rope_pos, layout: TokenLayout, q_start, wanted, carry,
 ):  # fmt: skip
     """All layers over one chunk of tokens, or over this device's piece of the prompt.
 
     Args:
-      x, rope_pos, carry: this device's embeddings, positions and caches.
-      layout, q_start, lengths: of the whole prompt.
+      x, rope_pos, carry: this device's embeddings, positions and caches, and hidden states `[b, n, e]` found so far.
+      layout, q_start: of the whole prompt.
+      wanted: tokens of each prompt whose hidden states are kept, int32 `[b, n]`.
 
     Returns:
-      The caches, and the hidden state of every prompt's last token if it stands in this chunk; and statistics of each
-      piece and layer: density and recall `[pieces, layers, b, h]`, the queries behind the recall and whether q and k
-      were finite `[pieces, layers, b]`.
+      The caches, and the wanted hidden states with those that stand in this chunk; the last layer's output, which takes
+      the memory of x and is of no other use; and statistics of each piece and layer: density and recall
+      `[pieces, layers, b, h]`, the queries behind the recall and whether q and k were finite `[pieces, layers, b]`.
     """
     from flax import nnx
 
@@ -115,8 +119,8 @@ def run_chunk(
 
         (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
         statistics.append(span_statistics)
-    hidden = _last_hidden(shards, x, lengths, q_start, hidden)
-    return (k, v, hidden), _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
+    hidden = _hidden_at(shards, x, wanted, q_start, hidden)
+    return (k, v, hidden), x, _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
 
 
 def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], x, layout: TokenLayout, q_start):
@@ -130,12 +134,14 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
         )
 
         def attend(q, k, v):
+            # Before q is permuted, so that it need not be kept until all is done.
+            q, sample = jax.lax.optimization_barrier((q, _sample(program, q, k, layout, first_query)))
             result = attend_sparsely(
                 q, k, v, patterns, layout=layout, geometry=geometry, q_start=first_query,
                 blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
-                padding_is_finite=True,  # prefill has padded with zeros itself
+                padding_is_finite=True,  # prefill pads with a token of its own
             )  # fmt: skip
-            return result.out, _statistics(program, result, q, k, layout, first_query)
+            return result.out, _statistics(program, result, sample)
 
         return attend
 
@@ -143,14 +149,14 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
     return lambda q, k, v: shards.in_group(branches, q, k, v)
 
 
-def _last_hidden(shards: Shards, x, lengths, q_start, hidden):
-    """The hidden states of the prompts' last tokens: those that stand in this chunk, and the others as they were."""
-    last = lengths - 1 - shards.first_token(q_start, x.shape[1])
-    is_here = (last >= 0) & (last < x.shape[1])
-    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+def _hidden_at(shards: Shards, x, wanted, q_start, hidden):
+    """The hidden states of the wanted tokens: those that stand in this chunk, and the others as they were."""
+    place = wanted - shards.first_token(q_start, x.shape[1])
+    is_here = ((place >= 0) & (place < x.shape[1]))[..., None]
+    rows = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
     if shards.num_devices == 1:
-        return jnp.where(is_here[:, None], rows, hidden)
-    return shards.sum(jnp.where(is_here[:, None], rows, jnp.zeros_like(rows)))  # one device holds each
+        return jnp.where(is_here, rows, hidden)
+    return shards.sum(jnp.where(is_here, rows, jnp.zeros_like(rows)))  # one device holds each
 
 
 def _join(shards: Shards, statistics):
@@ -161,8 +167,11 @@ def _join(shards: Shards, statistics):
     return per_piece | {name: shards.by_piece(x, has_heads=False) for name, x in others.items()}
 
 
-def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLayout, q_start):
-    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite."""
+def _sample(program: Program, q, k, layout: TokenLayout, q_start) -> dict[str, Array]:
+    """What is asked of all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
+
+    Of the queries: their rows `[b, n]`, whether they are real, and each head's log-sum-exp over all keys `[b, h, n]`.
+    """
     queries = layout.window(q_start, q.shape[1])
     is_finite = jnp.array(
         [
@@ -170,31 +179,44 @@ def _statistics(program: Program, result: SparseAttention, q, k, layout: TokenLa
             for x, layout_part in ((q, queries), (k, layout))
         ]
     ).all(axis=0)
-    density = result.density()
-    num_real = queries.is_real.sum(axis=1)
+    sample = {"num_queries": queries.is_real.sum(axis=1), "is_finite": is_finite}
     if not program.measures_recall:
-        recall = jnp.full(density.shape, jnp.nan)
-    elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
-        recall = jnp.ones_like(density)
-    else:
-        recall = jax.vmap(_recall)(q, k, result.lse, queries, layout)
-    return {"density": density, "recall": recall, "num_queries": num_real, "is_finite": is_finite}
+        return sample
+    with jax.named_scope("mmi.recall"):
+        rows, is_real, lse = jax.vmap(_dense_lse)(q, k, queries, layout)
+    return sample | {"rows": rows, "is_real": is_real, "lse": lse}
 
 
-def _recall(q, k, lse, queries: TokenLayout, keys: TokenLayout):
-    """Mean over evenly spaced queries of the share of attention that was kept, per head; one example."""
+def _dense_lse(q, k, queries: TokenLayout, keys: TokenLayout):
+    """Rows of evenly spaced queries, whether they are real, and each head's log-sum-exp over all keys; one example."""
     num_real = queries.is_real.sum()
     rows = ((jnp.arange(NUM_RECALL_QUERIES) + 0.5) * num_real / NUM_RECALL_QUERIES).astype(jnp.int32)
     q_pos = jnp.where(queries.is_real, queries.pos, PADDING)[rows]
     kv_pos = jnp.where(keys.is_real, keys.pos, jnp.iinfo(jnp.int32).max)
     ratio, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    q = q[rows]
 
     def head(h):
-        dense = estimate.dense_lse(q[rows, h], k[:, h // ratio], q_pos, kv_pos, scale)
-        kept = jnp.exp(lse[h, rows] - jnp.where(jnp.isfinite(dense), dense, 0.0))
-        return jnp.mean(kept, where=q_pos >= 0)
+        return estimate.dense_lse(q[:, h], k[:, h // ratio], q_pos, kv_pos, scale)
 
-    return jax.lax.map(head, jnp.arange(q.shape[1]))
+    return rows, q_pos >= 0, jax.lax.map(head, jnp.arange(q.shape[1]))
+
+
+def _statistics(program: Program, result: SparseAttention, sample: dict[str, Array]):
+    """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite.
+
+    Recall is the mean over the sampled queries of the share of attention that was kept.
+    """
+    density = result.density()
+    if not program.measures_recall:
+        recall = jnp.full(density.shape, jnp.nan)
+    elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
+        recall = jnp.ones_like(density)
+    else:
+        kept = jnp.take_along_axis(result.lse, sample["rows"][:, None], axis=2)
+        dense = jnp.where(jnp.isfinite(sample["lse"]), sample["lse"], 0.0)
+        recall = jnp.mean(jnp.exp(kept - dense), axis=2, where=sample["is_real"][:, None])
+    return {name: sample[name] for name in ("num_queries", "is_finite")} | {"density": density, "recall": recall}
 
 
 def _spans(layers: tuple[tuple[Pattern, ...], ...]) -> list[tuple[int, int]]:

@@ -1,5 +1,10 @@
 """Prompt: what a processor makes and a model embeds."""
 
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
 from jaxtyping import Float, Int32
 
 from mmi_jax.layout import TokenLayout
@@ -26,3 +31,26 @@ class Prompt:
     layout: TokenLayout
     patches: Float[AnyArray, "p c"]
     grids: tuple[tuple[int, int, int], ...] = static_field()
+
+    @staticmethod
+    def batch(prompts: "Sequence[Prompt]") -> "Prompt":
+        """Several prompts, or batches, as one batch, host arrays, each padded at its end to the longest."""
+        longest = max(prompt.tokens.shape[1] for prompt in prompts)
+        padded = [prompt.padded_to(longest) for prompt in prompts]
+        return Prompt(
+            tokens=np.concatenate([p.tokens for p in padded]),
+            rope_pos=np.concatenate([p.rope_pos for p in padded], axis=1),
+            layout=jax.tree.map(lambda *rows: np.concatenate(rows), *[p.layout for p in padded]),
+            patches=np.concatenate([np.asarray(p.patches) for p in padded]),
+            grids=sum((p.grids for p in padded), ()),
+        )
+
+    def padded_to(self, num_tokens: int) -> "Prompt":
+        """The prompt with padding appended up to `num_tokens`, host arrays."""
+        width = num_tokens - self.tokens.shape[1]
+        return dataclasses.replace(
+            self,
+            tokens=np.pad(np.asarray(self.tokens), [(0, 0), (0, width)]),
+            rope_pos=np.pad(np.asarray(self.rope_pos), [(0, 0), (0, 0), (0, width)]),
+            layout=jax.tree.map(np.asarray, self.layout.pad_to(num_tokens)),
+        )

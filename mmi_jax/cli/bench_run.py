@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
-from rich.table import Table
+from rich.console import RenderableType
 
 from mmi_jax.bench.machine import machine
 from mmi_jax.bench.rows import reason
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 def run_all(
     runs: list[Run],
     measure: Callable[[Any], dict[str, Any]],
-    table: Callable[[dict[str, Any]], Table],
+    table: Callable[[dict[str, Any]], RenderableType],
     json_file: Path | None,
     *,
     stops_at_error: bool,

@@ -1,7 +1,9 @@
 """Results of `mmi bench` as tables; times in milliseconds."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 RANKS = 10
@@ -58,6 +60,62 @@ def plans_table(result: dict[str, Any]) -> Table:
             f"{case['speedup']:.2f} x" if "speedup" in case else case.get("dense_error", ""),
         )
     return table
+
+
+def prefill_table(result: dict[str, Any]) -> Group:
+    """Each length: ours, dense with ~ where it is extrapolated, memory planned and measured, then the peers; below the
+    table the stages and the check.
+    """
+    table = _table(
+        result, "", "tokens", "layers", "density", "s (fastest, slowest)", "dense s", "speed-up", "tokens/s",
+        "projections at the matmul rate, s", "compile s", "planned GiB", "peak GiB",
+    )  # fmt: skip
+    for case in _measured_cases(result):
+        dense = (
+            f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_seconds']:.4g}" if "speedup" in case else ""
+        )
+        ideal = case["projection_flops"] / result["matmul_tflops_per_s"] / 1e12
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            str(case["layers"]),
+            f"{case['density']:.4f}",
+            f"{case['seconds']:.4g} ({case['fastest_seconds']:.4g}, {case['slowest_seconds']:.4g})",
+            dense or case.get("dense_error", ""),
+            f"{case['speedup']:.2f} x" if "speedup" in case else "",
+            f"{case['tokens'] / case['seconds']:,.0f}",
+            f"{ideal:.4g}",
+            f"{case['compile_seconds']:.1f}",
+            f"{case['planned_bytes'] / 2**30:.2f}",
+            f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
+        )
+        for other in case["others"]:
+            time = f"{other['seconds']:.4g}" if "seconds" in other else other["error"]
+            peak = f"{other['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in other else ""
+            table.add_row(f"  {other['name']}", "", "", "", time, *[""] * 6, peak)
+    return Group(table, *(note for case in _measured_cases(result) for note in _prefill_notes(case)))
+
+
+def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
+    """Density by pattern, device time by stage, and the check, each on a line."""
+    label = f"{case['case']} {case['tokens']:,}"
+    yield f"{label}, density: " + ", ".join(f"{name} {x:.4f}" for name, x in case["density_by_pattern"].items())
+    if "stages" in case:
+        stages = case["stages"]["seconds"]
+        yield f"{label}, stages: " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in stages.items())
+    if "start" in case:
+        yield f"{label}, start: " + (case["start"].get("error") or ", ".join(_starts(case["start"])))
+    if "check" in case:
+        check = case["check"]
+        found = check.get("error") or f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e}"
+        yield f"{label}, {check['name']}: {found}"
+
+
+def _starts(start: dict[str, Any]) -> Iterator[str]:
+    """Cold and warm, tracing and compiling apart."""
+    for name in ("cold", "warm"):
+        times = start[f"{name}_start"]
+        yield f"{name} {times['trace_seconds']} s tracing, {times['compile_seconds']} s compiling"
 
 
 def check_table(result: dict[str, Any]) -> Table:

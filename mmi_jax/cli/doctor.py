@@ -1,4 +1,4 @@
-"""`mmi doctor`: versions, devices, backends and why one cannot run here, compiled programs."""
+"""`mmi doctor`: versions, devices, backends and why one cannot run here, compiled programs; or a prefill's memory."""
 
 import platform
 from importlib import metadata
@@ -14,6 +14,7 @@ from rich.table import Table
 from mmi_jax import console
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.plan import PlanRequest, print_plan
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.block_index import index_from_block_mask
@@ -24,14 +25,43 @@ BLOCK, HEAD_DIM = 128, 64
 
 
 def doctor(
+    plan: Annotated[
+        str | None, typer.Option(help="Plan the memory of a prefill of this model: 3b, 7b, 32b, 72b or a directory.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the planned prompt.")] = 2**17,
+    batch: Annotated[int, typer.Option(help="Planned prompts that run together.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device to plan for: h100, h200, v5e, ... or a size as in 72GiB; else the one that is here."),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="Planned patterns: a JSON pattern table.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Planned pattern of all heads: NAME[:field=value,...].")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Planned tokens that go through the layers at once.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Planned room behind the prompt.")] = 0,
     cache_dir: Annotated[
         Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Print what is installed, which devices and attention backends can be used, and which programs are compiled."""
+    """Print what is installed, which devices and attention backends can be used, and which programs are compiled.
+
+    With --plan, print instead what a prefill would hold on a device, or refuse it and say what would fit.
+    """
     with one_line_errors(shows_traceback=debug):
         out = console.stdout_console()
+        if plan is not None:
+            request = PlanRequest(
+                model=plan,
+                tokens=tokens,
+                batch=batch,
+                device=device,
+                table=table,
+                pattern=pattern,
+                chunk_tokens=chunk_tokens,
+                max_new_tokens=max_new_tokens,
+            )
+            print_plan(request, out)
+            return
         out.print(versions_table())
         out.print(_rows("devices", devices()))
         out.print(_rows("attention backend", [(name, backend_status(name)) for name in get_args(Implementation)]))

@@ -46,6 +46,9 @@ def prefill(
     compare_dense: Annotated[bool, typer.Option("--compare-dense", help="Run dense attention as well.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
     plot_layer: Annotated[int, typer.Option(help="Layer whose masks are drawn; the layers before it run again.")] = 0,
+    profile: Annotated[
+        Path | None, typer.Option(help="Directory for a profiler trace of a second prefill; prints its stages.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")] = False,
     is_demo: Annotated[
         bool, typer.Option("--demo", help="A tiny random model and a shipped video; compares with dense, writes plots.")
@@ -95,6 +98,7 @@ def prefill(
         outputs = Outputs(
             plots=plots or (demo_dir if is_demo else None),
             plot_layer=plot_layer,
+            profile=profile,
             is_json=json,
             note=demo.NOTE if is_demo else "",
         )

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmi_jax.cli.task import TaskResult
+from mmi_jax.profile import StageTimes
 from mmi_jax.report import Agreement, PrefillReport
 
 
@@ -15,6 +16,9 @@ def print_result(result: TaskResult, console: Console) -> None:
     report = result.report
     console.print(prompt_table(report))
     console.print(seconds_table(report, result.dense_report))
+    if result.stages is not None:
+        console.print(stages_table(result.stages))
+        console.print(f"trace in {result.stages.directory}", markup=False, soft_wrap=True)
     console.print(layers_table(report))
     for pattern in dict.fromkeys(sum(report.table.layers, ())):
         console.print(f"  {pattern}", style="dim", soft_wrap=True, markup=False)
@@ -43,6 +47,20 @@ def seconds_table(report: PrefillReport, dense: PrefillReport | None) -> Table:
     for stage, seconds in report.seconds.items():
         other = [f"{dense.seconds[stage]:.2f}" if stage in dense.seconds else ""] if dense else []
         table.add_row(stage, f"{seconds:.2f}", *other)
+    return table
+
+
+def stages_table(stages: StageTimes) -> Table:
+    """Device time of each stage of the prefill, from the trace."""
+    title = None
+    if not stages.is_device:
+        title = "no device beside the host: time of the host's threads, which run several stages at once"
+    table = _table("stage, by the profiler", "seconds", "share", title=title)
+    total = sum(stages.seconds.values()) or 1.0
+    for name, seconds in stages.seconds.items():
+        table.add_row(name, f"{seconds:.4f}", f"{seconds / total:.1%}")
+    if stages.is_device:
+        table.add_row("no kernel running", f"{stages.idle:.4f}", "", style="dim")
     return table
 
 

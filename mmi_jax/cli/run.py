@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -19,7 +20,9 @@ from mmi_jax.cli.pictures import write_pictures
 from mmi_jax.cli.printing import print_result
 from mmi_jax.cli.prompt import arrange
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling, TaskResult
+from mmi_jax.engine import program_texts
 from mmi_jax.patterns import Pattern
+from mmi_jax.profile import profiled
 from mmi_jax.report import PrefillReport, agreement
 from mmi_jax.sharding import make_mesh
 from models.hub import locate
@@ -50,6 +53,10 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
         end_tokens = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
         new_tokens = _decode(model, result, task.sampling, end_tokens)
+    stages = None
+    if outputs.profile is not None:
+        run = functools.partial(_prefill, model, prompt, task, task.table, mesh)
+        _, stages = profiled(lambda: run().logits, outputs.profile, program_texts)
     report = _with_stages(result.report, seconds)
     pictures: tuple[Path, ...] = ()
     if outputs.plots is not None:
@@ -64,6 +71,7 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         new_tokens=new_tokens,
         text=processor.tokenizer.decode(new_tokens),
         pictures=pictures,
+        stages=stages,
         note=outputs.note,
     )
     if jax.process_index():  # one host speaks for all

@@ -8,6 +8,7 @@ import jax
 
 from mmi_jax import Blocks, PatternTable
 from mmi_jax.patterns import Pattern
+from mmi_jax.profile import StageTimes
 from mmi_jax.report import Agreement, PrefillReport
 
 
@@ -68,19 +69,22 @@ class Outputs:
     Args:
       plots: directory for pictures, or None.
       plot_layer: whose masks are drawn.
+      profile: directory for a profiler trace, or None.
       is_json: one JSON object on stdout instead of tables.
       note: a sentence to print with the answer.
     """
 
     plots: Path | None
     plot_layer: int
+    profile: Path | None
     is_json: bool
     note: str
 
     def __post_init__(self):
-        """Raises ValueError if pictures would go into a file; better now than after the run."""
-        if self.plots is not None and self.plots.exists() and not self.plots.is_dir():
-            raise ValueError(f"--plots must name a directory, got the file {str(self.plots)!r}")
+        """Raises ValueError if pictures or a trace would go into a file; better now than after the run."""
+        for option, path in (("--plots", self.plots), ("--profile", self.profile)):
+            if path is not None and path.exists() and not path.is_dir():
+                raise ValueError(f"{option} must name a directory, got the file {str(path)!r}")
 
     def check_layer(self, num_layers: int) -> None:
         """Raises ValueError if the model has no layer `plot_layer`."""
@@ -97,6 +101,7 @@ class TaskResult:
       dense_report: of the dense prefill it is compared with.
       new_tokens, text: the answer.
       pictures: files written.
+      stages: device time by stage of a second prefill, under the profiler.
     """
 
     task: PrefillTask
@@ -106,6 +111,7 @@ class TaskResult:
     new_tokens: list[int]
     text: str
     pictures: tuple[Path, ...]
+    stages: StageTimes | None
     note: str
 
     def to_json(self) -> dict[str, Any]:
@@ -122,6 +128,7 @@ class TaskResult:
             "agreement": None if self.agreement is None else dataclasses.asdict(self.agreement),
             "new_tokens": self.new_tokens,
             "text": self.text,
+            "stages": None if self.stages is None else self.stages.to_json(),
             "plots": [str(path) for path in self.pictures],
             "note": self.note,
         }

@@ -95,9 +95,11 @@ class Scope:
         positions, -1 where there are fewer.
         """
         q, q_pos, _ = self.last_queries(last_q)
-        mass = column_mass(
-            q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=self.group_pos[None], scale=self.scale
-        )
+        with jax.named_scope("mmi.estimate"):
+            mass = column_mass(
+                q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=self.group_pos[None],
+                scale=self.scale,
+            )  # fmt: skip
         return mass[0], q_pos
 
     def last_line_mass(self, last_q: int):
@@ -112,10 +114,11 @@ class Scope:
         else:
             k = self.all_k[jnp.maximum(view.order, 0)]
         kv_pos = jnp.where(view.order >= 0, geometry.keys.pos[jnp.maximum(view.order, 0)], PAD_KV_POS)
-        columns, bands = line_mass(
-            q[None], k, self.kv_head[None], q_pos=q_pos[None], q_row=jnp.where(rows >= 0, anchor, -1)[None],
-            kv_pos=kv_pos[None], band=self.blocks.granule, scale=self.scale,
-        )  # fmt: skip
+        with jax.named_scope("mmi.estimate"):
+            columns, bands = line_mass(
+                q[None], k, self.kv_head[None], q_pos=q_pos[None], q_row=jnp.where(rows >= 0, anchor, -1)[None],
+                kv_pos=kv_pos[None], band=self.blocks.granule, scale=self.scale,
+            )  # fmt: skip
         return columns[0], bands[0]
 
 

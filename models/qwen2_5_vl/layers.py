@@ -13,7 +13,7 @@ State = Any
 
 
 PIECE_TOKENS = 8192
-"""Tokens of a piece in `in_pieces`: enough to fill any matrix unit."""
+"""Tokens of a piece in `in_pieces` and `over_pieces`: enough to fill any matrix unit."""
 
 
 def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
@@ -40,19 +40,50 @@ class GatedMLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def in_pieces(f: Callable[[Array], Array], x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
-    """`f(x)` of a function that treats every token alike, at most `PIECE_TOKENS` tokens at a time.
+def in_pieces[T](f: Callable[..., T], *arrays: Float[Array, "b t *_"]) -> T:
+    """`f(*arrays)` of a function that treats every token alike, at most `PIECE_TOKENS` tokens at a time.
 
     The hidden width of an MLP is five times the model's: at a million tokens of 7B it would fill 80 GB.
+
+    Args:
+        f: of arrays `[b, t, ...]`, returns such arrays.
+        *arrays: of the same `b` and `t`.
     """
-    b, t, e = x.shape
-    num_pieces = -(-t // PIECE_TOKENS)
-    if num_pieces <= 1:
-        return f(x)
+    b, t = arrays[0].shape[:2]
+    num_pieces = _num_pieces(t)
+    if num_pieces == 1:
+        return f(*arrays)
     length = -(-t // num_pieces)
-    padded = jnp.pad(x, ((0, 0), (0, num_pieces * length - t), (0, 0)))
-    pieces = jnp.moveaxis(padded.reshape(b, num_pieces, length, e), 1, 0)
-    return jnp.moveaxis(jax.lax.map(f, pieces), 0, 1).reshape(b, -1, e)[:, :t]
+    if padding := num_pieces * length - t:
+        arrays = tuple(jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)]) for x in arrays)
+    pieces = jax.lax.map(lambda start: f(*_piece(arrays, start, length)), length * jnp.arange(num_pieces))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, num_pieces * length, *x.shape[3:])[:, :t], pieces)
+
+
+def over_pieces(
+    f: Callable[..., Array], x: Float[Array, "b t e"], *arrays: Float[Array, "b t *_"]
+) -> Float[Array, "b t e"]:
+    """`f(x, *arrays)` in pieces as of `in_pieces`, each written over its piece of `x`: no second `x` is held."""
+    num_pieces = _num_pieces(x.shape[1])
+    length = x.shape[1] // num_pieces
+    if num_pieces == 1 or num_pieces * length != x.shape[1]:
+        return in_pieces(f, x, *arrays)
+
+    def step(n, x):
+        start = n * length
+        return jax.lax.dynamic_update_slice_in_dim(x, f(*_piece((x, *arrays), start, length)), start, axis=1)
+
+    return jax.lax.fori_loop(0, num_pieces, step, x)
+
+
+def _num_pieces(num_tokens: int) -> int:
+    """The fewest pieces of at most `PIECE_TOKENS`; up to twice as many where these come out equal."""
+    fewest = max(1, -(-num_tokens // PIECE_TOKENS))
+    return next((n for n in range(fewest, 2 * fewest + 1) if num_tokens % n == 0), fewest)
+
+
+def _piece(arrays: tuple[Array, ...], start, length: int) -> list[Array]:
+    return [jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in arrays]
 
 
 def stack_layers[T](make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:

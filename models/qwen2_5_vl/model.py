@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
-from mmi_jax.layout import PADDING, VISION, TokenLayout
+from mmi_jax.layout import PADDING, TokenLayout
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.embedding import frame_batches, put_rows, vision_places
 from models.qwen2_5_vl.layers import linear, rms_norm, stack_layers
+from models.qwen2_5_vl.placeholders import num_tokens
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Attend, DecoderLayer, Rotary
 from models.qwen2_5_vl.vision import VisionTower
@@ -36,25 +37,19 @@ class Qwen2_5_VL(nnx.Module):
             self.head = linear(config.embed_dim, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
     def embed(self, prompt: Prompt) -> Float[Array, "b t e"]:
-        """Token embeddings, the rows of vision tokens replaced by the vision tower's output in order.
+        """Token embeddings, the rows of vision tokens overwritten with the vision tower's output in order.
+
+        A batch of frames is encoded and written at a time, so that one array of embeddings is all that is held.
 
         Raises:
             ValueError: the number of vision tokens differs from the number the grids make.
         """
-        vision = self.vision(prompt.patches, prompt.grids)
-        is_vision = jnp.asarray(prompt.layout.modality == VISION)
-        if not isinstance(is_vision, Tracer) and int(is_vision.sum()) != len(vision):
-            raise ValueError(
-                f"the layout must hold one vision token per merged block of {prompt.grids=}: "
-                f"expected {len(vision)}, got {int(is_vision.sum())}"
-            )
-        tokens = jnp.clip(jnp.asarray(prompt.tokens), 0, self.config.vocab_size - 1)
-        x = self.embedding(tokens)
-        if not len(vision):
-            return x
-        rank = jnp.cumsum(is_vision.reshape(-1)).reshape(is_vision.shape) - 1
-        rows = vision[jnp.clip(rank, 0, len(vision) - 1)]
-        return jnp.where(is_vision[..., None], rows, x)
+        num_vision = sum(num_tokens(grid, self.config) for grid in prompt.grids)
+        places = vision_places(prompt, num_vision)
+        x = self.embedding(jnp.clip(jnp.asarray(prompt.tokens), 0, self.config.vocab_size - 1))
+        for frames in frame_batches(prompt.patches, prompt.grids, self.config):
+            x = put_rows(x, self.vision(frames.patches, (frames.grid,)), places[frames.ranks])
+        return x
 
     def rotary(self, rope_pos: Int32[Array | np.ndarray, "3 b t"]) -> Rotary:
         """Cosine and sine of the rotary angles, float32 `[b, t, d]`."""
@@ -67,10 +62,7 @@ class Qwen2_5_VL(nnx.Module):
 
     def unembed(self, x: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
         """Final norm and head: logits, float32."""
-        x = self.norm(x)
-        if self.head is None:
-            return jnp.einsum("...e,ve->...v", x, self.embedding.embedding[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...e,ev->...v", x, self.head.kernel[...], preferred_element_type=jnp.float32)
+        return next_logits(x, self.norm, self.head, self.embedding)
 
     def __call__(self, prompt: Prompt, attend: Attend | None = None) -> Float[Array, "b t v"]:
         """Logits of every token, float32; the plain forward pass, dense and causal unless `attend` says otherwise."""
@@ -78,6 +70,16 @@ class Qwen2_5_VL(nnx.Module):
             attend = dense_attend(prompt.layout)
         x, _ = self.run_layers(self.embed(prompt), self.rotary(prompt.rope_pos), attend)
         return self.unembed(x)
+
+
+def next_logits(
+    x: Float[Array, "*b e"], norm: nnx.RMSNorm, head: nnx.Linear | None, embedding: nnx.Embed
+) -> Float[Array, "*b v"]:
+    """Logits, float32, of the last layer's output; through the embedding where the head is tied to it."""
+    x = norm(x)
+    if head is None:
+        return jnp.einsum("...e,ve->...v", x, embedding.embedding[...], preferred_element_type=jnp.float32)
+    return jnp.einsum("...e,ev->...v", x, head.kernel[...], preferred_element_type=jnp.float32)
 
 
 def dense_attend(layout: TokenLayout) -> Attend:

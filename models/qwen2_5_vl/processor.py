@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
 from models.tokenizer import Tokenizer, read_json
 
 type Part = str | Image | Video
+
+MARK = "\ue000"
+"""Stands, while a chat template is rendered, where a prompt is cut; of a range that no text uses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,50 @@ class Processor:
             ValueError: nothing to say, a placeholder written in the text, or a chat template that does not render each
                 image and video once and in order.
         """
+        return self._prompt(prompts, lambda messages: self._render(messages, add_generation_prompt))
+
+    def opening(self, *prompts: Sequence[Part] | Sequence[Message]) -> Prompt:
+        """The beginning of prompts whose last turn goes on: the cache of its prefill serves any `continuation`.
+
+            video = prefill(model, processor.opening([video]), max_new_tokens=512)
+            first = prefill(model, processor.continuation(["What happens?"]), cache=video)
+            other = prefill(model, processor.continuation(["Who is there?"]), cache=video)
+
+        Args:
+            *prompts: as for a call.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        return self._prompt(prompts, lambda messages: self._render_around(_with_mark(messages, at_end=True))[0])
+
+    def continuation(self, *prompts: Sequence[Part], closes: bool = True) -> Prompt:
+        """What goes on in a turn left open by `opening`, counted from 0: for `prefill(..., cache=)`.
+
+        An opening and its continuations have the tokens of one call with all their parts, where the tokenizer does not
+        join across the seam: it never does beside an image or video.
+
+        Args:
+            *prompts: the further parts of each prompt: text, images, videos or a further piece of a video.
+            closes: the turn ends, and the text where the assistant's answer begins; else the turn stays open.
+
+        Raises:
+            ValueError: as for a call, or messages in place of parts.
+        """
+        for parts in prompts:
+            if any(isinstance(part, Message) for part in parts):
+                raise ValueError(f"a continuation goes on with parts of a turn, not with messages: got {parts}")
+
+        def render(messages: Sequence[Message]) -> str:
+            marked = _with_mark(messages, at_end=False)
+            return self._render_around(marked if closes else _with_mark(marked, at_end=True))[1]
+
+        return self._prompt(prompts, render)
+
+    def _prompt(
+        self, prompts: Sequence[Sequence[Part] | Sequence[Message]], render: Callable[[Sequence[Message]], str]
+    ) -> Prompt:
+        """A batch with one row per prompt, whose text is what `render` makes of its messages."""
         if not prompts:
             raise ValueError("a batch must hold one prompt or more, got none")
         rows, patches = [], []
@@ -103,9 +150,18 @@ class Processor:
             media = [part for message in messages for part in message.parts if not isinstance(part, str)]
             cut = [self._patches(part) for part in media]
             patches += [rows_of_patches for rows_of_patches, _ in cut]
-            tokens = self.tokenizer.encode(self._render(messages, add_generation_prompt))
-            rows.append(self._row(tokens, media, [grid for _, grid in cut]))
+            rows.append(self._row(self.tokenizer.encode(render(messages)), media, [grid for _, grid in cut]))
         return self._batch(rows, patches)
+
+    def _render_around(self, messages: Sequence[Message]) -> list[str]:
+        """The chat template's text before, between and after the marks; with the assistant's turn begun."""
+        pieces = self._render(messages, True).split(MARK)
+        marks = sum(part == MARK for message in messages for part in message.parts)
+        if len(pieces) != marks + 1:
+            raise ValueError(
+                f"a chat template must write every text once: expected {marks} marks, got {len(pieces) - 1}"
+            )
+        return pieces
 
     def fit_frame(self, frame: Frame, num_frames: int) -> np.ndarray:
         """A video frame at the size the model sees, given how many are sampled: the `resize` of `read_video`."""
@@ -212,6 +268,13 @@ def _messages(prompt: Sequence[Part] | Sequence[Message]) -> list[Message]:
     if chat and parts:
         raise ValueError(f"a prompt must be parts or messages, not both: got {len(parts)} parts, {len(chat)} messages")
     return chat or [Message(parts=parts)]
+
+
+def _with_mark(messages: Sequence[Message], *, at_end: bool) -> list[Message]:
+    """The messages with a mark before, or after, the parts of the last one."""
+    *before, last = messages
+    parts = (*last.parts, MARK) if at_end else (MARK, *last.parts)
+    return [*before, dataclasses.replace(last, parts=parts)]
 
 
 def _content(part: Part) -> dict[str, str]:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.layers import GatedMLP, in_pieces, linear, rms_norm
+from models.qwen2_5_vl.layers import GatedMLP, in_pieces, linear, over_pieces, rms_norm
 from models.qwen2_5_vl.rope import rotate
 
 Rotary = tuple[Float[Array, "b t d"], Float[Array, "b t d"]]
@@ -27,15 +28,17 @@ class Attention(nnx.Module):
         self.v = linear(config.embed_dim, kv_dim, dtype=dtype, rngs=rngs)
         self.out = linear(q_dim, config.embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t e"], rotary: Rotary, attend: Attend) -> tuple[Float[Array, "b t e"], Any]:
-        """The attention output before the residual, and what `attend` returned besides."""
+    def project(self, x: Float[Array, "b t e"], rotary: Rotary) -> tuple[Array, Array, Array]:
+        """What an `Attend` takes: q `[b, t, h, d]`, k and v `[b, t, g, d]`."""
         b, t, _ = x.shape
         head_dim = self.config.head_dim
         q = rotate(self.q(x).reshape(b, t, self.config.num_heads, head_dim), *rotary)
         k = rotate(self.k(x).reshape(b, t, self.config.num_kv_heads, head_dim), *rotary)
-        v = self.v(x).reshape(b, t, self.config.num_kv_heads, head_dim)
-        out, aux = attend(q, k, v)
-        return self.out(out.reshape(b, t, -1)), aux
+        return q, k, self.v(x).reshape(b, t, self.config.num_kv_heads, head_dim)
+
+    def mix(self, out: Float[Array, "b t h d"]) -> Float[Array, "b t e"]:
+        """The heads' outputs joined: what the residual adds."""
+        return self.out(out.reshape(*out.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
@@ -49,7 +52,21 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t e"], rotary: Rotary, attend: Attend) -> tuple[Float[Array, "b t e"], Any]:
-        """The layer's output and, untouched, the second value of `attend` (a cache, statistics)."""
-        out, aux = self.attention(self.attention_norm(x), rotary, attend)
-        x = x + out
-        return x + in_pieces(lambda x: self.mlp(self.mlp_norm(x)), x), aux
+        """The layer's output and, untouched, the second value of `attend` (a cache, statistics).
+
+        Everything but `attend` runs over a piece of the tokens at a time, and the output takes the place of `x`: of
+        arrays with a row for every token there are x, q, k, v and what `attend` makes of them.
+        """
+
+        def project(x, *rotary):
+            return self.attention.project(self.attention_norm(x), rotary)
+
+        def finish(x, out):
+            x = x + self.attention.mix(out)
+            return x + self.mlp(self.mlp_norm(x))
+
+        with jax.named_scope("mmi.project"):
+            q, k, v = in_pieces(project, x, *rotary)
+        out, aux = attend(q, k, v)
+        with jax.named_scope("mmi.mlp"):
+            return over_pieces(finish, x, out), aux

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 from tiny import CONFIG
 
 from mmi_jax import AShape, Blocks, Dense, Grid, aot
-from mmi_jax.aot import Memory, Target, bucket_lengths, kernel_inputs, longest_that_fits, prefill_shapes
+from mmi_jax.aot import Memory, Target, kernel_inputs, longest_that_fits, prefill_shapes
 from mmi_jax.buckets import MOST_TOKENS, Buckets
-from mmi_jax.engine import default_buckets
 from mmi_jax.sharding import BOTH, Shards, make_mesh
+from mmi_jax.sizes import default_buckets
 from mmi_jax.table import uniform_table
 from models.qwen2_5_vl import Qwen2_5_VL
 
@@ -31,17 +31,17 @@ def one_device():
 
 
 def test_bucket_lengths_are_whole_blocks_of_every_device():
-    lengths = bucket_lengths(target().buckets(50_000))
+    lengths = target().buckets(50_000).lengths()
     assert lengths[:3] == [2048, 4096, 6144] and lengths[-1] == 49_152
     assert all(length % (8 * 256) == 0 for length in lengths)
-    assert bucket_lengths(Buckets(smallest=128, largest=512, multiple=128)) == [128, 256, 384, 512]
+    assert Buckets(smallest=128, largest=512, multiple=128).lengths() == [128, 256, 384, 512]
 
 
 @pytest.mark.parametrize("shards", [Shards(sequence=4, heads=4), Shards(sequence=3)])
 def test_prefill_on_a_mesh_takes_every_length_that_the_search_tries(shards):
     buckets = default_buckets(Blocks(q=512), shards)
     assert MOST_TOKENS <= buckets.length_for(MOST_TOKENS) == buckets.largest < MOST_TOKENS + buckets.multiple
-    tried = bucket_lengths(target().buckets(MOST_TOKENS))
+    tried = target().buckets(MOST_TOKENS).lengths()
     assert tried[-1] == MOST_TOKENS and default_buckets(Blocks(), Shards()).largest == 2**20
 
 

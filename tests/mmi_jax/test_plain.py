@@ -87,7 +87,7 @@ def cudnn_by_xla(monkeypatch):
 
     def attend(q, k, v, **options):
         calls.append(q.shape)
-        return plain.attend_densely(q, k, v, **options, implementation="xla")
+        return plain.attend_densely(q, k, v, **options | dict(implementation="xla"))
 
     monkeypatch.setattr(attention, "cudnn_takes", lambda q: True)
     monkeypatch.setattr(attention, "attend_densely", attend)

@@ -123,6 +123,19 @@ def extend(prompt: Prompt, tokens) -> Prompt:
     )
 
 
+def join(*prompts: Prompt) -> Prompt:
+    """One prompt of several single ones, one after another, placed and laid out as a whole."""
+    ids = np.concatenate([p.tokens[0] for p in prompts])
+    grids = sum((p.grids for p in prompts), ())
+    return Prompt(
+        tokens=ids[None],
+        rope_pos=mrope_positions(ids, grids, [1.0] * len(grids), CONFIG)[:, None],
+        layout=stack([token_layout(ids, grids, CONFIG)]),
+        patches=np.concatenate([p.patches for p in prompts]),
+        grids=grids,
+    )
+
+
 @jax.jit
 def forward(model: Any, prompt: Prompt) -> jax.Array:
     """Logits of every token by the model's own dense forward pass; compiled once per shape."""

@@ -1,4 +1,4 @@
-"""in_pieces: an MLP over a part of the tokens at a time."""
+"""in_pieces and over_pieces: an MLP over a part of the tokens at a time."""
 
 import jax
 import jax.numpy as jnp

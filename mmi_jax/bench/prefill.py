@@ -1,0 +1,201 @@
+"""Figures of whole prefills: the engine with a table beside the engine with the device's own dense attention."""
+
+import dataclasses
+import functools
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmi_jax.attention import VENDOR
+from mmi_jax.bench.rows import reason
+from mmi_jax.bench.sampled import ERROR_LIMIT
+from mmi_jax.blocks import Blocks
+from mmi_jax.buckets import Buckets
+from mmi_jax.engine import prefill, program_texts
+from mmi_jax.fit import weight_bytes
+from mmi_jax.keys import FramePlace
+from mmi_jax.layout import text_tokens
+from mmi_jax.memory import MemoryTask, plan_memory
+from mmi_jax.patterns import Dense, Grid, Pattern, VerticalSlash
+from mmi_jax.profile import StageTimes, profiled
+from mmi_jax.program import Program
+from mmi_jax.report import PrefillReport
+from mmi_jax.table import PatternTable
+
+_FRAME = (FramePlace(),)
+
+THIRDS: tuple[Pattern, ...] = (Grid(strides=_FRAME), Grid(strides=_FRAME, use_slash=True), VerticalSlash(1000, 4096))
+"""The table of the measurements: a third of every layer's heads each."""
+
+NUM_CHECKED = 64
+"""Places of the prompt whose logits are compared before anything is timed."""
+
+
+def mixed_table(num_layers: int, num_heads: int) -> PatternTable:
+    """`THIRDS` in all layers, in runs of heads."""
+    row = tuple(THIRDS[n * len(THIRDS) // num_heads] for n in range(num_heads))
+    return PatternTable(layers=(row,) * num_layers, model="mix")
+
+
+def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, float]:
+    """The error of logits all over the prompt against the same plans attended in plain XLA.
+
+    Args:
+      model: of one layer: a second one would plan from inputs that are rounded in another way.
+
+    Raises:
+      RuntimeError: it exceeds what rounding explains: a wrong result is not timed.
+    """
+    num_tokens = prompt.tokens.shape[1]
+    at = np.unique(np.linspace(0, num_tokens - 1, NUM_CHECKED).astype(int))[None]
+
+    def logits(table: PatternTable | None, implementation: Any) -> np.ndarray:
+        settings = dict(implementation=implementation, may_run_dense=False, measures_recall=False)
+        return np.asarray(prefill(model, prompt, table=table, logits_at=at, **settings).logits_at, np.float64)
+
+    ours, theirs, dense = logits(table, None), logits(table, "xla"), logits(None, VENDOR)
+    error, from_dense = (float(np.linalg.norm(ours - x) / np.linalg.norm(x)) for x in (theirs, dense))
+    if not error <= ERROR_LIMIT[dtype]:
+        raise RuntimeError(f"logits must equal those of plain XLA within {ERROR_LIMIT[dtype]}, got {error:.2e}")
+    return {"tokens": num_tokens, "relative_error": error, "relative_difference_from_dense": from_dense}
+
+
+def bench_prefill(model: Any, prompt: Any, table: PatternTable, *, repeats: int) -> dict[str, Any]:
+    """Figures of prefills of one prompt from its embeddings on.
+
+    The first run compiles, `repeats` more are timed. No result outlives its run.
+    """
+    figures, report = _first_run(model, prompt, table)
+    times = [_seconds(model, prompt, table)[0] for _ in range(repeats)]
+    return figures | {
+        "seconds": round(statistics.median(times), 4),
+        "fastest_seconds": round(min(times), 4),
+        "slowest_seconds": round(max(times), 4),
+        "median_ms": round(1e3 * statistics.median(times), 3),
+        **_densities(report),
+        **memory_figures(model, table, prompt.tokens.shape[1]),
+    }
+
+
+def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, Any], PrefillReport]:
+    _, report = _seconds(model, prompt, table)
+    figures = {
+        "tokens": prompt.tokens.shape[1],
+        "padded_tokens": report.padded_tokens,
+        "layers": table.num_layers,
+        "compile_seconds": round(report.seconds["compile"], 3),
+    }
+    return figures, report
+
+
+def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, tuple[Any, ...]]:
+    """The program of `bench_prefill`, and the shapes of its arguments; the model may be shapes, too."""
+    from flax import nnx
+
+    config, (graphdef, state) = model.config, nnx.split(model)
+    program = Program(graphdef=graphdef, layers=table.layers, blocks=Blocks(), measures_recall=False)
+    padded = Buckets().length_for(num_tokens)
+    shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
+    x = shape(1, padded, config.embed_dim, dtype=model.dtype)
+    cache = shape(config.num_layers, 1, padded, config.num_kv_heads, config.head_dim, dtype=model.dtype)
+    layout = jax.tree.map(lambda _: shape(1, padded), text_tokens(1))
+    carry = (cache, cache, shape(1, 1, config.embed_dim, dtype=model.dtype))
+    return program, (state, x, shape(3, 1, padded), layout, shape(), shape(1, 1), carry)
+
+
+def profile_stages(model: Any, prompt: Any, table: PatternTable, directory: Path) -> StageTimes:
+    """Device time of the stages of one prefill whose programs are compiled."""
+    run = functools.partial(prefill, model, prompt, table=table, measures_recall=False)
+    return profiled(lambda: run().hidden, directory, program_texts)[1]
+
+
+def dense_seconds(model: Any, prompt: Any) -> float:
+    """Seconds of one prefill with the device's own dense attention, after one that compiles."""
+    for _ in range(2):
+        seconds, _ = _seconds(model, prompt, None, implementation=VENDOR, may_run_dense=False)
+    return seconds
+
+
+def _seconds(model: Any, prompt: Any, table: PatternTable | None, **kwargs: Any) -> tuple[float, PrefillReport]:
+    """Seconds from the embeddings to the last layer, host work between them included, and the report."""
+    report = prefill(model, prompt, table=table, measures_recall=False, **kwargs).report
+    return report.seconds["prefill"], report
+
+
+def _densities(report: PrefillReport) -> dict[str, Any]:
+    """Mean density, and that of the heads of each pattern that ran."""
+    names = np.array(
+        [[type(p).__name__ + ("+slash" if p == THIRDS[1] else "") for p in row] for row in report.table.layers]
+    )
+    by_pattern = {str(name): round(float(report.density[names == name].mean()), 5) for name in np.unique(names)}
+    return {"density": round(float(report.density.mean()), 5), "density_by_pattern": by_pattern}
+
+
+def memory_figures(model: Any, table: PatternTable, num_tokens: int) -> dict[str, int]:
+    """Bytes that the planner predicts, and the most that was allocated so far, where the device tells."""
+    task = MemoryTask(
+        config=model.config,
+        weight_bytes=weight_bytes(model),
+        dtype=model.dtype,
+        layers=table.layers,
+        batch=1,
+        num_tokens=num_tokens,
+        blocks=Blocks(),
+        buckets=Buckets(),
+    )
+    stats = jax.devices()[0].memory_stats() or {}
+    measured = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    return {"planned_bytes": plan_memory(task).peak, **measured}
+
+
+@dataclasses.dataclass
+class DenseBaseline:
+    """Seconds of dense prefills: measured up to a limit, extrapolated above it.
+
+    All but attention is linear in the tokens and attention quadratic, so two measurements give both.
+
+    Args:
+      measure: seconds of a dense prefill of so many tokens.
+      limit: tokens that are measured at most.
+    """
+
+    measure: Any
+    limit: int
+    seconds: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def of(self, num_tokens: int) -> dict[str, Any]:
+        """Figures to stand beside ours."""
+        try:
+            if num_tokens <= self.limit:
+                return {"dense_seconds": round(self._measured(num_tokens), 4), "is_dense_extrapolated": False}
+            longer, shorter = self._measured(self.limit), self._measured(self.limit // 2)
+        except Exception as error:  # a baseline that fails must not cost the figures beside it
+            return {"dense_error": reason(error)}
+        quadratic = (longer - 2 * shorter) / (self.limit**2 / 2)
+        linear = (longer - quadratic * self.limit**2) / self.limit
+        return {
+            "dense_seconds": round(linear * num_tokens + quadratic * num_tokens**2, 3),
+            "is_dense_extrapolated": True,
+            "dense_measured_at": [self.limit // 2, self.limit],
+        }
+
+    def _measured(self, num_tokens: int) -> float:
+        if num_tokens not in self.seconds:
+            self.seconds[num_tokens] = self.measure(num_tokens)
+        return self.seconds[num_tokens]
+
+
+def projection_flops(config: Any, num_tokens: int) -> float:
+    """Floating-point operations of all projections and MLPs; attention and the head apart."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_token = config.embed_dim * (2 * q + 2 * kv + 3 * config.mlp_dim)
+    return 2.0 * config.num_layers * num_tokens * per_token
+
+
+def is_all_dense(table: PatternTable) -> bool:
+    """Whether nothing is left out."""
+    return all(pattern == Dense() for row in table.layers for pattern in row)

@@ -1,0 +1,76 @@
+"""Soak: many random prompts in one process, watched for memory that grows and programs that are compiled again."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+
+from mmi_jax.engine import num_compiled_programs
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[Callable[[], int]]:
+    """How many programs of any kind XLA has compiled since the block began."""
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: len(events)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def soak(run: Callable[[Any], Any], prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """A row of figures after each prompt: programs and compilations so far, bytes of the host and the device.
+
+    Args:
+      run: a prefill; its result is dropped before memory is read.
+      prompts: what it is called with, in order.
+    """
+    rows = []
+    with counted_compilations() as compilations:
+        for number, prompt in enumerate(prompts):
+            logits = np.asarray(run(prompt).logits)
+            if not np.isfinite(logits).all():
+                raise RuntimeError(f"logits must be finite: prompt {number} gave {logits}")
+            gc.collect()
+            rows.append({"prompt": number, "compilations": compilations(), **held()})
+    return rows
+
+
+def held() -> dict[str, int]:
+    """What the process holds now: programs, resident bytes of the host, live arrays and bytes of the device."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "programs": num_compiled_programs(),
+        "host_bytes": resident_bytes(),
+        "array_bytes": sum(array.nbytes for array in jax.live_arrays()),
+        "device_bytes": stats.get("bytes_in_use", 0),
+    }
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that the process occupies (Linux); 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return 1024 * int(line.split()[1])
+
+
+def growth(rows: Sequence[dict[str, Any]], name: str) -> int:
+    """By how much a figure's median over the last third is above that over the middle third."""
+    third = len(rows) // 3
+    middle, last = rows[third : 2 * third], rows[-third:]
+    return int(np.median([row[name] for row in last]) - np.median([row[name] for row in middle]))

@@ -1,0 +1,223 @@
+"""`mmi bench prefill`: whole prefills of a preset with random weights, beside the same engine with dense attention."""
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from mmi_jax.bench.prefill import (
+    DenseBaseline,
+    bench_prefill,
+    check_kernel,
+    dense_seconds,
+    is_all_dense,
+    mixed_table,
+    profile_stages,
+    projection_flops,
+)
+from mmi_jax.bench.rows import row
+from mmi_jax.bench.torch_model import transformers_rows
+from mmi_jax.cli import bench_table, compiled
+from mmi_jax.cli.bench_run import Run, run_all
+from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.start_child import start_seconds
+from mmi_jax.patterns import Dense
+from mmi_jax.table import PatternTable, load_table, uniform_table
+
+HEAD_TEXT, TAIL_TEXT, FRAME_SIDE = 64, 448, 16
+"""Text tokens before the video, at least as many behind it, and tokens along the side of a frame."""
+
+PLANTED_NATS = 14.0
+"""Scores of a head at what it looks at, above those of far tokens."""
+
+
+def prefill(
+    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "7b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
+    ] = None,
+    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each length.")] = 1,
+    check: Annotated[bool, typer.Option(help="Compare one layer with plain XLA first.")] = True,
+    check_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that comparison, at most.")] = 2**15,
+    baseline: Annotated[bool, typer.Option(help="Also time dense attention.")] = True,
+    dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
+    peers: Annotated[bool, typer.Option("--peers", help="Also time transformers, where torch is installed.")] = False,
+    peers_limit: Annotated[int, typer.Option(min=1024, help="Tokens up to which transformers runs.")] = 2**18,
+    start: Annotated[bool, typer.Option("--start", help="Also time cold and warm starts, in own processes.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Directory for traces: one more prefill of each length.")] = None,
+    json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here, after every case.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
+) -> None:
+    """Prefill a video of 256-token frames with text around it, from its embeddings on; the vision tower is left out.
+
+    Random weights, with biases of queries and keys that let heads look at what is near or at the same place of a frame.
+    Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.
+    """
+    with one_line_errors(shows_traceback=debug):
+        _take_memory()
+        on_gpu = jax.default_backend() == "gpu"
+        lengths = sorted(tokens or [2**17 if on_gpu else 2048])
+        config = config_of(preset, layers)
+        chosen = table_of(table, config)
+        dtype = dtype or ("bfloat16" if on_gpu else "float32")
+        rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
+        task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
+        started = row("start", lambda: start_seconds(task)) if start else None
+        with _own_programs():
+            runs = [Run(f"{preset} {n}", n) for n in lengths]
+            suite = _Suite(
+                config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile, start=started
+            )
+            if baseline and not is_all_dense(chosen):
+                suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
+            if check:
+                suite.check = row("one layer against plain XLA", lambda: suite.checked(min(check_tokens, lengths[0])))
+            run_all(runs, suite.measure, bench_table.prefill_table, json_file, stops_at_error=debug)
+
+
+@dataclasses.dataclass
+class _Suite:
+    """The model, made once, and what is measured of it."""
+
+    config: Any
+    table: PatternTable
+    dtype: str
+    repeats: int
+    peers: list[dict[str, Any]]
+    profile: Path | None
+    start: dict[str, Any] | None
+    dense: DenseBaseline | None = None
+    check: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return _decoder(self.config, self.dtype)
+
+    def measure(self, num_tokens: int) -> dict[str, Any]:
+        """The figures of one length."""
+        prompt = video_prompt(self.config, num_tokens)
+        figures = bench_prefill(self.model, prompt, self.table, repeats=self.repeats)
+        figures |= {"case": self.table.model, "heads": f"{self.config.num_heads}/{self.config.num_kv_heads}"}
+        figures |= {"dtype": self.dtype, "projection_flops": projection_flops(self.config, num_tokens)}
+        if self.profile is not None:
+            figures["stages"] = profile_stages(self.model, prompt, self.table, self.profile / str(num_tokens)).to_json()
+        if self.dense is not None:
+            figures |= self.dense.of(num_tokens)
+        if "dense_seconds" in figures:
+            figures["speedup"] = round(figures["dense_seconds"] / figures["seconds"], 3)
+        figures["others"] = [
+            {"name": "transformers, sdpa"} | peer for peer in self.peers if peer.get("tokens") == num_tokens
+        ]
+        figures["others"] += [{"name": "transformers, sdpa"} | peer for peer in self.peers if "tokens" not in peer]
+        if self.start is not None:
+            figures["start"] = self.start
+        if self.check is not None:
+            figures["check"] = self.check
+        return figures
+
+    def dense_seconds(self, num_tokens: int) -> float:
+        """Seconds of a dense prefill."""
+        return dense_seconds(self.model, video_prompt(self.config, num_tokens))
+
+    def checked(self, num_tokens: int) -> dict[str, Any]:
+        """One layer against plain XLA."""
+        config = dataclasses.replace(self.config, num_layers=1)
+        first = dataclasses.replace(self.table, layers=self.table.layers[:1])
+        return check_kernel(_decoder(config, self.dtype), video_prompt(config, num_tokens), first, dtype=self.dtype)
+
+
+def _decoder(config: Any, dtype: str) -> Any:
+    """Random weights: thirds of the heads look at the same place, at both, and at what is near."""
+    from models.qwen2_5_vl.random_decoder import HeadShape, random_decoder
+
+    thirds = (
+        HeadShape(place=PLANTED_NATS),
+        HeadShape(near=PLANTED_NATS / 2, place=PLANTED_NATS / 2),
+        HeadShape(near=PLANTED_NATS),
+    )
+    shapes = tuple(thirds[n * 3 // config.num_heads] for n in range(config.num_heads))
+    return random_decoder(config, shapes, dtype=jnp.dtype(dtype))
+
+
+def video_prompt(config: Any, num_tokens: int) -> Any:
+    """A prompt of exactly `num_tokens`: text, a video of as many whole frames as fit, text. It has no patches.
+
+    Raises:
+      ValueError: not even one frame fits.
+    """
+    from mmi_jax.layout import stack
+    from models.prompt import Prompt
+    from models.qwen2_5_vl.rope import mrope_positions, token_layout
+
+    num_frames = (num_tokens - HEAD_TEXT - TAIL_TEXT - 2) // FRAME_SIDE**2
+    if num_frames < 1:
+        raise ValueError(f"--tokens must leave room for a frame of {FRAME_SIDE**2}, got {num_tokens}")
+    words = np.random.default_rng(0).integers(0, 0.9 * min(config.image_token, config.video_token), num_tokens)
+    ids = words.astype(np.int32)
+    end = HEAD_TEXT + 1 + num_frames * FRAME_SIDE**2
+    ids[HEAD_TEXT], ids[HEAD_TEXT + 1 : end], ids[end] = (
+        config.vision_start_token,
+        config.video_token,
+        config.vision_end_token,
+    )
+    side = FRAME_SIDE * config.vision.merge_size
+    grids = ((num_frames, side, side),)
+    rope_pos, layout = mrope_positions(ids, grids, [1.0], config), token_layout(ids, grids, config)
+    return Prompt(
+        tokens=words.astype(np.int32)[None],  # random ids also in the video, whose embeddings are looked up
+        rope_pos=rope_pos[:, None],
+        layout=stack([layout]),
+        patches=np.zeros((0, config.vision.patch_dim), np.float32),
+        grids=(),
+    )
+
+
+def config_of(preset: str, layers: int | None) -> Any:
+    """The sizes of a preset, or of its first layers."""
+    from models.qwen2_5_vl.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    config = PRESETS[preset]
+    if layers is not None and layers > config.num_layers:
+        raise ValueError(f"--layers must be at most {config.num_layers}, those of {preset}: got {layers}")
+    return config if layers is None else dataclasses.replace(config, num_layers=layers)
+
+
+def table_of(name: str, config: Any) -> PatternTable:
+    """The table that `--table` names, for the layers that run."""
+    if name == "mix":
+        return mixed_table(config.num_layers, config.num_heads)
+    if name == "dense":
+        table = uniform_table(Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
+        return dataclasses.replace(table, model="dense")
+    table = load_table(Path(name))
+    if table.num_layers > config.num_layers:
+        table = dataclasses.replace(table, layers=table.layers[: config.num_layers])
+    table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
+    return table
+
+
+def _take_memory() -> None:
+    """Lets JAX have nearly all of a GPU, as it needs it; before it opens the device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
+
+
+@contextmanager
+def _own_programs() -> Iterator[None]:
+    """An empty persistent cache, so that cold is cold."""
+    with tempfile.TemporaryDirectory() as directory, compiled.kept_programs(Path(directory)):
+        yield

@@ -1,0 +1,137 @@
+"""`mmi doctor --plan`: what a prefill would hold on a device that may not be here, and what would fit it."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.buckets import Buckets
+from mmi_jax.chips import CHIPS, GB
+from mmi_jax.codec import parse
+from mmi_jax.fit import Room, check_fits, describe, room_of, weight_bytes
+from mmi_jax.memory import GIB, MemoryTask
+from mmi_jax.patterns import Dense
+from mmi_jax.table import load_table, uniform_table
+
+GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
+"""Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""
+
+FRACTION_VARIABLE, DEFAULT_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
+"""What share of a GPU JAX takes (JAX documentation, "GPU memory allocation")."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What `mmi doctor --plan` is asked.
+
+    Args:
+      model: a preset of Qwen2.5-VL or a checkpoint's directory.
+      device: a name, a size such as 80GiB, or None for the device that is here.
+      table, pattern: as for `mmi prefill`.
+    """
+
+    model: str
+    tokens: int
+    batch: int
+    device: str | None
+    table: Path | None
+    pattern: str | None
+    chunk_tokens: int | None
+    max_new_tokens: int
+
+    def task(self) -> MemoryTask:
+        """What is to be planned.
+
+        Raises:
+          ValueError: the model, the table or a size cannot be used.
+        """
+        from models.qwen2_5_vl.weights import abstract_model
+
+        if self.table is not None and self.pattern is not None:
+            raise ValueError(f"--table and --pattern exclude each other: got {str(self.table)!r} and {self.pattern!r}")
+        if self.tokens < 1 or self.batch < 1:
+            raise ValueError(f"--tokens and --batch must be at least 1, got {self.tokens} and {self.batch}")
+        config = model_config(self.model)
+        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads)
+        if self.table is not None:
+            table = load_table(self.table)
+            table.check_fits(**sizes)
+        else:
+            table = uniform_table(Dense() if self.pattern is None else parse(self.pattern), **sizes)
+        return MemoryTask(
+            config=config,
+            weight_bytes=weight_bytes(abstract_model(config)),
+            dtype=jnp.dtype(jnp.bfloat16),
+            layers=table.layers,
+            batch=self.batch,
+            num_tokens=self.tokens,
+            blocks=Blocks(),
+            buckets=Buckets(),
+            max_new_tokens=self.max_new_tokens,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+def model_config(name: str) -> Any:
+    """The sizes of a preset, or of a checkpoint's directory or name on the hub."""
+    from models.hub import locate
+    from models.qwen2_5_vl.dialects import read_config
+    from models.qwen2_5_vl.presets import PRESETS
+
+    return PRESETS[name] if name in PRESETS else read_config(locate(name))
+
+
+def room_for(device: str | None) -> Room:
+    """What JAX may use of a device.
+
+    Raises:
+      ValueError: the device is unknown, or the one that is here does not tell its memory.
+    """
+    if device is None:
+        room = room_of(jax.devices()[0])
+        if room is None:
+            raise ValueError(f"{jax.devices()[0].device_kind} does not tell its memory: expected --device, got none")
+        return Room(limit=room.limit)
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB)", device):
+        return Room(limit=round(float(size[1]) * (GIB if size[2] == "GiB" else GB)))
+    if device in CHIPS:
+        return Room(limit=CHIPS[device].hbm_bytes)
+    if device not in GPUS:
+        raise ValueError(
+            f"--device must be one of {', '.join([*GPUS, *CHIPS])}, or what JAX may use of it, as in 72GiB: "
+            f"got {device!r}"
+        )
+    return Room(limit=round(GPUS[device] * memory_fraction()))
+
+
+def memory_fraction() -> float:
+    """The share of a GPU's memory that JAX takes, as the environment says."""
+    return float(os.environ.get(FRACTION_VARIABLE) or DEFAULT_FRACTION)
+
+
+def print_plan(request: PlanRequest, out: Console) -> None:
+    """The buffers of the prefill, and that it fits.
+
+    Raises:
+      DoesNotFitError: it does not; the message says what would.
+      ValueError: the request cannot be planned.
+    """
+    task, room = request.task(), room_for(request.device)
+    plan = check_fits(task, room)
+    table = Table("buffer", "shape", "size", "alive", title_justify="left")
+    for row in describe(plan):
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        f"{task.batch} x {task.num_tokens:,} tokens, padded to {task.sizes.padded:,}, hold at most "
+        f"{plan.peak / GIB:.1f} GiB (in {plan.peak_stage}) of {room.limit / GIB:.1f} GiB: it fits",
+        highlight=False,
+        soft_wrap=True,
+    )

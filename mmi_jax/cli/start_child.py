@@ -1,0 +1,64 @@
+"""A process that makes one prefill's program ready, and says how long that took: `mmi bench prefill --start` runs it.
+
+A warm start can only be seen in a process of its own: JAX 0.11.2 numbers the Mosaic kernels of a process, the numbers
+are part of the persistent cache's keys, and so a second compilation in one process finds nothing.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+def start_seconds(task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to trace, lower and compile the program with nothing kept (cold), and from what that kept (warm).
+
+    Args:
+      task: arguments of `ready`, but the directory.
+
+    Raises:
+      RuntimeError: a process failed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        cold, warm = (_run(task | {"directory": directory}) for _ in range(2))
+    return {"cold_start": cold, "warm_start": warm}
+
+
+def _run(task: dict[str, Any]) -> dict[str, float]:
+    command = [sys.executable, "-m", "mmi_jax.cli.start_child", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}: {done.stderr[-500:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: int, directory: str) -> dict[str, float]:
+    """Seconds of tracing and lowering, and of compiling or reading back, of the program for so many tokens."""
+    import jax
+    from flax import nnx
+
+    from mmi_jax.bench.prefill import prefill_program
+    from mmi_jax.cli import compiled
+    from mmi_jax.cli.bench_prefill import config_of, table_of
+    from mmi_jax.engine import compile_options
+    from models.qwen2_5_vl.random_decoder import abstract_decoder
+
+    config = config_of(preset, layers)
+    model = abstract_decoder(config, dtype=jax.numpy.dtype(dtype))
+    with compiled.kept_programs(Path(directory)):
+        jax.block_until_ready(jax.numpy.zeros(1))  # the device is open
+        start = time.perf_counter()
+        program, shapes = prefill_program(model, table_of(table, config), tokens)
+        lowered = program.jitted(nnx.split(model)[1], config.num_kv_heads).lower(*shapes)
+        middle = time.perf_counter()
+        lowered.compile(compile_options())
+        return {"trace_seconds": round(middle - start, 2), "compile_seconds": round(time.perf_counter() - middle, 2)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(ready(**json.loads(sys.argv[1]))))

@@ -1,0 +1,124 @@
+"""A decoder of random weights on the device, whose heads have the structure that trained heads show: for benchmarks.
+
+On isotropic random queries and keys no sparse pattern exists, and a dynamic method's time means nothing.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from models.prompt import Prompt
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
+from models.qwen2_5_vl.rope import text_rotary
+from models.qwen2_5_vl.text import Rotary
+
+KEY_BIAS = 3.0
+"""Size of the key bias at every frequency; the kernels add noise of size 1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """Scores, in nats, that a head gives at distance 0, by what it looks at; the kernels add noise of about 1 to 2.
+
+    Args:
+        near: tokens near in time: the window, and a ripple behind it.
+        place: the same row and column, in every frame.
+    """
+
+    near: float = 0.0
+    place: float = 0.0
+
+
+class Decoder(nnx.Module):
+    """A Qwen2.5-VL without its vision tower: every token is looked up in the table, vision tokens too."""
+
+    def __init__(self, model: Qwen2_5_VL):
+        """Shares the model's parameters."""
+        self.config, self.dtype = model.config, model.dtype
+        self.embedding, self.layers, self.norm, self.head = model.embedding, model.layers, model.norm, model.head
+
+    def embed(self, prompt: Prompt) -> Float[Array, "b t e"]:
+        """Embeddings of the tokens by their ids."""
+        return self.embedding(jnp.asarray(prompt.tokens))
+
+    def rotary(self, rope_pos: Int32[Array, "3 b t"]) -> Rotary:
+        """As `Qwen2_5_VL.rotary`."""
+        return text_rotary(jnp.asarray(rope_pos), self.config)
+
+    def unembed(self, x: Float[Array, "*b e"]) -> Float[Array, "*b v"]:
+        """As `Qwen2_5_VL.unembed`."""
+        return next_logits(x, self.norm, self.head, self.embedding)
+
+
+def abstract_decoder(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Decoder:
+    """The decoder with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: Decoder(Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def random_decoder(
+    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...], *, dtype: Any = jnp.bfloat16, seed: int = 0
+) -> Decoder:
+    """A decoder made on the device, one parameter at a time: the host holds none of it.
+
+    Args:
+        shapes: what each query head of every layer looks at.
+        seed: of the weights.
+    """
+    if len(shapes) != config.num_heads:
+        raise ValueError(f"shapes must name one for each of the {config.num_heads} query heads, got {len(shapes)}")
+    graphdef, state = nnx.split(abstract_decoder(config, dtype=dtype))
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(_name(path), leaf, next(keys)), state)
+    model = nnx.merge(graphdef, state)
+    q_bias, k_bias = shaped_biases(config, shapes)
+    attention = model.layers.attention
+    for projection, bias in ((attention.q, q_bias), (attention.k, k_bias)):
+        assert projection.bias is not None
+        projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, dtype), projection.bias.shape)
+    return model
+
+
+def shaped_biases(
+    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...]
+) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " k"]]:
+    """Query and key biases whose product is a sum of waves in time, row and column, all of them 1 at distance 0.
+
+    Dimensions i and i + d/2 turn together, so that equal biases of both meet as `cos(frequency * distance)`; over many
+    frequencies that is a peak at 0. Low frequencies hardly fall off at all, and are left out of the rows and columns.
+    """
+    half = config.head_dim // 2
+    axis = np.repeat(np.arange(3), config.mrope_section)
+    weights = [
+        shape.near * (axis == 0) / np.sum(axis == 0) + shape.place * (axis > 0) / np.sum(axis > 0) for shape in shapes
+    ]
+    k_bias = np.concatenate([np.full(half, KEY_BIAS), np.zeros(half)])
+    q_bias = [np.concatenate([w * np.sqrt(config.head_dim) / KEY_BIAS, np.zeros(half)]) for w in weights]
+    return np.concatenate(q_bias), np.tile(k_bias, config.num_kv_heads)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path)
+
+
+def _draw(name: str, leaf: Any, key: Array) -> Any:
+    """A parameter: kernels keep the size of what they map, norms are 1, biases 0."""
+    if "kernel" in name:
+        return _normal(key, leaf.shape, leaf.dtype, float(leaf.shape[-2]) ** -0.5)
+    if "embedding" in name:
+        return _normal(key, leaf.shape, leaf.dtype, 1.0)
+    return jnp.full(leaf.shape, 1.0 if "scale" in name else 0.0, leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: Array, shape: tuple[int, ...], dtype: Any, size: float) -> Array:
+    """Normal numbers, of a stack of layers one layer at a time: no stack is held in float32."""
+    if len(shape) < 3:
+        return (size * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jax.lax.map(lambda key: _normal(key, shape[1:], dtype, size), jax.random.split(key, shape[0]))
