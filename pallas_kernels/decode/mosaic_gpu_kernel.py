@@ -102,9 +102,7 @@ def decode_kernel(refs: Refs, shape: DecodeShape):
 
     layout = plgpu.Layout.WGMMA
     acc = plgpu.layout_cast(jnp.zeros((TILE_ROWS, refs.q.shape[-1]), jnp.float32), layout)
-    top, total = (
-        plgpu.layout_cast(jnp.full((TILE_ROWS,), x, jnp.float32), layout.reduce(1)) for x in (LOWEST, 0.0)
-    )
+    top, total = (plgpu.layout_cast(jnp.full((TILE_ROWS,), x, jnp.float32), layout.reduce(1)) for x in (LOWEST, 0.0))
     _store(refs, shape, work, *lax.fori_loop(0, work.num_tiles, step, (acc, top, total)))
 
 
