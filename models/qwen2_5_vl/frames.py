@@ -14,9 +14,10 @@ from models.qwen2_5_vl.rope import inverse_frequencies
 class Windows:
     """The windows of one frame size, cut from the top left, ragged at the right and bottom edges.
 
-    A frame of 2 x 3 merged blocks with windows of 2 x 2 blocks (numbers are blocks, `.` is a hole):
+    A frame of 2 x 3 merged blocks with windows of 2 x 2 blocks (numbers are blocks, `.` is a hole); the holes of a
+    window come last:
 
-        0 1 | 2 .        order:  0 1 3 4 | 2 . 5 .
+        0 1 | 2 .        order:  0 1 3 4 | 2 5 . .
         3 4 | 5 .
 
     Fields:
@@ -29,6 +30,11 @@ class Windows:
     is_real: Bool[np.ndarray, "w p"]
     place: Int32[np.ndarray, " q"]
 
+    @property
+    def lengths(self) -> Int32[np.ndarray, " w"]:
+        """Patches in each window."""
+        return self.is_real.sum(axis=1, dtype=np.int32)
+
 
 @functools.lru_cache(maxsize=64)
 def windows(num_rows: int, num_columns: int, config: VisionConfig) -> Windows:
@@ -39,6 +45,7 @@ def windows(num_rows: int, num_columns: int, config: VisionConfig) -> Windows:
     blocks = np.full((window_rows * side, window_columns * side), -1, np.int32)
     blocks[:block_rows, :block_columns] = np.arange(block_rows * block_columns).reshape(block_rows, block_columns)
     blocks = blocks.reshape(window_rows, side, window_columns, side).swapaxes(1, 2).reshape(-1, side**2)
+    blocks = np.take_along_axis(blocks, np.argsort(blocks < 0, axis=1, stable=True), axis=1)  # holes last
     patches = blocks[..., None] * config.block_len + np.arange(config.block_len, dtype=np.int32)
     is_real = np.repeat(blocks >= 0, config.block_len, axis=1)
     order = np.where(is_real, patches.reshape(is_real.shape), 0).astype(np.int32)

@@ -11,19 +11,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import VisionConfig
-from models.qwen2_5_vl.frames import Windows, rotary, windows
+from models.qwen2_5_vl.frames import rotary, windows
 from models.qwen2_5_vl.layers import GatedMLP, State, linear, rms_norm, stack_layers
 from models.qwen2_5_vl.rope import rotate
+from models.qwen2_5_vl.vision_attention import FrameTables
 from pallas_kernels.notation import AnyArray
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the published code, in no configuration file."""
 FRAME_BATCH_PATCHES = 8192
 """Patches encoded by one call (at least one frame): large enough to fill a chip, small enough to bound memory."""
-SCORE_BYTES = 2**28
-"""Attention scores of whole-frame layers held at a time; more frames or queries go one after the other."""
-MASKED = -1e30
-"""Score of a hole in a window; finite, so that an empty window stays free of NaN."""
+BATCHES_IN_FLIGHT = 2
+"""Batches whose patches are on the device at a time: one is encoded while the next one arrives."""
 
 
 class VisionAttention(nnx.Module):
@@ -35,13 +34,13 @@ class VisionAttention(nnx.Module):
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, dtype=dtype, rngs=rngs)
         self.out = linear(config.embed_dim, config.embed_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n w p e"], frame: "FrameTables", is_full: Array) -> Float[Array, "n w p e"]:
+    def __call__(self, x: Float[Array, "n w p e"], frame: FrameTables, is_full: bool) -> Float[Array, "n w p e"]:
         """The attention output before the residual; `is_full` chooses the whole frame over the windows."""
         n, w, p, e = x.shape
         heads = (self.config.num_heads, self.config.head_dim)
         q, k, v = (y.reshape(n, w * p, *heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
         q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
-        out = jax.lax.cond(is_full, frame.attend_whole, frame.attend_windows, q, k, v)
+        out = frame.attend_whole(q, k, v) if is_full else frame.attend_windows(q, k, v)
         return self.out(out.reshape(n, w, p, e))
 
 
@@ -55,7 +54,7 @@ class VisionLayer(nnx.Module):
         self.mlp_norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, use_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n w p e"], frame: "FrameTables", is_full: Array) -> Float[Array, "n w p e"]:
+    def __call__(self, x: Float[Array, "n w p e"], frame: FrameTables, is_full: bool) -> Float[Array, "n w p e"]:
         """The layer's output for a batch of frames in windows."""
         x = x + self.attention(self.attention_norm(x), frame, is_full)
         return x + self.mlp(self.mlp_norm(x))
@@ -114,99 +113,60 @@ class VisionTower(nnx.Module):
     def _encode_frames(
         self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int]
     ) -> Float[Array, "n t o"]:
-        """All frames of one size, each given by its first patch, in batches of one length."""
+        """All frames of one size, each given by its first patch, in batches of one length.
+
+        Batches are dispatched ahead, so that the copy of one hides behind the work on another; the host waits only
+        before a third would be on the device.
+        """
         num_frames = len(first_patch)
         largest = max(1, FRAME_BATCH_PATCHES // math.prod(size))
         batch_len = min(largest, 1 << (num_frames - 1).bit_length())
         first_patch = np.pad(first_patch, (0, -num_frames % batch_len), mode="edge")
         graphdef, state = nnx.split(self)
         encoded = []
-        for batch in first_patch.reshape(-1, batch_len, 1):
-            frames = jnp.asarray(patches[batch + np.arange(math.prod(size))], self.dtype)
+        for batch in first_patch.reshape(-1, batch_len):
+            frames = _frames(patches, batch, math.prod(size))
             encoded.append(_encode_batch(graphdef, state, frames, size))
+            if len(encoded) >= BATCHES_IN_FLIGHT:
+                jax.block_until_ready(encoded[-BATCHES_IN_FLIGHT])
         return jnp.concatenate(encoded)[:num_frames]
+
+
+def _frames(patches: AnyArray, first_patch: np.ndarray, frame_len: int) -> AnyArray:
+    """The patches `[n, q, c]` of some frames: a view where they follow each other, as those of a video do."""
+    if (np.diff(first_patch) == frame_len).all():
+        return patches[first_patch[0] : first_patch[-1] + frame_len].reshape(len(first_patch), frame_len, -1)
+    return patches[first_patch[:, None] + np.arange(frame_len)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _encode_batch(
-    graphdef: nnx.GraphDef, state: State, frames: Float[Array, "n p c"], size: tuple[int, int]
+    graphdef: nnx.GraphDef, state: State, frames: Float[AnyArray, "n p c"], size: tuple[int, int]
 ) -> Float[Array, "n t o"]:
     tower = nnx.merge(graphdef, state)
     config = tower.config
     frame = FrameTables(windows(*size, config), rotary(*size, config), config)
-    x = frame.to_windows(tower.patch_embed(frames))
+    x = frame.to_windows(tower.patch_embed(frames.astype(tower.dtype)))
     layer_def, layer_state = nnx.split(tower.layers)
-    is_full = np.isin(np.arange(config.num_layers), config.full_attention_layers)
+    for first, end, is_full in _runs(config):
 
-    def step(x, layer):
-        state, is_full = layer
-        return nnx.merge(layer_def, state)(x, frame, is_full), None
+        def step(x, n, is_full=is_full):
+            weights = jax.tree.map(lambda a: a[n], layer_state)
+            return nnx.merge(layer_def, weights)(x, frame, is_full), None
 
-    with jax.named_scope("vision_layers"):
-        x, _ = jax.lax.scan(step, x, (layer_state, jnp.asarray(is_full)))
+        with jax.named_scope("whole_frame_layers" if is_full else "window_layers"):
+            x, _ = jax.lax.scan(step, x, jnp.arange(first, end))
     return tower.merger(frame.to_frames(x))
 
 
-class FrameTables:
-    """What the attention layers need to know of one frame size, as constants of the compiled program."""
+def _runs(config: VisionConfig) -> list[tuple[int, int, bool]]:
+    """Runs of layers of one kind, as (first, end, whether they attend to the whole frame).
 
-    def __init__(self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig):
-        """Reorders the rotary tables to the order of the windows."""
-        self.windows = windows
-        self.is_ragged = not windows.is_real.all()
-        order = windows.order.reshape(-1)
-        self.rotary = tuple(jnp.asarray(table[order])[None] for table in rotary)
-        self.scale = config.head_dim**-0.5
-
-    def to_windows(self, x: Float[Array, "n q e"]) -> Float[Array, "n w p e"]:
-        """Patches grouped by window; holes are zero, so that nothing of one window can reach another."""
-        grouped = x[:, self.windows.order]
-        return jnp.where(self.windows.is_real[None, ..., None], grouped, 0) if self.is_ragged else grouped
-
-    def to_frames(self, x: Float[Array, "n w p e"]) -> Float[Array, "n q e"]:
-        """The inverse: patches in the order of the frame."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])[:, self.windows.place]
-
-    def attend_windows(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
-        """Every patch attends to its window."""
-        num_windows, window_len = self.windows.order.shape
-        shape = (q.shape[0] * num_windows, window_len, *q.shape[2:])
-        bias = None
-        if self.is_ragged:
-            bias = jnp.where(self.windows.is_real, 0.0, MASKED)[:, None, None, :]
-            bias = jnp.tile(bias, (q.shape[0], 1, 1, 1))
-        return _attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), self.scale, bias).reshape(q.shape)
-
-    def attend_whole(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
-        """Every patch attends to its frame; the holes are left out of the work."""
-        if not self.is_ragged:
-            return _attend_in_chunks(q, k, v, self.scale)
-        place = self.windows.place
-        out = _attend_in_chunks(q[:, place], k[:, place], v[:, place], self.scale)
-        return jnp.zeros_like(q).at[:, place].set(out, unique_indices=True)
-
-
-def _attend(q: Array, k: Array, v: Array, scale: float, bias: Array | None = None) -> Array:
-    """Softmax attention with float32 scores; q [n, t, h, d], k and v [n, s, h, d]."""
-    scores = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1)
-    return jnp.einsum("nhts,nshd->nthd", weights.astype(v.dtype), v)
-
-
-def _attend_in_chunks(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """`_attend` one frame and one chunk of queries at a time, as many as keep the scores within `SCORE_BYTES`."""
-    n, t, h, _ = q.shape
-    row_bytes = 4 * h * t
-    if n * t * row_bytes <= SCORE_BYTES:
-        return _attend(q, k, v, scale)
-    chunk_len = max(1, min(t, SCORE_BYTES // row_bytes))
-
-    def one_frame(frame):
-        q, k, v = frame
-        rows = jax.lax.map(lambda row: _attend(row[None, None], k[None], v[None], scale)[0, 0], q, batch_size=chunk_len)
-        return rows
-
-    return jax.lax.map(one_frame, (q, k, v))
+    One loop each, not one loop over all with a branch inside: on a GPU the host would wait for the device at each.
+    """
+    is_full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
+    starts = [n for n in range(config.num_layers) if n == 0 or is_full[n] != is_full[n - 1]]
+    return [(first, end, is_full[first]) for first, end in zip(starts, [*starts[1:], config.num_layers], strict=True)]
 
 
 def _check_patches(patches, grids, config: VisionConfig) -> None:

@@ -8,7 +8,7 @@ import qwen2_5_vl_golden as oracle
 from flax import nnx
 
 from models.prompt import Prompt
-from models.qwen2_5_vl import vision
+from models.qwen2_5_vl import vision, vision_attention
 from models.qwen2_5_vl.frames import windows
 from models.qwen2_5_vl.rope import mrope_positions, token_layout
 
@@ -25,10 +25,11 @@ def test_windows_of_a_ragged_frame():
     """A frame of 2 x 3 merged blocks in windows of 2 x 2 blocks; a block is four patches."""
     tables = windows(4, 6, oracle.model("gqa7").config.vision)
     blocks = tables.order.reshape(2, 4, 4)
-    assert blocks[..., 0].tolist() == [[0, 4, 12, 16], [8, 0, 20, 0]]
+    assert blocks[..., 0].tolist() == [[0, 4, 12, 16], [8, 20, 0, 0]]
     assert (blocks[0, 1] == [4, 5, 6, 7]).all()
-    assert tables.is_real.reshape(2, 4, 4).all(axis=2).tolist() == [[True] * 4, [True, False, True, False]]
+    assert tables.is_real.reshape(2, 4, 4).all(axis=2).tolist() == [[True] * 4, [True, True, False, False]]
     np.testing.assert_array_equal(tables.order.reshape(-1)[tables.place], np.arange(24))
+    assert tables.lengths.tolist() == [16, 8]
 
 
 def test_windows_of_a_frame_that_divides():
@@ -50,7 +51,9 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     whole = tower(data["patches"], oracle.grids("gqa7"))
     cache: Any = vision._encode_batch
     cache.clear_cache()  # the limit is read when a program is traced
-    monkeypatch.setattr(vision, "SCORE_BYTES", 4 * 3 * 60 * 7)  # seven queries of a frame of 60 patches, 3 heads
+    monkeypatch.setattr(
+        vision_attention, "SCORE_BYTES", 4 * 3 * 60 * 7
+    )  # seven queries of a frame of 60 patches, 3 heads
     assert_equal_up_to_rounding(tower(data["patches"], oracle.grids("gqa7")), whole)
     cache.clear_cache()
 
@@ -64,6 +67,27 @@ def test_a_long_video_compiles_once(rng, monkeypatch):
         patches = rng.standard_normal((num_frames * 48, 24)).astype(np.float32)
         assert tower(patches, ((num_frames, 8, 6),)).shape == (num_frames * 12, 56)
     assert cache._cache_size() == 1
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 9, 1]])
+def test_fused_attention_is_the_same_attention(rng, lengths):
+    """The call that cuDNN gets on a GPU, run by XLA; rows past the lengths may be anything finite."""
+    q, k, v = (rng.standard_normal((4, 9, 3, 16)).astype(np.float32) for _ in range(3))
+    lengths = None if lengths is None else np.array(lengths, np.int32)
+    ours = vision_attention.attend_in_chunks(q, k, v, 0.3, lengths)
+    fused = np.asarray(vision_attention.attend_fused(q, k, v, 0.3, lengths, implementation="xla"))
+    is_row = np.ones((4, 9), bool) if lengths is None else np.arange(9) < lengths[:, None]
+    np.testing.assert_allclose(fused[is_row], np.asarray(ours)[is_row], rtol=0, atol=16 * ULP * np.abs(v).max())
+    assert np.isfinite(fused).all()
+
+
+def test_frames_in_a_row_are_not_copied(rng):
+    patches = rng.standard_normal((40, 3)).astype(np.float32)
+    frames = vision._frames(patches, np.array([8, 16, 24]), 8)
+    assert np.shares_memory(frames, patches)
+    np.testing.assert_array_equal(frames, patches[8:32].reshape(3, 8, 3))
+    apart = vision._frames(patches, np.array([24, 0, 0]), 8)
+    np.testing.assert_array_equal(apart, np.stack([patches[24:32], patches[:8], patches[:8]]))
 
 
 def test_no_attention_across_frames_or_windows(rng):

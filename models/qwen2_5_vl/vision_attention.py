@@ -1,0 +1,96 @@
+"""Attention among the patches of a frame: cuDNN's fused attention on Hopper GPUs, XLA elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from models.qwen2_5_vl.config import VisionConfig
+from models.qwen2_5_vl.frames import Windows
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
+
+SCORE_BYTES = 2**28
+"""Attention scores of whole-frame layers that XLA holds at a time; more frames or queries go one after the other."""
+MASKED = -1e30
+"""Score of a hole in a window; finite, so that an empty window stays free of NaN."""
+
+
+class FrameTables:
+    """What the attention layers need to know of one frame size, as constants of the compiled program."""
+
+    def __init__(self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig):
+        """Reorders the rotary tables to the order of the windows."""
+        self.windows = windows
+        self.is_ragged = not windows.is_real.all()
+        order = windows.order.reshape(-1)
+        self.rotary = tuple(jnp.asarray(table[order])[None] for table in rotary)
+        self.scale = config.head_dim**-0.5
+
+    def to_windows(self, x: Float[Array, "n q e"]) -> Float[Array, "n w p e"]:
+        """Patches grouped by window; holes are zero, so that nothing of one window can reach another."""
+        grouped = x[:, self.windows.order]
+        return jnp.where(self.windows.is_real[None, ..., None], grouped, 0) if self.is_ragged else grouped
+
+    def to_frames(self, x: Float[Array, "n w p e"]) -> Float[Array, "n q e"]:
+        """The inverse: patches in the order of the frame."""
+        return x.reshape(x.shape[0], -1, x.shape[-1])[:, self.windows.place]
+
+    def attend_windows(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
+        """Every patch attends to its window."""
+        num_windows, window_len = self.windows.order.shape
+        shape = (q.shape[0] * num_windows, window_len, *q.shape[2:])
+        lengths = np.tile(self.windows.lengths, q.shape[0]) if self.is_ragged else None
+        return attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), self.scale, lengths).reshape(q.shape)
+
+    def attend_whole(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
+        """Every patch attends to its frame; the holes are left out of the work."""
+        if not self.is_ragged:
+            return attend(q, k, v, self.scale)
+        place = self.windows.place
+        out = attend(q[:, place], k[:, place], v[:, place], self.scale)
+        return jnp.zeros_like(q).at[:, place].set(out, unique_indices=True)
+
+
+def attend(
+    q: Float[Array, "n t h d"], k: Float[Array, "n t h d"], v: Float[Array, "n t h d"], scale: float,
+    lengths: Int32[np.ndarray, " n"] | None = None,
+) -> Float[Array, "n t h d"]:  # fmt: skip
+    """Softmax attention of every patch to all patches of its row, or the first `lengths` of them.
+
+    cuDNN takes 16-bit values and a head dim that is a multiple of 8; measured on an H100 it is the fastest of what is
+    here (bench/RESULTS.md). Everything else runs in XLA with float32 scores.
+    """
+    if has_hopper_gpu() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+        return attend_fused(q, k, v, scale, lengths)
+    return attend_in_chunks(q, k, v, scale, lengths)
+
+
+def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None, implementation="cudnn"):
+    """`attend` as one call of JAX's attention; rows past `lengths` come out as anything finite."""
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+    )  # fmt: skip
+
+
+def attend_in_chunks(q, k, v, scale: float, lengths: np.ndarray | None):
+    """`attend` one row and one chunk of queries at a time, as many as keep the scores within `SCORE_BYTES`."""
+    n, t, h, _ = q.shape
+    row_bytes = 4 * h * t
+    if lengths is not None or n * t * row_bytes <= SCORE_BYTES:
+        return _attend(q, k, v, scale, lengths)
+    chunk_len = max(1, min(t, SCORE_BYTES // row_bytes))
+
+    def one_frame(frame):
+        q, k, v = frame
+        return jax.lax.map(lambda row: _attend(row[None, None], k[None], v[None], scale)[0, 0], q, batch_size=chunk_len)
+
+    return jax.lax.map(one_frame, (q, k, v))
+
+
+def _attend(q, k, v, scale: float, lengths: np.ndarray | None = None):
+    scores = jnp.einsum("nthd,nshd->nhts", q, k, preferred_element_type=jnp.float32) * scale
+    if lengths is not None:
+        is_key = np.arange(k.shape[1]) < lengths[:, None]
+        scores = jnp.where(is_key[:, None, None], scores, MASKED)
+    return jnp.einsum("nhts,nshd->nthd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
