@@ -65,7 +65,7 @@ def attend(
     return attend_in_chunks(q, k, v, scale, lengths)
 
 
-def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None, implementation="cudnn"):
+def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None = None, implementation="cudnn"):
     """`attend` as one call of JAX's attention; rows past `lengths` come out as anything finite."""
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     return jax.nn.dot_product_attention(
@@ -73,7 +73,7 @@ def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None, implementati
     )  # fmt: skip
 
 
-def attend_in_chunks(q, k, v, scale: float, lengths: np.ndarray | None):
+def attend_in_chunks(q, k, v, scale: float, lengths: np.ndarray | None = None):
     """`attend` one row and one chunk of queries at a time, as many as keep the scores within `SCORE_BYTES`."""
     n, t, h, _ = q.shape
     row_bytes = 4 * h * t
