@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmi_jax.cache import KVCache
 from pallas_kernels.decode.api import Implementation, decode_attention
+from pallas_kernels.layer_matmul.api import layer_matmul
 from pallas_kernels.notation import Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree
 
@@ -118,9 +119,8 @@ def step(model: Any, cache: KVCache, decoding: Decoding, implementation: Impleme
     rope_pos = jnp.broadcast_to((cache.next_rope_pos + place)[None, :, None], (3, len(decoding.token), 1))
     rotary = model.rotary(rope_pos)
 
-    def layer(carry, layer):
+    def layer(carry, n):
         x, k_new, v_new = carry
-        state, n = layer
 
         def attend(q, k, v):
             written = tuple(
@@ -133,12 +133,35 @@ def step(model: Any, cache: KVCache, decoding: Decoding, implementation: Impleme
             )  # fmt: skip
             return out[:, None].astype(q.dtype), written
 
-        x, written = nnx.merge(layer_graphdef, state)(x, rotary, attend)
+        x, written = layer_of_stack(layer_graphdef, layer_state, n, implementation)(x, rotary, attend)
         return (x, *written), None
 
     carry = model.embedding(decoding.token[:, None]), decoding.k_new, decoding.v_new
-    (x, k_new, v_new), _ = jax.lax.scan(layer, carry, (layer_state, jnp.arange(cache.k.shape[0])))
+    (x, k_new, v_new), _ = jax.lax.scan(layer, carry, jnp.arange(cache.k.shape[0]))
     return model.unembed(x[:, 0]), k_new, v_new
+
+
+def layer_of_stack(graphdef: Any, stacked: Any, n: Array, implementation: Implementation | None) -> Any:
+    """Layer `n` of a stack, whose linear maps multiply by their matrix where it lies, without a copy of it.
+
+    Args:
+      graphdef, stacked: of a module whose parameters carry a leading layer axis.
+      implementation: of the products, see `layer_matmul`.
+    """
+    from flax import nnx
+
+    def product(x, w, *_, **__):
+        rows = layer_matmul(x.reshape(-1, x.shape[-1]), w, n, implementation=implementation)
+        return rows.reshape(*x.shape[:-1], -1)
+
+    def weights(path, a):
+        return a if jax.tree_util.keystr(path).count("kernel") and a.ndim == 3 else a[n]
+
+    module = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(weights, stacked))
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Linear) and part.kernel.ndim == 3:
+            part.dot_general = product
+    return module
 
 
 def sample(logits: Float[Array, "b v"], key: Array, choice: Choice) -> Int32[Array, " b"]:

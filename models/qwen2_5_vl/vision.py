@@ -1,6 +1,7 @@
 """The vision tower: patches of a frame attend within windows, in a few layers within the frame, never across frames."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -13,14 +14,15 @@ from jaxtyping import Array, Float
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.frames import rotary, windows
 from models.qwen2_5_vl.layers import GatedMLP, State, linear, rms_norm, stack_layers
-from models.qwen2_5_vl.rope import rotate
-from models.qwen2_5_vl.vision_attention import FrameTables
+from models.qwen2_5_vl.vision_attention import FrameTables, rotate
 from pallas_kernels.notation import AnyArray
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the published code, in no configuration file."""
 FRAME_BATCH_PATCHES = 8192
 """Patches encoded by one call (at least one frame): large enough to fill a chip, small enough to bound memory."""
+MLP_MULTIPLE = 128
+"""The hidden width of the MLP is padded to a multiple of this where it runs in 16 bits."""
 BATCHES_IN_FLIGHT = 2
 """Batches whose patches are on the device at a time: one is encoded while the next one arrives."""
 
@@ -37,11 +39,17 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "n w p e"], frame: FrameTables, is_full: bool) -> Float[Array, "n w p e"]:
         """The attention output before the residual; `is_full` chooses the whole frame over the windows."""
         n, w, p, e = x.shape
-        heads = (self.config.num_heads, self.config.head_dim)
-        q, k, v = (y.reshape(n, w * p, *heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        shape = n, w * p, self.config.num_heads, self.config.head_dim
+        q, k, v = (y.reshape(shape) for y in self._projections(x))
         q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
         out = frame.attend_whole(q, k, v) if is_full else frame.attend_windows(q, k, v)
         return self.out(out.reshape(n, w, p, e))
+
+    def _projections(self, x: Float[Array, "n w p e"]) -> list[Array]:
+        """q, k and v by a product each: parts of one product would each be copied before attention."""
+        kernels = jnp.split(self.qkv.kernel[...], 3, axis=-1)
+        biases = jnp.split(self.qkv.bias[...], 3)
+        return [x @ kernel + bias[None, None, None] for kernel, bias in zip(kernels, biases, strict=True)]
 
 
 class VisionLayer(nnx.Module):
@@ -148,25 +156,56 @@ def _encode_batch(
     frame = FrameTables(windows(*size, config), rotary(*size, config), config)
     x = frame.to_windows(tower.patch_embed(frames.astype(tower.dtype)))
     layer_def, layer_state = nnx.split(tower.layers)
-    for first, end, is_full in _runs(config):
+    period, runs = _runs(config)
 
-        def step(x, n, is_full=is_full):
-            weights = jax.tree.map(lambda a: a[n], layer_state)
-            return nnx.merge(layer_def, weights)(x, frame, is_full), None
+    def group(x, start):
+        for first, end, is_full in runs:
 
-        with jax.named_scope("whole_frame_layers" if is_full else "window_layers"):
-            x, _ = jax.lax.scan(step, x, jnp.arange(first, end))
+            def layer(x, n, is_full=is_full):
+                weights = _aligned(jax.tree.map(lambda a: a[start + n], layer_state), config)
+                return nnx.merge(layer_def, weights)(x, frame, is_full), None
+
+            with jax.named_scope("whole_frame_layers" if is_full else "window_layers"):
+                x, _ = jax.lax.scan(layer, x, jnp.arange(first, end))
+        return x, None
+
+    x, _ = jax.lax.scan(group, x, jnp.arange(0, config.num_layers, period))
     return tower.merger(frame.to_frames(x))
 
 
-def _runs(config: VisionConfig) -> list[tuple[int, int, bool]]:
-    """Runs of layers of one kind, as (first, end, whether they attend to the whole frame).
+def _runs(config: VisionConfig) -> tuple[int, list[tuple[int, int, bool]]]:
+    """The layers after which the kinds repeat, and runs of one kind up to there: (first, end, attends to the frame).
 
-    One loop each, not one loop over all with a branch inside: on a GPU the host would wait for the device at each.
+    A loop for each run, not one over all layers with a branch inside: on a GPU the host would wait at each branch.
     """
-    is_full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
-    starts = [n for n in range(config.num_layers) if n == 0 or is_full[n] != is_full[n - 1]]
-    return [(first, end, is_full[first]) for first, end in zip(starts, [*starts[1:], config.num_layers], strict=True)]
+    n = config.num_layers
+    is_full = [layer in config.full_attention_layers for layer in range(n)]
+    period = next(p for p in range(1, n + 1) if n % p == 0 and is_full == is_full[:p] * (n // p))
+    starts = [m for m in range(period) if m == 0 or is_full[m] != is_full[m - 1]]
+    return period, [(first, end, is_full[first]) for first, end in itertools.pairwise([*starts, period])]
+
+
+def _aligned(weights: State, config: VisionConfig) -> State:
+    """A layer's weights with zeros up to a hidden width of the MLP that Hopper's matrix products run well at.
+
+    The published 3420 is no multiple of 8: measured, 9 ms of 30 for 8192 patches. Zeros add exactly nothing.
+    """
+    missing = -config.mlp_dim % MLP_MULTIPLE
+    if not missing or weights["mlp"]["up"]["kernel"].dtype == jnp.float32:
+        return weights
+
+    def pad(path, a):
+        name = jax.tree_util.keystr(path)
+        if "mlp" not in name or "norm" in name:
+            return a
+        axis = a.ndim - 1 if "gate" in name or "up" in name else 0
+        return (
+            jnp.pad(a, [(0, missing if n == axis else 0) for n in range(a.ndim)])
+            if a.shape[axis] == config.mlp_dim
+            else a
+        )
+
+    return jax.tree_util.tree_map_with_path(pad, weights)
 
 
 def _check_patches(patches, grids, config: VisionConfig) -> None:

@@ -51,6 +51,17 @@ class FrameTables:
         return jnp.zeros_like(q).at[:, place].set(out, unique_indices=True)
 
 
+def rotate(
+    x: Float[Array, "n t h d"], cos: Float[Array, "1 t d"], sin: Float[Array, "1 t d"]
+) -> Float[Array, "n t h d"]:
+    """As `rope.rotate`, by a reversal in place of a concatenation: one pass over memory on a GPU."""
+    halves = (*x.shape[:-1], 2, x.shape[-1] // 2)
+    x32 = x.astype(jnp.float32).reshape(halves)
+    sign = np.array([-1.0, 1.0], np.float32).reshape(*[1] * (x.ndim - 1), 2, 1)
+    cos, sin = (table[..., None, :].reshape(*table.shape[:-1], 1, *halves[-2:]) for table in (cos, sin))
+    return (x32 * cos + jnp.flip(x32, axis=-2) * (sin * sign)).reshape(x.shape).astype(x.dtype)
+
+
 def attend(
     q: Float[Array, "n t h d"], k: Float[Array, "n t h d"], v: Float[Array, "n t h d"], scale: float,
     lengths: Int32[np.ndarray, " n"] | None = None,

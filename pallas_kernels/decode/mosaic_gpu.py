@@ -31,9 +31,9 @@ class DecodeConfig:
 
 
 CONFIGS = {
-    64: DecodeConfig(num_stages=3, blocks_per_multiprocessor=4),
-    128: DecodeConfig(num_stages=2, blocks_per_multiprocessor=2),
-    256: DecodeConfig(num_stages=2, blocks_per_multiprocessor=1),
+    64: DecodeConfig(num_stages=4, blocks_per_multiprocessor=2),
+    128: DecodeConfig(num_stages=4, blocks_per_multiprocessor=1),
+    256: DecodeConfig(num_stages=3, blocks_per_multiprocessor=1),
 }
 """By head dim: as many bytes in flight as shared memory holds."""
 
