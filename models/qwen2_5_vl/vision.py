@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.frames import rotary, windows
 from models.qwen2_5_vl.layers import GatedMLP, State, linear, rms_norm, stack_layers
-from models.qwen2_5_vl.vision_attention import FrameTables, rotate
+from models.qwen2_5_vl.vision_attention import FrameTables, Implementation, rotate
 from pallas_kernels.notation import AnyArray
 
 RMS_NORM_EPS = 1e-6
@@ -98,11 +98,14 @@ class VisionTower(nnx.Module):
         self.layers = stack_layers(lambda rngs: VisionLayer(config, dtype=dtype, rngs=rngs), config.num_layers, rngs)
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, patches: Float[AnyArray, "p c"], grids: tuple[tuple[int, int, int], ...]) -> Float[Array, "t o"]:
+    def __call__(
+        self, patches: Float[AnyArray, "p c"], grids: tuple[tuple[int, int, int], ...], *,
+        attention: Implementation | None = None,
+    ) -> Float[Array, "t o"]:  # fmt: skip
         """The tokens of every grid, in order of appearance.
 
         Frames of one size are encoded together, in batches of one length, so that a frame size compiles once however
-        long the video; only one batch of patches is on the device at a time.
+        long the video; only two batches of patches are on the device at a time.
         """
         _check_patches(patches, grids, self.config)
         if not grids:
@@ -112,14 +115,14 @@ class VisionTower(nnx.Module):
         for size in dict.fromkeys(grid[1:] for grid in grids):
             members = [i for i, grid in enumerate(grids) if grid[1:] == size]
             first_patch = np.concatenate([starts[i] + math.prod(size) * np.arange(grids[i][0]) for i in members])
-            encoded = self._encode_frames(patches, first_patch, size)
+            encoded = self._encode_frames(patches, first_patch, size, attention)
             ends = np.cumsum([grids[i][0] for i in members])
             pieces = jnp.split(encoded, ends[:-1].tolist())
             tokens.update((i, piece.reshape(-1, piece.shape[-1])) for i, piece in zip(members, pieces, strict=True))
         return jnp.concatenate([tokens[i] for i in range(len(grids))])
 
     def _encode_frames(
-        self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int]
+        self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int], attention: Implementation | None
     ) -> Float[Array, "n t o"]:
         """All frames of one size, each given by its first patch, in batches of one length.
 
@@ -134,7 +137,7 @@ class VisionTower(nnx.Module):
         encoded = []
         for batch in first_patch.reshape(-1, batch_len):
             frames = _frames(patches, batch, math.prod(size))
-            encoded.append(_encode_batch(graphdef, state, frames, size))
+            encoded.append(encode_batch(graphdef, state, frames, size, attention))
             if len(encoded) >= BATCHES_IN_FLIGHT:
                 jax.block_until_ready(encoded[-BATCHES_IN_FLIGHT])
         return jnp.concatenate(encoded)[:num_frames]
@@ -147,13 +150,15 @@ def _frames(patches: AnyArray, first_patch: np.ndarray, frame_len: int) -> AnyAr
     return patches[first_patch[:, None] + np.arange(frame_len)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _encode_batch(
-    graphdef: nnx.GraphDef, state: State, frames: Float[AnyArray, "n p c"], size: tuple[int, int]
-) -> Float[Array, "n t o"]:
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def encode_batch(
+    graphdef: nnx.GraphDef, state: State, frames: Float[AnyArray, "n p c"], size: tuple[int, int],
+    attention: Implementation | None = None,
+) -> Float[Array, "n t o"]:  # fmt: skip
+    """The tokens of frames of one size, `[rows, columns]` in patches: one program for a tower, a number and a size."""
     tower = nnx.merge(graphdef, state)
     config = tower.config
-    frame = FrameTables(windows(*size, config), rotary(*size, config), config)
+    frame = FrameTables(windows(*size, config), rotary(*size, config), config, attention)
     x = frame.to_windows(tower.patch_embed(frames.astype(tower.dtype)))
     layer_def, layer_state = nnx.split(tower.layers)
     period, runs = _runs(config)

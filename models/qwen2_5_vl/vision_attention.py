@@ -1,5 +1,7 @@
 """Attention among the patches of a frame: cuDNN's fused attention on Hopper GPUs, XLA elsewhere."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ from jaxtyping import Array, Float, Int32
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.frames import Windows
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
+
+Implementation = Literal["cudnn", "xla"]
+"""cuDNN's fused attention through JAX, or scores in float32 that XLA holds in memory."""
 
 SCORE_BYTES = 2**28
 """Attention scores of whole-frame layers that XLA holds at a time; more frames or queries go one after the other."""
@@ -18,9 +23,13 @@ MASKED = -1e30
 class FrameTables:
     """What the attention layers need to know of one frame size, as constants of the compiled program."""
 
-    def __init__(self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig):
-        """Reorders the rotary tables to the order of the windows."""
+    def __init__(
+        self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig,
+        implementation: Implementation | None = None,
+    ):  # fmt: skip
+        """Reorders the rotary tables to the order of the windows; `implementation` is that of `attend`."""
         self.windows = windows
+        self.implementation: Implementation | None = implementation
         self.is_ragged = not windows.is_real.all()
         order = windows.order.reshape(-1)
         self.rotary = tuple(jnp.asarray(table[order])[None] for table in rotary)
@@ -40,14 +49,15 @@ class FrameTables:
         num_windows, window_len = self.windows.order.shape
         shape = (q.shape[0] * num_windows, window_len, *q.shape[2:])
         lengths = np.tile(self.windows.lengths, q.shape[0]) if self.is_ragged else None
-        return attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), self.scale, lengths).reshape(q.shape)
+        q_rows, k_rows, v_rows = (x.reshape(shape) for x in (q, k, v))
+        return attend(q_rows, k_rows, v_rows, self.scale, lengths, self.implementation).reshape(q.shape)
 
     def attend_whole(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
         """Every patch attends to its frame; the holes are left out of the work."""
         if not self.is_ragged:
-            return attend(q, k, v, self.scale)
+            return attend(q, k, v, self.scale, None, self.implementation)
         place = self.windows.place
-        out = attend(q[:, place], k[:, place], v[:, place], self.scale)
+        out = attend(q[:, place], k[:, place], v[:, place], self.scale, None, self.implementation)
         return jnp.zeros_like(q).at[:, place].set(out, unique_indices=True)
 
 
@@ -64,16 +74,17 @@ def rotate(
 
 def attend(
     q: Float[Array, "n t h d"], k: Float[Array, "n t h d"], v: Float[Array, "n t h d"], scale: float,
-    lengths: Int32[np.ndarray, " n"] | None = None,
+    lengths: Int32[np.ndarray, " n"] | None = None, implementation: Implementation | None = None,
 ) -> Float[Array, "n t h d"]:  # fmt: skip
     """Softmax attention of every patch to all patches of its row, or the first `lengths` of them.
 
-    cuDNN takes 16-bit values and a head dim that is a multiple of 8; measured on an H100 it is the fastest of what is
-    here (bench/RESULTS.md). Everything else runs in XLA with float32 scores.
+    None takes cuDNN on a Hopper GPU for 16-bit values with a head dim that is a multiple of 8 (bench/RESULTS.md has
+    both beside each other), and XLA for everything else.
     """
-    if has_hopper_gpu() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
-        return attend_fused(q, k, v, scale, lengths)
-    return attend_in_chunks(q, k, v, scale, lengths)
+    if implementation is None:
+        fits = has_hopper_gpu() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+        implementation = "cudnn" if fits else "xla"
+    return (attend_fused if implementation == "cudnn" else attend_in_chunks)(q, k, v, scale, lengths)
 
 
 def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None = None, implementation="cudnn"):

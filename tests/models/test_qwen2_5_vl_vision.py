@@ -2,6 +2,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwen2_5_vl_golden as oracle
@@ -49,7 +50,7 @@ def test_batching_of_frames_changes_nothing(batch_patches, monkeypatch):
 def test_chunks_of_queries_change_nothing(monkeypatch):
     data, tower = oracle.golden("gqa7"), oracle.model("gqa7").vision
     whole = tower(data["patches"], oracle.grids("gqa7"))
-    cache: Any = vision._encode_batch
+    cache: Any = vision.encode_batch
     cache.clear_cache()  # the limit is read when a program is traced
     monkeypatch.setattr(
         vision_attention, "SCORE_BYTES", 4 * 3 * 60 * 7
@@ -61,7 +62,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
 def test_a_long_video_compiles_once(rng, monkeypatch):
     tower = oracle.model("gqa7").vision
     monkeypatch.setattr(vision, "FRAME_BATCH_PATCHES", 4 * 48)
-    cache: Any = vision._encode_batch
+    cache: Any = vision.encode_batch
     cache.clear_cache()
     for num_frames in (3, 4, 9, 18):
         patches = rng.standard_normal((num_frames * 48, 24)).astype(np.float32)
@@ -79,6 +80,19 @@ def test_fused_attention_is_the_same_attention(rng, lengths):
     is_row = np.ones((4, 9), bool) if lengths is None else np.arange(9) < lengths[:, None]
     np.testing.assert_allclose(fused[is_row], np.asarray(ours)[is_row], rtol=0, atol=16 * ULP * np.abs(v).max())
     assert np.isfinite(fused).all()
+
+
+def test_zeros_that_align_the_mlp_change_nothing(rng):
+    """In 16 bits, where they are used; in float32 weights stay as they are."""
+    tower = oracle.model("gqa7").vision
+    graphdef, state = nnx.split(tower.layers)
+    weights = jax.tree.map(lambda a: a[0].astype(jnp.bfloat16), state)
+    aligned = vision._aligned(weights, tower.config)
+    plain_mlp, aligned_mlp = (nnx.merge(graphdef, w).mlp for w in (weights, aligned))
+    assert tower.config.mlp_dim % 128 and aligned_mlp.up.kernel.shape[1] == aligned_mlp.down.kernel.shape[0] == 128
+    x = jnp.asarray(rng.standard_normal((1, 2, 4, tower.config.embed_dim)), jnp.bfloat16)
+    assert_equal_up_to_rounding(aligned_mlp(x), np.asarray(plain_mlp(x)))
+    assert vision._aligned(state, tower.config) is state
 
 
 def test_frames_in_a_row_are_not_copied(rng):
