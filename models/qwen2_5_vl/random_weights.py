@@ -18,7 +18,7 @@ def with_random_weights[M: nnx.Module](abstract: M, seed: int = 0) -> M:
     """
     graphdef, state = nnx.split(abstract)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))  # threefry compiles twice as long
     arrays = [
         _draw(key, leaf.shape, jnp.dtype(leaf.dtype).name, *_moments(jax.tree_util.keystr(path), leaf.shape))
         for key, (path, leaf) in zip(keys, leaves, strict=True)

@@ -19,7 +19,7 @@ from pallas_kernels.notation import AnyArray
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the published code, in no configuration file."""
-FRAME_BATCH_PATCHES = 8192
+FRAME_BATCH_PATCHES = 16384
 """Patches encoded by one call (at least one frame): large enough to fill a chip, small enough to bound memory."""
 MLP_MULTIPLE = 128
 """The hidden width of the MLP is padded to a multiple of this where it runs in 16 bits."""
@@ -36,20 +36,13 @@ class VisionAttention(nnx.Module):
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, dtype=dtype, rngs=rngs)
         self.out = linear(config.embed_dim, config.embed_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n w p e"], frame: FrameTables, is_full: bool) -> Float[Array, "n w p e"]:
+    def __call__(self, x: Float[Array, "n q e"], frame: FrameTables, is_full: bool) -> Float[Array, "n q e"]:
         """The attention output before the residual; `is_full` chooses the whole frame over the windows."""
-        n, w, p, e = x.shape
-        shape = n, w * p, self.config.num_heads, self.config.head_dim
-        q, k, v = (y.reshape(shape) for y in self._projections(x))
+        shape = *x.shape[:2], self.config.num_heads, self.config.head_dim
+        q, k, v = (y.reshape(shape) for y in jnp.split(self.qkv(x), 3, axis=-1))
         q, k = rotate(q, *frame.rotary), rotate(k, *frame.rotary)
         out = frame.attend_whole(q, k, v) if is_full else frame.attend_windows(q, k, v)
-        return self.out(out.reshape(n, w, p, e))
-
-    def _projections(self, x: Float[Array, "n w p e"]) -> list[Array]:
-        """q, k and v by a product each: parts of one product would each be copied before attention."""
-        kernels = jnp.split(self.qkv.kernel[...], 3, axis=-1)
-        biases = jnp.split(self.qkv.bias[...], 3)
-        return [x @ kernel + bias[None, None, None] for kernel, bias in zip(kernels, biases, strict=True)]
+        return self.out(out.reshape(x.shape))
 
 
 class VisionLayer(nnx.Module):
@@ -62,8 +55,8 @@ class VisionLayer(nnx.Module):
         self.mlp_norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, use_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n w p e"], frame: FrameTables, is_full: bool) -> Float[Array, "n w p e"]:
-        """The layer's output for a batch of frames in windows."""
+    def __call__(self, x: Float[Array, "n q e"], frame: FrameTables, is_full: bool) -> Float[Array, "n q e"]:
+        """The layer's output for a batch of frames in window order."""
         x = x + self.attention(self.attention_norm(x), frame, is_full)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -130,8 +123,7 @@ class VisionTower(nnx.Module):
         before a third would be on the device.
         """
         num_frames = len(first_patch)
-        largest = max(1, FRAME_BATCH_PATCHES // math.prod(size))
-        batch_len = min(largest, 1 << (num_frames - 1).bit_length())
+        batch_len = batch_frames(num_frames, size)
         first_patch = np.pad(first_patch, (0, -num_frames % batch_len), mode="edge")
         graphdef, state = nnx.split(self)
         encoded = []
@@ -141,6 +133,12 @@ class VisionTower(nnx.Module):
             if len(encoded) >= BATCHES_IN_FLIGHT:
                 jax.block_until_ready(encoded[-BATCHES_IN_FLIGHT])
         return jnp.concatenate(encoded)[:num_frames]
+
+
+def batch_frames(num_frames: int, size: tuple[int, int]) -> int:
+    """Frames of one batch of a video: a power of two, or as many as `FRAME_BATCH_PATCHES` are."""
+    largest = max(1, FRAME_BATCH_PATCHES // math.prod(size))
+    return min(largest, 1 << (num_frames - 1).bit_length())
 
 
 def _frames(patches: AnyArray, first_patch: np.ndarray, frame_len: int) -> AnyArray:
@@ -159,7 +157,7 @@ def encode_batch(
     tower = nnx.merge(graphdef, state)
     config = tower.config
     frame = FrameTables(windows(*size, config), rotary(*size, config), config, attention)
-    x = frame.to_windows(tower.patch_embed(frames.astype(tower.dtype)))
+    x = frame.to_window_order(tower.patch_embed(frames.astype(tower.dtype)))
     layer_def, layer_state = nnx.split(tower.layers)
     period, runs = _runs(config)
 
@@ -175,7 +173,7 @@ def encode_batch(
         return x, None
 
     x, _ = jax.lax.scan(group, x, jnp.arange(0, config.num_layers, period))
-    return tower.merger(frame.to_frames(x))
+    return tower.merger(frame.to_frame_order(x))
 
 
 def _runs(config: VisionConfig) -> tuple[int, list[tuple[int, int, bool]]]:

@@ -17,7 +17,7 @@ Implementation = Literal["cudnn", "xla"]
 SCORE_BYTES = 2**28
 """Attention scores of whole-frame layers that XLA holds at a time; more frames or queries go one after the other."""
 MASKED = -1e30
-"""Score of a hole in a window; finite, so that an empty window stays free of NaN."""
+"""Score of a hole in a window: finite, and far below every real one."""
 
 
 class FrameTables:
@@ -27,38 +27,35 @@ class FrameTables:
         self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig,
         implementation: Implementation | None = None,
     ):  # fmt: skip
-        """Reorders the rotary tables to the order of the windows; `implementation` is that of `attend`."""
+        """Reorders the rotary tables to window order; `implementation` is that of `attend`."""
         self.windows = windows
         self.implementation: Implementation | None = implementation
-        self.is_ragged = not windows.is_real.all()
-        order = windows.order.reshape(-1)
-        self.rotary = tuple(jnp.asarray(table[order])[None] for table in rotary)
+        self.rotary = tuple(jnp.asarray(table[windows.order])[None] for table in rotary)
         self.scale = config.head_dim**-0.5
 
-    def to_windows(self, x: Float[Array, "n q e"]) -> Float[Array, "n w p e"]:
-        """Patches grouped by window; holes are zero, so that nothing of one window can reach another."""
-        grouped = x[:, self.windows.order]
-        return jnp.where(self.windows.is_real[None, ..., None], grouped, 0) if self.is_ragged else grouped
+    def to_window_order(self, x: Float[Array, "n q e"]) -> Float[Array, "n q e"]:
+        """Patches of the frame, window by window."""
+        return x[:, self.windows.order]
 
-    def to_frames(self, x: Float[Array, "n w p e"]) -> Float[Array, "n q e"]:
-        """The inverse: patches in the order of the frame."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])[:, self.windows.place]
+    def to_frame_order(self, x: Float[Array, "n q e"]) -> Float[Array, "n q e"]:
+        """The inverse."""
+        return x[:, np.argsort(self.windows.order)]
 
-    def attend_windows(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
-        """Every patch attends to its window."""
-        num_windows, window_len = self.windows.order.shape
+    def attend_windows(self, q: Array, k: Array, v: Array) -> Float[Array, "n q h d"]:
+        """Every patch attends to its window; windows are filled up for this alone, so that holes cost nothing else."""
+        num_windows, window_len = self.windows.rows.shape
         shape = (q.shape[0] * num_windows, window_len, *q.shape[2:])
-        lengths = np.tile(self.windows.lengths, q.shape[0]) if self.is_ragged else None
+        lengths, is_ragged = None, self.windows.is_ragged
+        if is_ragged:
+            q, k, v = (x[:, self.windows.rows.reshape(-1)] for x in (q, k, v))
+            lengths = np.tile(self.windows.lengths, q.shape[0])
         q_rows, k_rows, v_rows = (x.reshape(shape) for x in (q, k, v))
-        return attend(q_rows, k_rows, v_rows, self.scale, lengths, self.implementation).reshape(q.shape)
+        out = attend(q_rows, k_rows, v_rows, self.scale, lengths, self.implementation).reshape(q.shape)
+        return out[:, self.windows.filled] if is_ragged else out
 
-    def attend_whole(self, q: Array, k: Array, v: Array) -> Float[Array, "n k h d"]:
-        """Every patch attends to its frame; the holes are left out of the work."""
-        if not self.is_ragged:
-            return attend(q, k, v, self.scale, None, self.implementation)
-        place = self.windows.place
-        out = attend(q[:, place], k[:, place], v[:, place], self.scale, None, self.implementation)
-        return jnp.zeros_like(q).at[:, place].set(out, unique_indices=True)
+    def attend_whole(self, q: Array, k: Array, v: Array) -> Float[Array, "n q h d"]:
+        """Every patch attends to its frame, in whatever order."""
+        return attend(q, k, v, self.scale, None, self.implementation)
 
 
 def rotate(

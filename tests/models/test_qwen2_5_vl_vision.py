@@ -25,18 +25,17 @@ def assert_equal_up_to_rounding(ours, theirs):
 def test_windows_of_a_ragged_frame():
     """A frame of 2 x 3 merged blocks in windows of 2 x 2 blocks; a block is four patches."""
     tables = windows(4, 6, oracle.model("gqa7").config.vision)
-    blocks = tables.order.reshape(2, 4, 4)
-    assert blocks[..., 0].tolist() == [[0, 4, 12, 16], [8, 20, 0, 0]]
-    assert (blocks[0, 1] == [4, 5, 6, 7]).all()
-    assert tables.is_real.reshape(2, 4, 4).all(axis=2).tolist() == [[True] * 4, [True, True, False, False]]
-    np.testing.assert_array_equal(tables.order.reshape(-1)[tables.place], np.arange(24))
-    assert tables.lengths.tolist() == [16, 8]
+    assert tables.order.tolist() == [4 * block + n for block in (0, 1, 3, 4, 2, 5) for n in range(4)]
+    assert tables.rows.tolist() == [list(range(16)), [*range(16, 24), *[16] * 8]]
+    assert tables.lengths.tolist() == [16, 8] and tables.is_ragged
+    np.testing.assert_array_equal(tables.rows.reshape(-1)[tables.filled], np.arange(24))
 
 
 def test_windows_of_a_frame_that_divides():
     tables = windows(8, 4, oracle.model("gqa7").config.vision)
-    assert tables.is_real.all()
-    np.testing.assert_array_equal(tables.order.reshape(-1), np.arange(32))
+    np.testing.assert_array_equal(tables.order, np.arange(32))
+    np.testing.assert_array_equal(tables.rows, np.arange(32).reshape(2, 16))
+    assert not tables.is_ragged
 
 
 @pytest.mark.parametrize("batch_patches", [1, 150])
@@ -90,7 +89,7 @@ def test_zeros_that_align_the_mlp_change_nothing(rng):
     aligned = vision._aligned(weights, tower.config)
     plain_mlp, aligned_mlp = (nnx.merge(graphdef, w).mlp for w in (weights, aligned))
     assert tower.config.mlp_dim % 128 and aligned_mlp.up.kernel.shape[1] == aligned_mlp.down.kernel.shape[0] == 128
-    x = jnp.asarray(rng.standard_normal((1, 2, 4, tower.config.embed_dim)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((1, 8, tower.config.embed_dim)), jnp.bfloat16)
     assert_equal_up_to_rounding(aligned_mlp(x), np.asarray(plain_mlp(x)))
     assert vision._aligned(state, tower.config) is state
 
