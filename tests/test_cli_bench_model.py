@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -106,7 +107,7 @@ def test_random_weights_keep_the_scale_of_what_they_multiply():
     from models.qwen2_5_vl.weights import abstract_model
 
     config = dataclasses.replace(CONFIG, mlp_dim=512)
-    model = with_random_weights(abstract_model(config, dtype="bfloat16").layers)
+    model: Any = with_random_weights(abstract_model(config, dtype="bfloat16").layers)
     up, down = (np.asarray(part.kernel[...], np.float32) for part in (model.mlp.up, model.mlp.down))
     assert up.shape == (2, 16, 512) and down.shape == (2, 512, 16) and model.mlp.up.kernel.dtype == "bfloat16"
     assert up.std() == pytest.approx(16**-0.5, rel=0.05) and down.std() == pytest.approx(512**-0.5, rel=0.05)

@@ -84,12 +84,14 @@ def attend(
     return (attend_fused if implementation == "cudnn" else attend_in_chunks)(q, k, v, scale, lengths)
 
 
-def attend_fused(q, k, v, scale: float, lengths: np.ndarray | None = None, implementation="cudnn"):
+def attend_fused(
+    q, k, v, scale: float, lengths: np.ndarray | None = None, implementation: Implementation = "cudnn"
+) -> Float[Array, "n t h d"]:
     """`attend` as one call of JAX's attention; rows past `lengths` come out as anything finite."""
-    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    rows = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
-    )  # fmt: skip
+        q, k, v, scale=scale, query_seq_lengths=rows, key_value_seq_lengths=rows, implementation=implementation
+    )
 
 
 def attend_in_chunks(q, k, v, scale: float, lengths: np.ndarray | None = None):

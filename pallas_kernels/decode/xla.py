@@ -21,11 +21,11 @@ def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
     total = weights.sum(axis=-1, keepdims=True)
     weights = (weights / jnp.where(total > 0, total, 1.0)).astype(inputs.v.dtype)
     pieces = jnp.split(weights, [inputs.k.shape[2]], axis=-1)
-    out = sum(
+    old, new = (
         jnp.einsum("bgrs,bsgd->bgrd", w, v, preferred_element_type=jnp.float32)
         for w, (_, v, _) in zip(pieces, rows, strict=True)
     )
-    return out.astype(inputs.q.dtype).reshape(b, h, d)
+    return (old + new).astype(inputs.q.dtype).reshape(b, h, d)
 
 
 def _rows(k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], count):

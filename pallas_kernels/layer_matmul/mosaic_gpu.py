@@ -66,11 +66,10 @@ def launch(x, w, layer, config: MatmulConfig, *, num_shares: int | None = None) 
     """
     b, num_columns, num_steps = x.shape[0], w.shape[2], w.shape[1] // STEP
     num_tiles = num_columns // TILE_COLUMNS
-    if num_shares is None:
-        num_shares = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles
+    shares = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles if num_shares is None else num_shares
     shape = MatmulShape(
         num_tiles=num_tiles,
-        num_shares=min(max(1, num_shares), num_steps),
+        num_shares=min(max(1, shares), num_steps),
         num_steps=num_steps,
         num_rows=-(-b // 8) * 8,
         num_stages=config.num_stages,

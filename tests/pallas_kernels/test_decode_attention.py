@@ -178,6 +178,7 @@ def test_check_supported_refuses_what_would_overflow(rng):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernel_is_right_on_the_device(rng, head_dim, dtype):
-    for sizes in (dict(), dict(lengths=(4000, 1), capacity=4096, num_kv_heads=4, ratio=7, num_new=64)):
+    longer: dict[str, Any] = dict(lengths=(4000, 1), capacity=4096, num_kv_heads=4, ratio=7, num_new=64)
+    for sizes in ({}, longer):
         args = problem(rng, head_dim=head_dim, dtype=dtype, **sizes)
         assert_right(decode_attention(**args, scale=SCALE, implementation="mosaic_gpu"), args)

@@ -1,5 +1,7 @@
 """A few rows times one layer of stacked weights: the meaning in float64, the Hopper kernel interpreted and lowered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +52,8 @@ def test_interpreted_kernel_is_right_and_has_no_races(rng, sizes, num_shares, ca
 @pytest.mark.parametrize("b", [1, 64])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernel_lowers_for_cuda(rng, b, dtype):
-    args = problem(rng, b=b, dtype=dtype)
-    traced = jax.jit(lambda *args: mosaic_gpu.launch(*args, mosaic_gpu.MatmulConfig())).trace(*args)
+    run = functools.partial(mosaic_gpu.launch, config=mosaic_gpu.MatmulConfig())
+    traced = jax.jit(run).trace(*problem(rng, b=b, dtype=dtype))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
 
 
