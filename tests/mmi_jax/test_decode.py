@@ -73,6 +73,23 @@ def test_tokens_come_in_blocks_of_one_program(monkeypatch):
     jax.clear_caches()
 
 
+def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
+    result, asked = prefilled(*PROMPTS), []
+    expected = decode(tiny_model(), result, max_new_tokens=3)
+    multiply = decode_program.layer_matmul
+
+    def recorded(x, w, layer, **kwargs):
+        asked.append((x.shape, w.shape))
+        return multiply(x, w, layer, **kwargs)
+
+    monkeypatch.setattr(decode_program, "layer_matmul", recorded)
+    jax.clear_caches()
+    np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=3), expected)
+    jax.clear_caches()
+    q, kv, out, up, down = (16, 32), (16, 16), (32, 16), (16, 24), (24, 16)
+    assert asked == [((3, w[0]), (3, *w)) for w in (q, kv, kv, out, up, up, down)]
+
+
 def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
     result = prefill(tiny_model(), batch(*PROMPTS), buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=8)
     ends = (int(decode(tiny_model(), result, max_new_tokens=8)[0, 2]),)
