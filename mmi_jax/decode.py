@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.cache import KVCache
-from mmi_jax.decode_program import Choice, Decoding, replicated, room_for, run_block, start
+from mmi_jax.decode_program import Choice, Decoding, choice_of, replicated, room_for, run_block, start
 from mmi_jax.engine import PrefillResult, VisionLanguageModel
 from mmi_jax.layout import PADDING, TEXT, TokenLayout
 from pallas_kernels.decode.api import Implementation
@@ -99,7 +99,7 @@ def _checked(max_new_tokens: int, temperature: float, top_p: float, key, end_tok
         raise ValueError(
             f"sampling needs temperature >= 0, 0 < top_p <= 1 and a key: got {temperature=}, {top_p=}, {key=}"
         )
-    return Choice(temperature=temperature, top_p=top_p, end_tokens=tuple(end_tokens))
+    return choice_of(temperature, top_p, end_tokens)
 
 
 def _decode(

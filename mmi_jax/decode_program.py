@@ -1,6 +1,5 @@
 """Decoding on the device: a block of tokens as one program, which ends early once every prompt has ended."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,7 +13,7 @@ from mmi_jax.cache import KVCache
 from pallas_kernels.decode.api import Implementation, decode_attention
 from pallas_kernels.layer_matmul.api import layer_matmul
 from pallas_kernels.notation import Array, Bool, Float, Int32
-from pallas_kernels.pytree import pytree
+from pallas_kernels.pytree import pytree, static_field
 
 BLOCK_TOKENS = 16
 """Tokens of one program run: the host looks at what was decoded once in so many tokens."""
@@ -23,13 +22,33 @@ LEAST_NEW_TOKENS = 64
 """Room for new tokens is this or a larger power of two: few programs, and whole tiles of the decode kernel."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@pytree
 class Choice:
-    """How a token is chosen from logits, and which tokens end a prompt; see `decode`."""
+    """How a token is chosen from logits, and which tokens end a prompt; see `decode`.
 
-    temperature: float
-    top_p: float
-    end_tokens: tuple[int, ...]
+    Args:
+      temperature, top_p: read where `is_greedy` and `takes_all` say so, so that their values compile nothing anew.
+      is_greedy: takes the most likely token.
+      takes_all: samples from all tokens, whatever `top_p` is.
+      end_tokens: as in `decode`.
+    """
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    is_greedy: bool = static_field()
+    takes_all: bool = static_field()
+    end_tokens: tuple[int, ...] = static_field()
+
+
+def choice_of(temperature: float, top_p: float, end_tokens: tuple[int, ...]) -> Choice:
+    """The choice that `decode` is asked for."""
+    return Choice(
+        temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
+        is_greedy=temperature == 0,
+        takes_all=top_p >= 1,
+        end_tokens=tuple(end_tokens),
+    )
 
 
 @pytree
@@ -55,7 +74,7 @@ def room_for(max_new_tokens: int) -> int:
     return max(LEAST_NEW_TOKENS, 1 << max(0, math.ceil(math.log2(max(max_new_tokens, 1)))))
 
 
-@functools.partial(jax.jit, static_argnames=("choice", "room", "sharding"))
+@functools.partial(jax.jit, static_argnames=("room", "sharding"))
 def start(
     logits: Float[Array, "b v"], cache: KVCache, key: Array, *,
     choice: Choice, room: int, sharding: NamedSharding | None,
@@ -67,9 +86,7 @@ def start(
     return Decoding(token=token, is_done=_ends(token, choice), num_new=jnp.int32(1), k_new=k_new, v_new=v_new)
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("choice", "implementation", "sharding"), donate_argnums=3
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("implementation", "sharding"), donate_argnums=3)
 def run_block(
     graphdef: Any, state: Any, cache: KVCache, decoding: Decoding, key: Array, limit: Int32[Array, ""], *,
     choice: Choice, implementation: Implementation | None, sharding: NamedSharding | None,
@@ -166,9 +183,11 @@ def layer_of_stack(graphdef: Any, stacked: Any, n: Array, implementation: Implem
 
 def sample(logits: Float[Array, "b v"], key: Array, choice: Choice) -> Int32[Array, " b"]:
     """One token of each prompt."""
-    if choice.temperature == 0:
+    if choice.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / choice.temperature
+    if choice.takes_all:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
     ordered = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
     least = jnp.min(jnp.where(before < choice.top_p, ordered, jnp.inf), axis=-1, keepdims=True)

@@ -16,8 +16,6 @@ from mmi_jax.layout import TokenLayout
 from pallas_kernels.decode.api import Implementation, decode_attention
 from pallas_kernels.notation import Array
 
-GREEDY = decode_program.Choice(temperature=0.0, top_p=1.0, end_tokens=())
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSizes:
@@ -144,6 +142,10 @@ def _relative(got, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def _greedy() -> decode_program.Choice:
+    return decode_program.choice_of(0.0, 1.0, ())
+
+
 def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_program.Decoding:
     """After a first token."""
     from flax import nnx
@@ -151,7 +153,7 @@ def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_program.Decoding
     model: Any = nnx.merge(graphdef, state)
     logits = jnp.zeros((len(cache.lengths), model.config.vocab_size), jnp.float32)
     room = decode_program.LEAST_NEW_TOKENS
-    return decode_program.start(logits, cache, jax.random.key(0), choice=GREEDY, room=room, sharding=None)
+    return decode_program.start(logits, cache, jax.random.key(0), choice=_greedy(), room=room, sharding=None)
 
 
 def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Implementation | None, repeats: int):
@@ -160,12 +162,12 @@ def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Imple
     key = jax.random.key(0)
     lowered = decode_program.run_block.lower(
         graphdef, state, cache, _start(cache, state, graphdef), key, limit,
-        choice=GREEDY, implementation=implementation, sharding=None,
+        choice=_greedy(), implementation=implementation, sharding=None,
     )  # fmt: skip
     program = compile_lowered(lowered)
 
     def run():
-        return program.call(state, cache, _start(cache, state, graphdef), key, limit)
+        return program.call(state, cache, _start(cache, state, graphdef), key, limit, choice=_greedy())
 
     num_tokens = int(run()[2])
     block = dataclasses.replace(program, call=run)

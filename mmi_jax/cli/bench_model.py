@@ -1,6 +1,6 @@
 """`mmi bench decode` and `mmi bench vision`: parts of a model with random weights of a published size."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import typer
@@ -34,7 +34,7 @@ def decode(
 
     with one_line_errors(shows_traceback=debug):
         share_memory(peers=False)
-        model = _random_model(preset, dtype)
+        model = _random_model(preset, dtype, "decoder")
         runs = [Run(f"{preset} {n}", n) for n in tokens or [2**17]]
         run_all(runs, measure, bench_table.decode_table, json_file, stops_at_error=debug, times_matmul=False)
 
@@ -64,14 +64,14 @@ def vision(
     with one_line_errors(shows_traceback=debug):
         share_memory(peers=False)
         grids = [(text, _grid(text)) for text in grid or ["12x12", "16x16", "20x36"]]
-        tower = _random_model(preset, dtype, part="vision")
+        tower = _random_model(preset, dtype, "vision")
         merge = tower.config.merge_size
         runs = [Run(f"{preset} {text}", (f"{preset} {text}", (merge * r, merge * c))) for text, (r, c) in grids]
         run_all(runs, measure, bench_table.vision_table, json_file, stops_at_error=debug)
 
 
-def _random_model(preset: str, dtype: str | None, part: str | None = None) -> Any:
-    """The model, or one part of it, with random weights on the device."""
+def _random_model(preset: str, dtype: str | None, part: Literal["decoder", "vision"]) -> Any:
+    """The model without its vision tower, or the tower alone, with random weights on the device."""
     from models.qwen2_5_vl.presets import PRESETS
     from models.qwen2_5_vl.random_weights import with_random_weights
     from models.qwen2_5_vl.weights import abstract_model
@@ -80,7 +80,10 @@ def _random_model(preset: str, dtype: str | None, part: str | None = None) -> An
     check_known("--dtype", dtype, ("float32", "bfloat16", "float16"))
     chosen = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     abstract = abstract_model(PRESETS[preset], dtype=chosen)
-    return with_random_weights(abstract if part is None else getattr(abstract, part))
+    if part == "vision":
+        return with_random_weights(abstract.vision)
+    del abstract.vision  # decoding reads none of it
+    return with_random_weights(abstract)
 
 
 def _bytes_per_token(model: Any) -> int:

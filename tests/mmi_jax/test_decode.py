@@ -9,6 +9,7 @@ from tiny import BLOCKS, BUCKETS, STATIC, batch, extend, last_logits, prompt, ti
 
 from mmi_jax import decode, decode_program, decode_with_cache, prefill
 
+run_block: Any = decode_program.run_block
 PROMPTS = (prompt(1, 4, (2, 3, 3), 6), prompt(2, 3, (1, 2, 2), 5, (3, 2, 4), 12), prompt(3, 25))
 
 
@@ -65,12 +66,11 @@ def test_tokens_come_in_blocks_of_one_program(monkeypatch):
     tokens = decode(tiny_model(), result, max_new_tokens=40, on_tokens=blocks.append)
     assert [block.shape for block in blocks] == [(3, 1), (3, 16), (3, 16), (3, 7)]
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), tokens)
-    jax.clear_caches()
+    run_block.clear_cache()
     monkeypatch.setattr(decode_program, "BLOCK_TOKENS", 3)
     np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=40), tokens)
-    run_block: Any = decode_program.run_block
     assert run_block._cache_size() == 1
-    jax.clear_caches()
+    run_block.clear_cache()
 
 
 def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
@@ -83,9 +83,9 @@ def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
         return multiply(x, w, layer, **kwargs)
 
     monkeypatch.setattr(decode_program, "layer_matmul", recorded)
-    jax.clear_caches()
+    run_block.clear_cache()
     np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=3), expected)
-    jax.clear_caches()
+    run_block.clear_cache()
     q, kv, out, up, down = (16, 32), (16, 16), (32, 16), (16, 24), (24, 16)
     assert asked == [((3, w[0]), (3, *w)) for w in (q, kv, kv, out, up, up, down)]
 
@@ -174,6 +174,14 @@ def test_top_p_samples_only_the_fewest_tokens_that_hold_it():
         nucleus = order[: np.searchsorted(np.cumsum(p[order]), 0.5) + 1].tolist()
         assert 1 < len(nucleus) < 20
         assert {token for token in nucleus if p[token] > 0.03} <= set(row.tolist()) <= set(nucleus)
+
+
+def test_another_temperature_or_top_p_compiles_nothing():
+    result = prefilled(*PROMPTS)
+    run_block.clear_cache()
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
+        decode(tiny_model(), result, max_new_tokens=2, temperature=temperature, top_p=top_p, key=jax.random.key(0))
+    assert run_block._cache_size() == 1
 
 
 def test_a_tiny_top_p_or_temperature_is_greedy():
