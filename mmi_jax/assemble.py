@@ -17,6 +17,12 @@ from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS, Array, Int32
 from pallas_kernels.pytree import pytree, static_field
 
+SMALL_INDEX = 2**16
+"""Block entries of a head for which there is always room."""
+
+LARGEST_INDEX = 2**22
+"""Block entries of a head for which there is never room: each of a dozen passes over them would write 16 MB a head."""
+
 
 @pytree
 class HeadPlan:
@@ -70,7 +76,7 @@ def assemble(
     q_blocks = _q_blocks(order, row_pos, blocks)
     variant = jnp.asarray(variants, jnp.int32)[part_of_block]
     runs, intervals, sees_everything = _runs(parts, part_of_block, q_blocks)
-    capacity = max(1, sum(part.max_blocks for part in parts if not isinstance(part.visits, Everything)))
+    capacity = _capacity(parts, len(part_of_block), num_prompt_rows // blocks.kv)
     entries, total = _entries(runs, capacity, blocks)
     extents = _block_extents(kv_pos, blocks)
     lists = _lists(entries, q_blocks, extents, jnp.asarray(intervals, jnp.int32), variant, blocks)
@@ -93,6 +99,16 @@ def assemble(
         variant=jnp.where(takes_all, 0, variant),
         intervals=intervals,
     )
+
+
+def _capacity(parts: Sequence[Part], num_q_blocks: int, num_kv_blocks: int) -> int:
+    """Room for block entries: what the parts ask for, but no more than makes a head worth running sparse.
+
+    A list of three quarters of the causal blocks is no faster than dense attention.
+    """
+    asked = sum(part.max_blocks for part in parts if not isinstance(part.visits, Everything))
+    worth_it = 3 * num_q_blocks * num_kv_blocks // 8
+    return max(1, min(asked, max(SMALL_INDEX, min(worth_it, LARGEST_INDEX))))
 
 
 def _rows(parts: Sequence[Part], num_tokens: int, blocks: Blocks):

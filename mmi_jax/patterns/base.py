@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mmi_jax import estimate
+from mmi_jax.assemble import SMALL_INDEX
 from mmi_jax.blocks import Blocks
 from mmi_jax.parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
 from mmi_jax.views import AllKeys, Geometry, Group, KeyView, View
 from pallas_kernels.estimate.api import column_mass, line_mass
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
-
-SMALL_INDEX = 2**16
-"""Block entries below which a list is never worth bounding more tightly than by all pairs of blocks."""
 
 
 @pytree
@@ -76,7 +74,7 @@ class Scope:
         return [blocks_between(self.view, jnp.zeros_like(reach), reach, self.blocks)]
 
     def bound(self, blocks_per_q_block: int) -> int:
-        """A `Part.max_blocks`: so many per q block on average, within reason for small and for dense plans."""
+        """A `Part.max_blocks`: so many per q block on average, within reason for small plans."""
         most = self.num_q_blocks * self.num_kv_blocks
         return max(1, min(most, max(SMALL_INDEX, self.num_q_blocks * blocks_per_q_block)))
 

@@ -121,9 +121,15 @@ class Boundary2D(Pattern):
         groups, listed = self._modalities
         by_query = {m: [] for m in groups}
         for m, keys, pattern in self._pairs():
-            is_query = OfModality(m, listed).holds(scope.geometry.queries)
-            by_query[m].append(pattern.parts(scope.restrict(is_query, keys)))
-        return [part for per_key_group in by_query.values() for part in _joined(per_key_group)]
+            by_query[m].append((keys, pattern))
+        parts = []
+        for m, pairs in by_query.items():
+            own = scope.restrict(OfModality(m, listed).holds(scope.geometry.queries))
+            if all(pattern == Dense() for _, pattern in pairs):
+                parts += Dense().parts(own)  # one list of all keys, which such queries share
+            else:
+                parts += _joined([pattern.parts(own.restrict(group=keys)) for keys, pattern in pairs])
+        return parts
 
 
 def _joined(per_key_group: list[list[Part]]) -> list[Part]:
