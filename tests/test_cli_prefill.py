@@ -164,7 +164,7 @@ def test_without_json_the_report_is_on_stdout(demo, capsys, monkeypatch, tmp_pat
     printed = capsys.readouterr()
     for text in (
         "stage, by the profiler",
-        "time of the host's threads",
+        "seconds of the host's threads",
         f"trace in {tmp_path}",
         "padded to",
         "new tokens",
