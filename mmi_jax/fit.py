@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -164,6 +165,7 @@ def explained_exhaustion(task: MemoryTask) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold arrays, and the next run needs the room
         plan, room = plan_memory(task), room_of(jax.devices()[0])
         given = "" if room is None else f" of {_gib(room.limit)}, {_gib(room.used)} of them in use now"
         options = "; ".join(what_fits(task, plan.peak * 9 // 10)) or "a shorter prompt"

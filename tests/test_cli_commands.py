@@ -82,3 +82,29 @@ def test_the_cache_directory_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiled.default_cache_directory() == tmp_path / "mmi-jax" / "compiled"
     assert compiled.cache_contents(tmp_path / "absent") == compiled.CacheContents(num_programs=0, num_bytes=0)
+
+
+def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    arguments = ["--plan", "7b", "--tokens", "1000000", "--device", "h200", "--pattern", "AShape"]
+    assert main(["doctor", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "padded to 1,048,576, hold at most" in printed and "of 132.7 GiB: it fits" in printed
+    (cache,) = [line for line in printed.splitlines() if "cache: keys and values" in line]
+    assert "2 x 28 x 1 x 1048576 x 4 x 128" in cache and "56.0 GiB" in cache
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1048576", "--device", "72GiB"], "1 x 1,048,576 tokens must fit the device: it needs"),
+        (["--tokens", "1048576", "--device", "72GiB"], "the device has 72.0 GiB. What would fit: at most"),
+        (["--tokens", "2000000", "--device", "h200"], "a prompt must have 1 to 1048576 tokens"),
+        (["--tokens", "0", "--device", "h100"], "--tokens and --batch must be at least 1, got 0 and 1"),
+        (["--device", "h300"], "--device must be one of a100, h100, h200, v4"),
+        ([], "does not tell its memory: expected --device, got none"),
+    ],
+)
+def test_doctor_refuses_a_prefill_that_does_not_fit(capsys, arguments, message):
+    assert main(["doctor", "--plan", "7b", *arguments]) == 2
+    assert message in capsys.readouterr().err

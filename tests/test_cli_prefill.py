@@ -120,12 +120,15 @@ def test_the_demo_keeps_compiled_programs_and_leaves_jax_as_it_was(demo):
     assert jax.config.jax_compilation_cache_dir != str(demo.cache)
 
 
-def test_videos_images_and_text_stand_where_the_marks_are(run, photo):
-    video = str(DEMO_VIDEO)
+def test_videos_images_and_text_stand_where_the_marks_are(run, photo, tmp_path):
+    video, trace = str(DEMO_VIDEO), tmp_path / "trace"
     printed = run(
         *FEW_FRAMES, "--video", video, "--image", str(photo), "--video", video,
         "--prompt", "First {video} then {image} and {video}: which?", "--pattern", "TriShape:sink=32,local=64,last=32",
+        "--profile", str(trace),
     )  # fmt: skip
+    assert list(trace.rglob("*.xplane.pb")) and not printed["stages"]["is_device"]
+    assert all(printed["stages"]["seconds"][stage] > 0 for stage in ("vision tower", "attend", "recall measurement"))
     assert printed["report"]["tokens"]["vision"] == 2 * 128 + 64
     assert printed["videos"] == [video, video] and printed["images"] == [str(photo)]
     assert printed["agreement"] is None and printed["plots"] == []
@@ -153,12 +156,23 @@ def test_a_table_and_chunks_are_obeyed(run, tmp_path):
     assert [heads[0] for heads in report["patterns"]] == ["AShape"] * 3 + ["TriShape"]
 
 
-def test_without_json_the_report_is_on_stdout(demo, capsys, monkeypatch):
+def test_without_json_the_report_is_on_stdout(demo, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     options = ["--cache-dir", str(demo.cache), "--dtype", "float32", "--max-new-tokens", "2"]
+    options += ["--profile", str(tmp_path)]
     assert main(["prefill", "--model", demo.model, "--prompt", "Only words here.", *options]) == 0
     printed = capsys.readouterr()
-    for text in ("padded to", "new tokens", "Dense x 8", "min / mean / max over heads", "Dense()", "answer: "):
+    for text in (
+        "stage, by the profiler",
+        "seconds of the host's threads",
+        f"trace in {tmp_path}",
+        "padded to",
+        "new tokens",
+        "Dense x 8",
+        "min / mean / max over heads",
+        "Dense()",
+        "answer: ",
+    ):
         assert text in printed.out
     assert "loading weights" in printed.err
 

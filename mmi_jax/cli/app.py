@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmi_jax.cli import bench_model, bench_prefill
+from mmi_jax.cli import bench_model, bench_prefill, bench_soak
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.prefill import prefill
@@ -23,6 +23,7 @@ app.command()(show)
 app.command()(doctor)
 app.command()(aot)
 bench_model.app.command()(bench_prefill.prefill)
+bench_model.app.command("soak")(bench_soak.run_soak)
 app.add_typer(bench_model.app)
 
 

@@ -66,7 +66,7 @@ def prefill(
     Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.
     """
     with one_line_errors(shows_traceback=debug):
-        _take_memory()
+        take_memory()
         on_gpu = jax.default_backend() == "gpu"
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
         config = config_of(preset, layers)
@@ -210,7 +210,7 @@ def table_of(name: str, config: Any) -> PatternTable:
     return table
 
 
-def _take_memory() -> None:
+def take_memory() -> None:
     """Lets JAX have nearly all of a GPU, as it needs it; before it opens the device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")

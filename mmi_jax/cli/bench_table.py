@@ -163,6 +163,18 @@ def vision_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def soak_table(result: dict[str, Any]) -> Table:
+    """What grew while prompts went by, and what was compiled."""
+    table = _table(
+        result, "", "prompts", "buckets", "programs", "host MiB grown", "device MiB", "arrays MiB", "compiled"
+    )
+    for case in _measured_cases(result):
+        grown = (f"{case[f'{name}_bytes_growth'] / 2**20:.1f}" for name in ("host", "device", "array"))
+        sizes = (str(case[name]) for name in ("prompts", "buckets", "programs"))
+        table.add_row(case["case"], *sizes, *grown, str(case["compilations_growth"]))
+    return table
+
+
 def check_table(result: dict[str, Any]) -> Table:
     """Errors of each small problem."""
     table = _table(result, "", "rel. error", "lse error", "empty rows")

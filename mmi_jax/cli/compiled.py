@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,13 @@ def default_cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mmi-jax" / "compiled"
 
 
+_CACHE_ERROR = re.compile(
+    r"Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<program>[^']+)': (?P<why>.*)",
+    re.DOTALL,
+)
+"""What JAX warns of (0.11.2)."""
+
+
 @contextlib.contextmanager
 def kept_programs(directory: Path | None) -> Iterator[Path]:
     """Programs compiled in the block are read from and kept in `directory`, the user's own when None."""
@@ -32,9 +42,33 @@ def kept_programs(directory: Path | None) -> Iterator[Path]:
     before = {name: jax.config.values[name] for name in settings}
     _configure(settings)
     try:
-        yield directory
+        with _replaced_entries(directory):
+            yield directory
     finally:
         _configure(before)
+
+
+@contextlib.contextmanager
+def _replaced_entries(directory: Path) -> Iterator[None]:
+    """Removes an entry that JAX finds unreadable, as a killed process or a full disk leaves it, so that it is written
+    anew. JAX itself compiles the program, but never overwrites the entry, and would warn for ever.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache")
+        show = warnings.showwarning
+
+        def replace(message, category, filename, lineno, file=None, line=None) -> None:
+            if not (found := _CACHE_ERROR.match(str(message))):
+                return show(message, category, filename, lineno, file, line)
+            if found["what"] == "reading":
+                for path in directory.glob(f"{found['program']}-*"):
+                    path.unlink(missing_ok=True)
+                print(f"warning: the kept program {found['program']} was unreadable: compiled again", file=sys.stderr)
+            else:
+                print(f"warning: the program {found['program']} is not kept: {found['why']}", file=sys.stderr)
+
+        warnings.showwarning = replace
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,11 @@ from mmi_jax.cli.task import TaskResult
 from mmi_jax.profile import StageTimes
 from mmi_jax.report import Agreement, PrefillReport
 
+HOST_STAGES = (
+    "There is no device beside the host: these are seconds of the host's threads, several of which run at once, and "
+    "time without a kernel is not known."
+)
+
 
 def print_result(result: TaskResult, console: Console) -> None:
     """Everything a prefill found, the answer last."""
@@ -18,6 +23,8 @@ def print_result(result: TaskResult, console: Console) -> None:
     console.print(seconds_table(report, result.dense_report))
     if result.stages is not None:
         console.print(stages_table(result.stages))
+        if not result.stages.is_device:
+            console.print(HOST_STAGES, style="dim", soft_wrap=True)
         console.print(f"trace in {result.stages.directory}", markup=False, soft_wrap=True)
     console.print(layers_table(report))
     for pattern in dict.fromkeys(sum(report.table.layers, ())):
@@ -52,10 +59,7 @@ def seconds_table(report: PrefillReport, dense: PrefillReport | None) -> Table:
 
 def stages_table(stages: StageTimes) -> Table:
     """Device time of each stage of the prefill, from the trace."""
-    title = None
-    if not stages.is_device:
-        title = "no device beside the host: time of the host's threads, which run several stages at once"
-    table = _table("stage, by the profiler", "seconds", "share", title=title)
+    table = _table("stage, by the profiler", "seconds", "share")
     total = sum(stages.seconds.values()) or 1.0
     for name, seconds in stages.seconds.items():
         table.add_row(name, f"{seconds:.4f}", f"{seconds / total:.1%}")

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.layers import State
 from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Rotary
@@ -74,15 +75,20 @@ def random_decoder(
     if len(shapes) != config.num_heads:
         raise ValueError(f"shapes must name one for each of the {config.num_heads} query heads, got {len(shapes)}")
     graphdef, state = nnx.split(abstract_decoder(config, dtype=dtype))
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
-    state = jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(_name(path), leaf, next(keys)), state)
-    model = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, _drawn(state, seed))
     q_bias, k_bias = shaped_biases(config, shapes)
     attention = model.layers.attention
     for projection, bias in ((attention.q, q_bias), (attention.k, k_bias)):
         assert projection.bias is not None
         projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, dtype), projection.bias.shape)
     return model
+
+
+def random_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16, seed: int = 0) -> Qwen2_5_VL:
+    """A whole model of isotropic random weights, vision tower included, made on the device as `random_decoder` is."""
+    abstract = nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    return nnx.merge(graphdef, _drawn(state, seed))
 
 
 def shaped_biases(
@@ -103,8 +109,11 @@ def shaped_biases(
     return np.concatenate(q_bias), np.tile(k_bias, config.num_kv_heads)
 
 
-def _name(path) -> str:
-    return jax.tree_util.keystr(path)
+def _drawn(state: State, seed: int) -> State:
+    """Every parameter drawn, one after the other."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
+    draw = lambda path, leaf: _draw(jax.tree_util.keystr(path), leaf, next(keys))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(draw, state)
 
 
 def _draw(name: str, leaf: Any, key: Array) -> Any:

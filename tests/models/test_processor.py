@@ -191,3 +191,37 @@ def test_stop_tokens(processor, tmp_path):
     assert read_stop_tokens(tmp_path, named) == {named.token_id("<|im_end|>")}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     assert read_stop_tokens(tmp_path, named) == {3, 5}
+
+
+def test_an_opening_and_its_continuations_are_one_prompt(processor, video, odd_video, image):
+    """The same tokens, patches and grids, and positions that count on from piece to piece."""
+    whole = processor([video, odd_video, "what happens", image, "after"])
+    pieces = [
+        processor.opening([video]),
+        processor.continuation([odd_video], closes=False),
+        processor.continuation(["what happens", image, "after"]),
+    ]
+    np.testing.assert_array_equal(np.concatenate([p.tokens for p in pieces], axis=1), whole.tokens)
+    np.testing.assert_array_equal(np.concatenate([p.patches for p in pieces]), whole.patches)
+    assert sum((p.grids for p in pieces), ()) == whole.grids
+    begin = next_pos = 0
+    for piece in pieces:
+        end = begin + piece.tokens.shape[1]
+        np.testing.assert_array_equal(piece.rope_pos + next_pos, whole.rope_pos[:, :, begin:end])
+        begin, next_pos = end, int(piece.rope_pos.max()) + 1 + next_pos
+
+
+def test_a_second_question_goes_on_in_the_same_turn(processor, video):
+    opening = processor.opening([Message(role="system", parts=("be brief",)), Message(parts=(video, "look:"))])
+    question = processor.continuation(["what happens"])
+    text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n(video x 6)look:"
+    assert written(opening, processor) == text
+    assert written(question, processor) == "what happens<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_what_does_not_go_on_in_a_turn_is_refused(processor, no_shape_checks):
+    with pytest.raises(ValueError, match="goes on with parts of a turn, not with messages"):
+        processor.continuation([Message(parts=("what",))])
+    silent = dataclasses.replace(processor.tokenizer, chat_template="{{ 'nothing' }}")
+    with pytest.raises(ValueError, match="must write every text once: expected 1 marks, got 0"):
+        dataclasses.replace(processor, tokenizer=silent).continuation(["what happens"])

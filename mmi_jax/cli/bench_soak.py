@@ -1,0 +1,101 @@
+"""`mmi bench soak`: random prompts through a random model in one process, watched for what grows."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from mmi_jax.bench.soak import growth, soak
+from mmi_jax.buckets import Buckets
+from mmi_jax.cli import bench_table
+from mmi_jax.cli.bench_prefill import config_of, table_of, take_memory
+from mmi_jax.cli.bench_run import Run, run_all
+from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.engine import prefill
+
+FRAME_SIDES = (8, 16)
+"""Tokens along the side of a frame or image."""
+
+
+def run_soak(
+    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "3b",
+    layers: Annotated[int, typer.Option(min=1, help="Run the first layers only.")] = 4,
+    prompts: Annotated[int, typer.Option(min=9, help="Random prompts: text, images, videos, several of them.")] = 50,
+    shortest: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, at least.")] = 2**12,
+    longest: Annotated[int, typer.Option(min=1024, help="Tokens of a prompt, at most.")] = 2**18,
+    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
+) -> None:
+    """Random prompts in one process: programs, compilations, and bytes of host and device after each of them.
+
+    The growth compares the last third of the prompts with the middle one.
+    """
+    from models.qwen2_5_vl.random_decoder import random_model
+
+    with one_line_errors(shows_traceback=debug):
+        take_memory()
+        if shortest > longest:
+            raise ValueError(f"--shortest must be at most --longest, got {shortest} and {longest}")
+        config = config_of(preset, layers)
+        chosen = table_of(table, config)
+        dtype = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+
+        def measure(_: Any) -> dict[str, Any]:
+            model = random_model(config, dtype=jnp.dtype(dtype))
+            rng = np.random.default_rng(seed)
+            lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts)).astype(int)
+            several = [functools.partial(random_prompt, config, int(n), seed + k) for k, n in enumerate(lengths)]
+            run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
+            rows = soak(run, several)
+            return figures(rows, [int(n) for n in lengths]) | {"case": f"soak {preset}", "layers": layers}
+
+        run_all(
+            [Run("soak", None)], measure, bench_table.soak_table, json_file, stops_at_error=debug, times_matmul=False
+        )
+
+
+def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
+    """What grew from the middle third of the prompts to the last, the programs, and every row."""
+    names = ("host_bytes", "device_bytes", "array_bytes", "compilations")
+    grown = {f"{name}_growth": growth(rows, name) for name in names}
+    used = len({Buckets().length_for(length) for length in lengths})
+    return grown | {"prompts": len(rows), "buckets": used, "programs": rows[-1]["programs"], "rows": list(rows)}
+
+
+def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
+    """A prompt of about `num_tokens`: text alone, or images and videos of random pixels with text between them."""
+    from mmi_jax.layout import stack
+    from models.prompt import Prompt
+    from models.qwen2_5_vl.rope import mrope_positions, token_layout
+
+    rng = np.random.default_rng(seed)
+    words = lambda n: rng.integers(0, int(0.9 * config.image_token), n).astype(np.int32)  # noqa: E731
+    pieces, grids, left = [words(rng.integers(1, 64))], [], num_tokens
+    for _ in range(rng.integers(0, 4)):
+        side, is_image = FRAME_SIDES[rng.integers(2)], rng.integers(3) == 0
+        frames = 1 if is_image else int(left * rng.uniform(0.2, 0.9)) // side**2
+        if frames < 1:
+            continue
+        token = config.image_token if is_image else config.video_token
+        pieces += [[config.vision_start_token], np.full(frames * side**2, token), [config.vision_end_token]]
+        pieces.append(words(rng.integers(1, 32)))
+        grids.append((frames, side * config.vision.merge_size, side * config.vision.merge_size))
+        left -= frames * side**2
+    pieces.append(words(max(1, left if not grids else 16)))
+    ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+    num_patches = sum(int(np.prod(grid)) for grid in grids)
+    return Prompt(
+        tokens=ids[None],
+        rope_pos=mrope_positions(ids, grids, [1.0] * len(grids), config)[:, None],
+        layout=stack([token_layout(ids, grids, config)]),
+        patches=rng.standard_normal((num_patches, config.vision.patch_dim), np.float32),
+        grids=tuple(grids),
+    )
