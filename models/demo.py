@@ -1,4 +1,4 @@
-"""The demo's inputs: a video that ships with the package, and a tiny random model saved as a checkpoint."""
+"""The demo's inputs, a video and a small trained model, both in the package; and a tiny random model for tests."""
 
 import json
 import shutil
@@ -29,21 +29,31 @@ SPECIAL_TOKENS = (
 )
 MAX_VOCAB_SIZE = 640
 PIXELS = 224 * 224
-"""Pixels of a frame, at least and at most: 64 tokens for every two frames of the demo's square video."""
+"""Pixels of the random model's frames, at least and at most: 64 tokens for every two frames of a square video."""
 
 _ASSETS = Path(__file__).parent / "assets"
 DEMO_TEXT = _ASSETS / "demo_text.txt"
 CHAT_TEMPLATE = _ASSETS / "chat_template.jinja"
+DEMO_MODEL = _ASSETS / "small"
+"""The checkpoint that `models.small` trains."""
 DEMO_VIDEO = _ASSETS / "demo.mp4"
-"""36 seconds: sampled at 2 frames per second, 72 frames and 2,304 tokens of the demo model."""
+"""72 seconds: at `DEMO_FPS` frames per second 288 frames, and 2,304 tokens of the demo's model."""
+DEMO_FPS = 4
+DEMO_ANSWERS = {"red": "7", "blue": "3", "yellow": "9", "green": "4"}
+"""The cards in the video, in order: colour and digit."""
+
+
+def demo_question(colour: str) -> str:
+    """What the demo's model is asked about a card."""
+    return f"Which digit is on the {colour} card?"
 
 
 def build_demo_model(directory: Path | str, *, seed: int = 0) -> None:
     """Writes a tiny random Qwen2.5-VL as a Hugging Face directory, the same one for the same `seed`.
 
-    Nothing is trained: its answers mean nothing. All weights are random, except that the biases of queries and keys
-    are drawn so that attention falls off with distance in time, in row and column, or not at all, depending on the
-    head. Without that, random attention is nearly uniform and no sparse pattern could be seen in it.
+    For tests and trials. Nothing is trained: its answers mean nothing. All weights are random, except that the biases
+    of queries and keys are drawn so that attention falls off with distance in time, in row and column, or not at all,
+    depending on the head. Without that, random attention is nearly uniform and no sparse pattern could be seen in it.
 
     Raises:
         ValueError: `directory` exists and is not empty. A failed run leaves nothing.
@@ -55,7 +65,7 @@ def build_demo_model(directory: Path | str, *, seed: int = 0) -> None:
         save_huggingface(model, temporary)
         tokenizer.save(str(temporary / "tokenizer.json"))
         shutil.copyfile(CHAT_TEMPLATE, temporary / "chat_template.jinja")
-        for name, fields in _settings(tokenizer).items():
+        for name, fields in checkpoint_settings(tokenizer, PIXELS).items():
             (temporary / name).write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -84,7 +94,7 @@ def demo_config(tokenizer: tokenizers.Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def train_tokenizer(text: str) -> tokenizers.Tokenizer:
+def train_tokenizer(text: str, *, vocab_size: int = MAX_VOCAB_SIZE) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer with Qwen's special tokens; digits stand alone."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,7 +102,7 @@ def train_tokenizer(text: str) -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -135,8 +145,8 @@ def shape_attention(model: Qwen2_5_VL, rng: np.random.Generator) -> None:
         projection.kernel[...] = projection.kernel[...] * jnp.asarray(scale, model.dtype).reshape(1, 1, -1)
 
 
-def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, dict]:
-    """The small JSON files of a checkpoint, by name."""
+def checkpoint_settings(tokenizer: tokenizers.Tokenizer, num_pixels: int) -> dict[str, dict]:
+    """The small JSON files of a checkpoint whose frames have `num_pixels` pixels, by name."""
     pixels = dict(
         image_processor_type="Qwen2VLImageProcessor",
         patch_size=14,
@@ -144,7 +154,7 @@ def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, dict]:
         temporal_patch_size=2,
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        size=dict(shortest_edge=PIXELS, longest_edge=PIXELS),
+        size=dict(shortest_edge=num_pixels, longest_edge=num_pixels),
     )
     video = {k: v for k, v in pixels.items() if k != "image_processor_type"}
     return {

@@ -73,6 +73,7 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         pictures=pictures,
         stages=stages,
         note=outputs.note,
+        right_answer=outputs.right_answer,
     )
     if jax.process_index():  # one host speaks for all
         return found

@@ -72,6 +72,7 @@ class Outputs:
       profile: directory for a profiler trace, or None.
       is_json: one JSON object on stdout instead of tables.
       note: a sentence to print with the answer.
+      right_answer: to print beside the answer, where it is known.
     """
 
     plots: Path | None
@@ -79,6 +80,7 @@ class Outputs:
     profile: Path | None
     is_json: bool
     note: str
+    right_answer: str | None = None
 
     def __post_init__(self):
         """Raises ValueError if pictures or a trace would go into a file; better now than after the run."""
@@ -102,6 +104,7 @@ class TaskResult:
       new_tokens, text: the answer.
       pictures: files written.
       stages: device time by stage of a second prefill, under the profiler.
+      note, right_answer: as of `Outputs`.
     """
 
     task: PrefillTask
@@ -113,6 +116,7 @@ class TaskResult:
     pictures: tuple[Path, ...]
     stages: StageTimes | None
     note: str
+    right_answer: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -129,6 +133,7 @@ class TaskResult:
             "new_tokens": self.new_tokens,
             "text": self.text,
             "stages": None if self.stages is None else self.stages.to_json(),
+            "right_answer": self.right_answer,
             "plots": [str(path) for path in self.pictures],
             "note": self.note,
         }

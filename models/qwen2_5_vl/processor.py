@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from mmi_jax.layout import stack
+from mmi_jax.layout import TokenLayout, stack
 from models.hub import locate
 from models.media import Frame, Image, Video
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
-from models.qwen2_5_vl.preprocess import Preprocess, capped, patchify, resize
+from models.qwen2_5_vl.preprocess import Preprocess, capped, patchify, resize, smart_resize
 from models.qwen2_5_vl.preprocess_config import read_preprocess
 from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
 from models.tokenizer import Tokenizer, read_json
@@ -147,11 +147,26 @@ class Processor:
         rows, patches = [], []
         for prompt in prompts:
             messages = _messages(prompt)
-            media = [part for message in messages for part in message.parts if not isinstance(part, str)]
-            cut = [self._patches(part) for part in media]
-            patches += [rows_of_patches for rows_of_patches, _ in cut]
-            rows.append(self._row(self.tokenizer.encode(render(messages)), media, [grid for _, grid in cut]))
+            rows.append(self._row(messages, render(messages)))
+            patches += [self._patches(part) for part in _media(messages)]
         return self._batch(rows, patches)
+
+    def lay_out(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> "Row":
+        """One prompt without its patches: of images and videos only the sizes are read."""
+        messages = _messages(prompt)
+        return self._row(messages, self._render(messages, add_generation_prompt))
+
+    def _row(self, messages: Sequence[Message], text: str) -> "Row":
+        media = _media(messages)
+        grids = tuple(self.grid(part) for part in media)
+        tokens = expand_placeholders(self.tokenizer.encode(text), media, grids, self.config)
+        seconds = [_seconds_per_grid(part, self.video) for part in media]
+        rope_pos = mrope_positions(tokens, grids, seconds, self.config, rule=self.rule)
+        return Row(tokens=tokens, rope_pos=rope_pos, layout=token_layout(tokens, grids, self.config), grids=grids)
+
+    def render(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The chat template's text of one prompt, with one placeholder for each image and video."""
+        return self._render(_messages(prompt), add_generation_prompt)
 
     def _render_around(self, messages: Sequence[Message]) -> list[str]:
         """The chat template's text before, between and after the marks; with the assistant's turn begun."""
@@ -162,6 +177,19 @@ class Processor:
                 f"a chat template must write every text once: expected {marks} marks, got {len(pieces) - 1}"
             )
         return pieces
+
+    def grid(self, part: Image | Video) -> Grid:
+        """Frames, rows and columns of an image or video in patches."""
+        shape = part.pixels.shape if isinstance(part, Image) else part.frames.shape[1:]
+        num_frames = 1 if isinstance(part, Image) else part.num_frames
+        config = self.image if isinstance(part, Image) else self._video_preprocess(num_frames)
+        rows, columns = smart_resize(shape[0], shape[1], config)
+        grids = -(-num_frames // config.temporal_patch_size)
+        return grids, rows // config.patch_size, columns // config.patch_size
+
+    def num_tokens(self, part: Image | Video) -> int:
+        """Tokens of an image or video, without the marks around it."""
+        return num_tokens(self.grid(part), self.config)
 
     def fit_frame(self, frame: Frame, num_frames: int) -> np.ndarray:
         """A video frame at the size the model sees, given how many are sampled: the `resize` of `read_video`."""
@@ -189,37 +217,40 @@ class Processor:
         ]
         return self.tokenizer.render(rendered, add_generation_prompt=add_generation_prompt)
 
-    def _patches(self, part: Image | Video) -> tuple[np.ndarray, Grid]:
+    def _patches(self, part: Image | Video) -> np.ndarray:
         if isinstance(part, Image):
-            return patchify(resize(part.pixels, self.image)[None], self.image)
+            return patchify(resize(part.pixels, self.image)[None], self.image)[0]
         config = self._video_preprocess(part.num_frames)
         first = resize(part.frames[0], config)
         if first.shape == part.frames.shape[1:]:
-            return patchify(part.frames, config)
-        return patchify(np.stack([resize(frame, config) for frame in part.frames]), config)
+            return patchify(part.frames, config)[0]
+        return patchify(np.stack([resize(frame, config) for frame in part.frames]), config)[0]
 
-    def _row(self, tokens: np.ndarray, media: Sequence[Image | Video], grids: Sequence[Grid]):
-        """Tokens, positions, layout and grids of one prompt."""
-        tokens = expand_placeholders(tokens, media, grids, self.config)
-        seconds = [_seconds_per_grid(part, self.video) for part in media]
-        rope_pos = mrope_positions(tokens, grids, seconds, self.config, rule=self.rule)
-        return tokens, rope_pos, token_layout(tokens, grids, self.config), grids
-
-    def _batch(self, rows: Sequence[tuple], patches: Sequence[np.ndarray]) -> Prompt:
+    def _batch(self, rows: Sequence["Row"], patches: Sequence[np.ndarray]) -> Prompt:
         """The rows padded at their end to the longest; token and position 0 in padding, modality -1."""
-        longest = max(len(tokens) for tokens, *_ in rows)
-        pads = [longest - len(tokens) for tokens, *_ in rows]
+        longest = max(len(row.tokens) for row in rows)
+        pads = [longest - len(row.tokens) for row in rows]
         none = np.zeros((0, self.config.vision.patch_dim), np.float32)
         return Prompt(
-            tokens=np.stack([np.pad(row[0], (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
+            tokens=np.stack([np.pad(row.tokens, (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
             rope_pos=np.stack(
-                [np.pad(row[1], ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
+                [np.pad(row.rope_pos, ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
             ),
-            layout=stack([row[2] for row in rows]),
+            layout=stack([row.layout for row in rows]),
             # One video is not copied: its patches may be most of the host's memory.
             patches=patches[0] if len(patches) == 1 else np.concatenate([none, *patches]),
-            grids=tuple(grid for row in rows for grid in row[3]),
+            grids=tuple(grid for row in rows for grid in row.grids),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One prompt without padding and patches; fields as of `Prompt`."""
+
+    tokens: Int32[np.ndarray, " t"]
+    rope_pos: Int32[np.ndarray, "3 t"]
+    layout: TokenLayout
+    grids: tuple[Grid, ...]
 
 
 def expand_placeholders(
@@ -268,6 +299,11 @@ def _messages(prompt: Sequence[Part] | Sequence[Message]) -> list[Message]:
     if chat and parts:
         raise ValueError(f"a prompt must be parts or messages, not both: got {len(parts)} parts, {len(chat)} messages")
     return chat or [Message(parts=parts)]
+
+
+def _media(messages: Sequence[Message]) -> list[Image | Video]:
+    """All images and videos in order."""
+    return [part for message in messages for part in message.parts if not isinstance(part, str)]
 
 
 def _with_mark(messages: Sequence[Message], *, at_end: bool) -> list[Message]:

@@ -1,0 +1,115 @@
+"""The streams of training are what the processor makes of the same script with its pixels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.small.bank import draw, make_bank, patches
+from models.small.config import VOCAB_SIZE, colour_tokens, small_config, small_measure, small_processor, small_tokenizer
+from models.small.curriculum import training_script
+from models.small.forward import Compute, _spread, row_logits
+from models.small.stream import CAPTION, stack_streams, stream
+from models.tasks import TASKS, GeneratedHaystack, question_rows
+from models.tasks.pictures import COLOURS
+from models.tasks.script import pixels
+from models.tasks.text import MATCHING_QUESTION
+
+HAYSTACK = GeneratedHaystack()
+
+
+def scripts():
+    arguments = dict(num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
+    made = {name: task(**arguments) for name, task in TASKS.items()}
+    return made | {f"training {i}": training_script(700, np.random.default_rng([7, i])) for i in range(3)}
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return make_bank()
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_a_stream_is_the_processors_prompt(name, bank):
+    script = scripts()[name]
+    made = stream(script, small_processor())
+    sample = script.render(HAYSTACK)
+    prompt = small_processor()(sample.parts)
+    np.testing.assert_array_equal(made.row.tokens, prompt.tokens[0])
+    np.testing.assert_array_equal(made.row.rope_pos, prompt.rope_pos[:, 0])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), made.row.layout, prompt.layout)
+    painted = patches(bank, jnp.asarray(made.frames), jnp.float32)
+    np.testing.assert_allclose(painted.reshape(prompt.patches.shape), prompt.patches, atol=2e-6)
+    rows = question_rows(sample, small_processor())
+    np.testing.assert_array_equal(made.rows[made.kind != CAPTION], rows)
+    tokenizer = small_tokenizer()
+    answers = [tokenizer.token_id(q.choices[q.answer]) for q in script.questions]
+    assert made.labels[made.kind != CAPTION].tolist() == answers
+
+
+def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
+    frames = np.concatenate([HAYSTACK.shots(40, rng), np.full((40, 2), -1, np.int32)], axis=1)
+    frames[::3, 5:] = np.stack([rng.integers(-1, n, len(frames[::3])) for n in (16, 1797)], axis=1)
+    np.testing.assert_array_equal(draw(bank, jnp.asarray(frames)), pixels(frames, HAYSTACK))
+
+
+def test_padding_changes_no_logits(bank):
+    config = small_config(num_layers=2, embed_dim=128, mlp_dim=64, num_heads=2, vision_dim=32)
+    model = Qwen2_5_VL(config, rngs=nnx.Rngs(0))
+    streams = [stream(training_script(384, np.random.default_rng([1, i])), small_processor()) for i in range(2)]
+    compute = Compute(dtype="float32", attention="xla", remats=True)
+    batches = [stack_streams(streams, num_tokens=n, num_rows=16) for n in (384, 448)]
+    exact, padded = (row_logits(model, b, bank, compute) for b in batches)
+    is_label = batches[0].weights > 0
+    np.testing.assert_allclose(exact[is_label], padded[is_label], atol=1e-4)
+    # The library's own forward pass over the same prompt.
+    script = training_script(384, np.random.default_rng([1, 0]))
+    whole = model(small_processor()(script.render(HAYSTACK).parts))[0]
+    count = is_label[0].sum()
+    np.testing.assert_allclose(exact[0, :count], whole[batches[0].rows[0, :count]], atol=1e-4)
+
+
+def test_every_colour_digit_and_letter_is_one_token():
+    tokenizer = small_tokenizer()
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    assert len(set(colour_tokens())) == len(COLOURS)
+    assert all(len(tokenizer.encode(text)) == 1 for text in "0123456789ABCD")
+
+
+def test_the_derivative_of_spreading_is_that_of_a_gather(rng):
+    is_vision = jnp.asarray(rng.random((2, 9)) < 0.6)
+    vision, weights = (jnp.asarray(rng.normal(size=(2, n, 3)), jnp.float32) for n in (8, 9))
+
+    def spread(vision):
+        return jnp.sum(jnp.where(is_vision[..., None], _spread(vision, is_vision), 0) * weights)
+
+    def gather(vision):
+        rank = jnp.clip(jnp.cumsum(is_vision, axis=1) - 1, 0, 7)
+        return jnp.sum(
+            jnp.where(is_vision[..., None], jnp.take_along_axis(vision, rank[..., None], axis=1), 0) * weights
+        )
+
+    np.testing.assert_allclose(jax.grad(spread)(vision), jax.grad(gather)(vision), atol=1e-6)
+
+
+def test_captions_say_what_is_shown_and_what_was_there_before():
+    tokenizer = small_tokenizer()
+    script = TASKS["matching_frames"](num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
+    made = stream(script, small_processor())
+    is_caption = made.kind == CAPTION
+    captions = dict(zip(made.rows[is_caption].tolist(), made.labels[is_caption].tolist(), strict=True))
+    assert len(captions) == 8 + 4  # 8 pictures, of which 4 come again
+    for row, question in zip(made.rows[made.kind != CAPTION], script.questions, strict=True):
+        # Before the question stand its other tokens and the end of the video.
+        place = int(row) - len(tokenizer.encode(MATCHING_QUESTION)) - 1
+        assert tokenizer.token_text(captions[place]) == question.choices[question.answer]
+    script = training_script(700, np.random.default_rng([7, 4]))
+    made = stream(script, small_processor())
+    text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
+    labels = [tokenizer.token_text(int(label)) for label in made.labels]
+    found = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
+    options = [(letter[-1], label) for letter, label in found if label in "ABCD,"]
+    assert len(options) >= 4 and all(label in (letter, ",") for letter, label in options)
+    assert sum(label != "," for _, label in options) == len(options) // 4
