@@ -157,9 +157,9 @@ def prefill_shapes(target: Target, num_tokens: int) -> tuple:
     layout = layout_shape(shape(P(), 1, num_tokens))
     sizes = (config.num_layers, 1, num_tokens, config.num_kv_heads, config.head_dim)
     cache = shape(CACHE_SPEC, *sizes, dtype=target.dtype)
-    hidden = shape(P(), 1, config.embed_dim, dtype=target.dtype)
+    hidden = shape(P(), 1, 1, config.embed_dim, dtype=target.dtype)
     x = shape(TOKENS_SPEC, 1, num_tokens, config.embed_dim, dtype=target.dtype)
-    return weights, x, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), shape(P(), 1), (cache, cache, hidden)
+    return weights, x, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), shape(P(), 1, 1), (cache, cache, hidden)
 
 
 def layout_shape(field: Any) -> TokenLayout:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import MOST_TOKENS, Buckets
@@ -25,7 +26,7 @@ from mmi_jax.report import PrefillReport
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, place, shards_of, weight_specs
 from mmi_jax.table import PatternTable, uniform_table
 from pallas_kernels.attention.api import Implementation
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
 
 
@@ -70,12 +71,14 @@ class PrefillResult:
 
     Args:
       logits: of the token after each prompt's last, float32.
+      logits_at: of the token after each of the asked ones, float32; None when none were asked.
       hidden: the last layer's output at each prompt's last token.
       cache: keys and values of all layers.
       report: what was skipped and what it cost.
     """
 
     logits: Float[Array, "b v"]
+    logits_at: Float[Array, "b n v"] | None
     hidden: Float[Array, "b e"]
     cache: KVCache
     report: PrefillReport
@@ -88,6 +91,7 @@ def prefill(
     table: PatternTable | Pattern | None = None,
     chunk_tokens: int | None = None,
     max_new_tokens: int = 0,
+    logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
@@ -107,6 +111,8 @@ def prefill(
         queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
         queries" of Tri-shape are each chunk's.
       max_new_tokens: room to leave in the cache for decoding.
+      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are wanted besides those after the
+        last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places are not.
       buckets: padded lengths.
       blocks: tile sizes.
       implementation: see `block_sparse_attention`.
@@ -120,8 +126,8 @@ def prefill(
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
 
     Raises:
-      ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other, or
-        q or k are not finite in a layer; the message names it.
+      ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other,
+        `logits_at` names tokens that are not there, or q or k are not finite in a layer; the message names it.
     """
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
@@ -130,6 +136,7 @@ def prefill(
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     buckets = buckets or default_buckets(blocks, shards)
     lengths = _lengths(prompt)
+    wanted = _wanted(lengths, logits_at)
     num_tokens, chunk, capacity = _sizes(int(lengths.max()), max_new_tokens, chunk_tokens, buckets, blocks, shards)
     if may_run_dense and chunk >= num_tokens:
         table = _faster(table, num_tokens, blocks)
@@ -151,12 +158,20 @@ def prefill(
     filled = _described_cache(model.config, x, layout, rope_pos, lengths, mesh)
     state = place(state, mesh, weight_specs(state, shards))
     x, rope_pos = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
-    cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, range(0, num_tokens, chunk), clock)
+    starts = range(0, num_tokens, chunk)
+    cache, hidden, statistics = _run_chunks(program, state, x, rope_pos, filled, wanted, starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
         layout=prompt.layout, table=table, padded_tokens=capacity, seconds=clock.seconds, statistics=statistics
     )
-    return PrefillResult(logits=_logits(graphdef, state, hidden, mesh), hidden=hidden, cache=cache, report=report)
+    logits = _logits(graphdef, state, hidden, mesh)
+    return PrefillResult(
+        logits=logits[:, 0],
+        logits_at=None if logits_at is None else logits[:, 1:],
+        hidden=hidden[:, 0],
+        cache=cache,
+        report=report,
+    )
 
 
 def _described_cache(
@@ -180,15 +195,16 @@ def _described_cache(
     )
 
 
-def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: range, clock: "_Clock"):
-    """All chunks one after another: the cache with its keys and values, the last hidden states, and statistics."""
-    hidden = place(jnp.zeros((x.shape[0], x.shape[2]), x.dtype), program.mesh, P())
+def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, wanted, starts: range, clock: "_Clock"):
+    """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics."""
+    hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
+    wanted = place(jnp.asarray(wanted, jnp.int32), program.mesh, P())
     carry = cache.k, cache.v, hidden
     statistics = []
     for start in starts:
         tokens = slice(start, start + starts.step)
         q_start = place(jnp.int32(start), program.mesh, P())
-        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, q_start, cache.lengths, carry)
+        args = (state, x[:, tokens], rope_pos[:, :, tokens], cache.layout, q_start, wanted, carry)
         with clock("compile"):
             compiled = _compiled(program, *args)
         with clock("prefill"):
@@ -200,7 +216,7 @@ def _run_chunks(program: Program, state, x, rope_pos, cache: KVCache, starts: ra
 
 
 def _logits(graphdef, state, hidden, mesh: Mesh | None):
-    """Float32 logits `[b, v]`, on every device of a mesh."""
+    """Float32 logits `[b, n, v]`, on every device of a mesh."""
     from flax import nnx
 
     if mesh is None:
@@ -307,12 +323,32 @@ def _lengths(prompt: Any) -> np.ndarray:
     return lengths
 
 
+def _wanted(lengths: np.ndarray, logits_at: Any) -> np.ndarray:
+    """Tokens whose hidden states are wanted, `[b, 1 + n]`: each prompt's last, then those of `logits_at`."""
+    last = lengths[:, None] - 1
+    if logits_at is None:
+        return last
+    asked = np.asarray(logits_at)
+    if asked.ndim != 2 or asked.shape[0] != len(lengths) or not np.issubdtype(asked.dtype, np.integer):
+        raise ValueError(
+            f"logits_at must be integers [b, n] with one row for each of the {len(lengths)} prompts: "
+            f"got {asked.dtype} {asked.shape}"
+        )
+    if ((asked < 0) | (asked > last)).any():
+        example, n = np.argwhere((asked < 0) | (asked > last))[0]
+        raise ValueError(
+            f"logits_at must name tokens of the prompt: prompt {example} has {lengths[example]}, "
+            f"got token {asked[example, n]}"
+        )
+    return np.concatenate([last, asked], axis=1)
+
+
 def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:
     for chunk in statistics:
         if not chunk["is_finite"].all():
             layer, example = np.argwhere(~chunk["is_finite"])[0]
             raise ValueError(f"q and k must be finite: layer {layer} has NaN or infinity in example {example}")
-    is_finite = np.isfinite(hidden).all(axis=1)
+    is_finite = np.isfinite(hidden).all(axis=(1, 2))
     if not is_finite.all():
         layer, example = len(statistics[0]["is_finite"]) - 1, int(np.argmin(is_finite))
         raise ValueError(f"hidden states must be finite: layer {layer} left NaN or infinity in example {example}")

@@ -72,18 +72,19 @@ class Program:
 
 def run_chunk(
     program: Program, shards: Shards, cuts: tuple[int | None, ...],
-    state, x, rope_pos, layout: TokenLayout, q_start, lengths, carry,
+    state, x, rope_pos, layout: TokenLayout, q_start, wanted, carry,
 ):  # fmt: skip
     """All layers over one chunk of tokens, or over this device's piece of the prompt.
 
     Args:
-      x, rope_pos, carry: this device's embeddings, positions and caches.
-      layout, q_start, lengths: of the whole prompt.
+      x, rope_pos, carry: this device's embeddings, positions and caches, and hidden states `[b, n, e]` found so far.
+      layout, q_start: of the whole prompt.
+      wanted: tokens of each prompt whose hidden states are kept, int32 `[b, n]`.
 
     Returns:
-      The caches, and the hidden state of every prompt's last token if it stands in this chunk; and statistics of each
-      piece and layer: density and recall `[pieces, layers, b, h]`, the queries behind the recall and whether q and k
-      were finite `[pieces, layers, b]`.
+      The caches, and the wanted hidden states with those that stand in this chunk; and statistics of each piece and
+      layer: density and recall `[pieces, layers, b, h]`, the queries behind the recall and whether q and k were finite
+      `[pieces, layers, b]`.
     """
     from flax import nnx
 
@@ -115,7 +116,7 @@ def run_chunk(
 
         (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
         statistics.append(span_statistics)
-    hidden = _last_hidden(shards, x, lengths, q_start, hidden)
+    hidden = _hidden_at(shards, x, wanted, q_start, hidden)
     return (k, v, hidden), _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
 
 
@@ -142,14 +143,14 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
     return lambda q, k, v: shards.in_group(branches, q, k, v)
 
 
-def _last_hidden(shards: Shards, x, lengths, q_start, hidden):
-    """The hidden states of the prompts' last tokens: those that stand in this chunk, and the others as they were."""
-    last = lengths - 1 - shards.first_token(q_start, x.shape[1])
-    is_here = (last >= 0) & (last < x.shape[1])
-    rows = jnp.take_along_axis(x, jnp.clip(last, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+def _hidden_at(shards: Shards, x, wanted, q_start, hidden):
+    """The hidden states of the wanted tokens: those that stand in this chunk, and the others as they were."""
+    place = wanted - shards.first_token(q_start, x.shape[1])
+    is_here = ((place >= 0) & (place < x.shape[1]))[..., None]
+    rows = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
     if shards.num_devices == 1:
-        return jnp.where(is_here[:, None], rows, hidden)
-    return shards.sum(jnp.where(is_here[:, None], rows, jnp.zeros_like(rows)))  # one device holds each
+        return jnp.where(is_here, rows, hidden)
+    return shards.sum(jnp.where(is_here, rows, jnp.zeros_like(rows)))  # one device holds each
 
 
 def _join(shards: Shards, statistics):

@@ -28,7 +28,7 @@ MIXED = PatternTable(
 
 CASES = {
     "dense": dict(prompt=ONE, table=None),
-    "several": dict(prompt=SEVERAL, table=STATIC, max_new_tokens=40),
+    "several": dict(prompt=SEVERAL, table=STATIC, max_new_tokens=40, logits_at=np.array([[0, 101], [31, 30], [44, 3]])),
     "mixed": dict(prompt=ONE, table=MIXED),
     "everything": dict(prompt=ONE, table=EVERYTHING),
     "sequence only": dict(prompt=ONE, table=MIXED, heads=1),
@@ -57,6 +57,8 @@ def arrays(result, tokens) -> dict[str, np.ndarray]:
     cache, report = result.cache, result.report
     fields = dict(logits=result.logits, hidden=result.hidden, k=cache.k, v=cache.v, lengths=cache.lengths)
     fields |= dict(next_rope_pos=cache.next_rope_pos, density=report.density, recall=report.recall, tokens=tokens)
+    if result.logits_at is not None:
+        fields |= dict(logits_at=result.logits_at)
     return {name: np.asarray(value) for name, value in fields.items()}
 
 

@@ -115,6 +115,33 @@ def test_room_for_new_tokens_changes_no_sparse_result():
     assert_same(sparse, roomy)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 16])
+def test_logits_are_given_at_any_token(chunk_tokens):
+    """One place in each chunk, a repeated one, the first and the last."""
+    at = np.array([[0, 7, 17, 29], [3, 31, 3, 32], [44, 0, 16, 15]])
+    result = prefill(SEVERAL, logits_at=at, chunk_tokens=chunk_tokens)
+    assert result.logits_at is not None and result.logits_at.dtype == jnp.float32
+    expected = np.asarray(forward(tiny_model(), pad(SEVERAL, 64)))[np.arange(3)[:, None], at]
+    np.testing.assert_allclose(result.logits_at, expected, atol=1e-5)
+    np.testing.assert_allclose(result.logits, last_logits(tiny_model(), SEVERAL), atol=1e-5)
+    assert prefill(SEVERAL).logits_at is None
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (np.array([[58]]), "must name tokens of the prompt: prompt 0 has 58, got token 58"),
+        (np.array([[3, -1]]), "prompt 0 has 58, got token -1"),
+        (np.array([3]), r"integers \[b, n\] with one row for each of the 1 prompts: got int64 \(1,\)"),
+        (np.zeros((2, 1), int), r"one row for each of the 1 prompts: got int64 \(2, 1\)"),
+        (np.zeros((1, 1)), r"got float64 \(1, 1\)"),
+    ],
+)
+def test_logits_at_places_that_are_not_there_are_refused(at, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        prefill(ONE, logits_at=at)
+
+
 @pytest.mark.parametrize("chunk_tokens", [16, 32])
 def test_dense_in_chunks_equals_one_shot(chunk_tokens):
     assert_same(prefill(ONE, chunk_tokens=chunk_tokens), prefill(ONE))
