@@ -16,7 +16,7 @@ from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
-from models.qwen2_5_vl.preprocess import Preprocess, capped, patchify, resize
+from models.qwen2_5_vl.preprocess import Preprocess, capped, patchify, resize, smart_resize
 from models.qwen2_5_vl.preprocess_config import read_preprocess
 from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
 from models.tokenizer import Tokenizer, read_json
@@ -106,6 +106,23 @@ class Processor:
             tokens = self.tokenizer.encode(self._render(messages, add_generation_prompt))
             rows.append(self._row(tokens, media, [grid for _, grid in cut]))
         return self._batch(rows, patches)
+
+    def render(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The chat template's text of one prompt, with one placeholder for each image and video."""
+        return self._render(_messages(prompt), add_generation_prompt)
+
+    def grid(self, part: Image | Video) -> Grid:
+        """Frames, rows and columns of an image or video in patches."""
+        shape = part.pixels.shape if isinstance(part, Image) else part.frames.shape[1:]
+        num_frames = 1 if isinstance(part, Image) else part.num_frames
+        config = self.image if isinstance(part, Image) else self._video_preprocess(num_frames)
+        rows, columns = smart_resize(shape[0], shape[1], config)
+        grids = -(-num_frames // config.temporal_patch_size)
+        return grids, rows // config.patch_size, columns // config.patch_size
+
+    def num_tokens(self, part: Image | Video) -> int:
+        """Tokens of an image or video, without the marks around it."""
+        return num_tokens(self.grid(part), self.config)
 
     def fit_frame(self, frame: Frame, num_frames: int) -> np.ndarray:
         """A video frame at the size the model sees, given how many are sampled: the `resize` of `read_video`."""

@@ -1,0 +1,104 @@
+"""Cards: coloured pictures with a handwritten digit, the needles; each is asked for by its two colours."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from models.tasks.pictures import COLOURS, digit_images, digit_labels
+from models.tasks.sample import Question
+from models.tasks.script import Clip, Frames, ScriptPart, Still, unmarked
+from models.tasks.text import DIGITS, card_question
+
+KEYS = tuple(itertools.permutations(range(len(COLOURS)), 2))
+"""Every pair of different colours: numbers of border and panel."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """One card: numbers of the colours of its border and panel, and of the image of its digit."""
+
+    border: int
+    panel: int
+    image: int
+
+    @property
+    def digit(self) -> int:
+        """The digit it shows."""
+        return int(digit_labels()[self.image])
+
+    @property
+    def question(self) -> str:
+        """What is asked for it."""
+        return card_question(self.border, self.panel)
+
+    def ask(self, *, after_part: int | None, depth: float) -> Question:
+        """The question whose choices are the ten digits."""
+        return Question(choices=DIGITS, answer=self.digit, after_part=after_part, depth=depth)
+
+    def marks(self) -> Int32[np.ndarray, " 3"]:
+        """What is painted."""
+        return np.array([self.border, self.panel, self.image], np.int32)
+
+
+def draw_cards(count: int, rng: np.random.Generator, *, is_held_out: bool) -> list[Card]:
+    """Cards of different colours; their digits are drawn evenly."""
+    if count > len(KEYS):
+        raise ValueError(f"at most {len(KEYS)} cards differ in colours, got {count=}")
+    keys = [KEYS[i] for i in rng.permutation(len(KEYS))[:count]]
+    images = draw_digits(rng.integers(0, 10, count), rng, is_held_out=is_held_out)
+    return [Card(border=b, panel=p, image=int(i)) for (b, p), i in zip(keys, images, strict=True)]
+
+
+def draw_digits(digits: np.ndarray, rng: np.random.Generator, *, is_held_out: bool) -> np.ndarray:
+    """An image of each digit."""
+    return np.array([rng.choice(digit_images(int(d), is_held_out=is_held_out)) for d in digits], np.int64)
+
+
+def show(frames: Frames, card: Card, place: int, num_frames: int = 2) -> None:
+    """Writes the card over `num_frames` frames from `place` on."""
+    frames[place : place + num_frames, 5:] = card.marks()
+
+
+def still(card: Card) -> Still:
+    """The card as an image."""
+    frame = np.zeros((1, 8), np.int32)
+    frame[0, 5:] = card.marks()
+    return Still(frames=frame)
+
+
+def interleave(frames: Frames, fps: float, events: Sequence[tuple[int, Sequence[ScriptPart]]]) -> list[ScriptPart]:
+    """One video cut where something stands between its frames.
+
+    Args:
+        frames: of the whole video.
+        fps: of the video.
+        events: what stands before the frame of that number, in ascending order.
+    """
+    parts: list[ScriptPart] = []
+    done = 0
+    for place, inserted in events:
+        if place > done:
+            parts.append(Clip(frames=frames[done:place], fps=fps))
+        parts += inserted
+        done = max(done, place)
+    if done < len(frames):
+        parts.append(Clip(frames=frames[done:], fps=fps))
+    return parts
+
+
+def blank_video(num_frames: int, haystack, rng: np.random.Generator) -> Frames:
+    """A video of the haystack in which nothing is hidden yet."""
+    return unmarked(haystack.shots(num_frames, rng))
+
+
+def free_grid(wanted: int, taken: set[int], num_grids: int) -> int:
+    """The pair of frames nearest to `wanted` that nothing stands in, which is then taken."""
+    free = [grid for grid in range(num_grids) if grid not in taken]
+    if not free:
+        raise ValueError(f"no pair of frames is free among {num_grids=}")
+    nearest = min(free, key=lambda grid: abs(grid - wanted))
+    taken.add(nearest)
+    return nearest

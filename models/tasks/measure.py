@@ -1,0 +1,71 @@
+"""Measure: how many tokens a model makes of text, frames and images."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from models.qwen2_5_vl.placeholders import num_tokens
+from models.qwen2_5_vl.preprocess import Preprocess, smart_resize
+from models.qwen2_5_vl.processor import Processor
+from models.tasks.haystack import Haystack
+from models.tasks.script import Clip, ScriptPart
+
+MARKS = 2
+"""Tokens around an image or video: where it begins and where it ends."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Lengths in tokens of one model's prompts over one haystack.
+
+    Fields:
+        grid: tokens of two video frames.
+        still: tokens of an image.
+        frame: what the chat template adds around a prompt.
+        count: tokens of a text.
+    """
+
+    grid: int
+    still: int
+    frame: int
+    count: Callable[[str], int]
+
+    @classmethod
+    def of(cls, processor: Processor, haystack: Haystack) -> "Measure":
+        """The measure of a processor's model."""
+
+        def tokens(preprocess: Preprocess) -> int:
+            rows, columns = smart_resize(*haystack.frame_shape, preprocess)
+            grid = (1, rows // preprocess.patch_size, columns // preprocess.patch_size)
+            return num_tokens(grid, processor.config)
+
+        def count(text: str) -> int:
+            return len(processor.tokenizer.encode(text))
+
+        around = len(processor(["x"]).tokens[0]) - count("x")
+        return cls(grid=tokens(processor.video), still=tokens(processor.image), frame=around, count=count)
+
+    def length(self, parts: Iterable[ScriptPart]) -> int:
+        """Tokens of a prompt of these parts, give or take a token where two texts meet."""
+        return self.frame + sum(map(self._length, parts))
+
+    def _length(self, part: ScriptPart) -> int:
+        if isinstance(part, str):
+            return self.count(part)
+        if isinstance(part, Clip):
+            return MARKS + self.grid * math.ceil(len(part.frames) / 2)
+        return MARKS + self.still
+
+    def grids_in(self, num_tokens: int, *, least: int, beside: Iterable[ScriptPart]) -> int:
+        """Pairs of video frames that fit into a prompt beside other parts.
+
+        Raises:
+            ValueError: fewer than `least`.
+        """
+        room = (num_tokens - self.length(beside)) // self.grid
+        if room < least:
+            raise ValueError(
+                f"the task needs {least} pairs of frames of {self.grid} tokens beside {num_tokens - room * self.grid} "
+                f"others: {num_tokens=} has room for {max(room, 0)}"
+            )
+        return room

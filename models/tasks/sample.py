@@ -1,0 +1,62 @@
+"""Sample: one prompt, and the questions in it with the rows whose logits answer them."""
+
+import dataclasses
+
+from models.media import Image, Video
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A multiple-choice question; the answer given is the choice whose token has the largest logit at one row.
+
+    Fields:
+        choices: the answers offered, each a single token of the model's tokenizer.
+        answer: index of the right one.
+        after_part: the answer is predicted by the token that ends this part of the prompt (a text's last token, the
+            end mark of an image or video); None for the prompt's last token.
+        depth: how far back the needle is: its place as a share of what precedes the question, 0 first, 1 last.
+    """
+
+    choices: tuple[str, ...]
+    answer: int
+    after_part: int | None = None
+    depth: float
+
+    def __post_init__(self):
+        """Checks that the answer is one of at least two different choices, and the depth a share."""
+        if len(set(self.choices)) != len(self.choices) or len(self.choices) < 2:
+            raise ValueError(f"a question needs two or more different choices, got {self.choices}")
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(f"the answer must be one of the choices: 0 <= {self.answer} < {len(self.choices)}")
+        if not 0 <= self.depth <= 1:
+            raise ValueError(f"a depth is a share from 0 to 1, got {self.depth}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt with its questions.
+
+    Fields:
+        parts: text, images and videos in the order the model reads them; what `Processor` takes.
+        questions: at least one.
+        depth: where the needle is, as a share of the prompt, 0 first, 1 last; of the first question if several.
+        num_frames: video frames and images in the prompt.
+    """
+
+    parts: tuple[str | Image | Video, ...]
+    questions: tuple[Question, ...]
+    depth: float
+    num_frames: int
+
+    def __post_init__(self):
+        """Checks that there is something to ask, after a part that exists."""
+        check_questions(self.questions, len(self.parts))
+
+
+def check_questions(questions: tuple[Question, ...], num_parts: int) -> None:
+    """Raises ValueError unless there are questions, each after one of the prompt's parts."""
+    if not questions:
+        raise ValueError("a sample must ask a question, got none")
+    for question in questions:
+        if question.after_part is not None and not 0 <= question.after_part < num_parts:
+            raise ValueError(f"a question must follow one of the {num_parts} parts, got {question.after_part=}")
