@@ -160,7 +160,8 @@ def _scores(value: Any) -> HeadScores:
     for name in known[:-1]:
         if not isinstance(value[name], list) or not all(isinstance(row, list) for row in value[name]):
             raise ValueError(f"scores.{name} must be a list of lists, by layer and head")
-    return HeadScores(**{name: tuple(map(tuple, x)) if isinstance(x, list) else x for name, x in value.items()})
+    rows = {name: tuple(map(tuple, value[name])) for name in known[:-1]}
+    return HeadScores(**rows, dense_cost=value["dense_cost"])  # pyright: ignore[reportArgumentType]
 
 
 def _check_types(value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from mmi_jax.cli import bench
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.prefill import prefill
+from mmi_jax.cli.search import search
 from mmi_jax.cli.show import show
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(prefill)
+app.command()(search)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)

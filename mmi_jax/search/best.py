@@ -69,9 +69,7 @@ class Best:
         return min(errors), max(errors)
 
 
-def best_choice(
-    scores: Scores, target: Target, costs: CostModel, *, excluded: frozenset[str] = frozenset()
-) -> Best:
+def best_choice(scores: Scores, target: Target, costs: CostModel, *, excluded: frozenset[str] = frozenset()) -> Best:
     """The choice with the least sum of errors over all heads and layers whose cost keeps to the target.
 
     Dense is an option of every head, so that it stays where nothing cheap is good and the budget allows it.
@@ -108,7 +106,7 @@ def best_choice(
 
 
 def _head_scores(scores: Scores, rows: tuple[tuple[Option, ...], ...], costs: CostModel) -> HeadScores:
-    """Error, density and cost of every head; of a dense head beside them, whose cost differs by layer only in rounding."""
+    """Error, density and cost of every head, and of a dense one, whose cost differs between heads only in rounding."""
     dense = Choice(pattern=DENSE.candidate, trials=(DENSE,) * len(scores.modalities))
     heads = [[(option, n, h) for h, option in enumerate(row)] for n, row in enumerate(rows)]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 GRID = 2**16
-"""Steps of the budget. Costs are rounded up to whole steps, so a choice never exceeds the budget; of 784 heads (a 7B) at
-most 784 steps, 1.2 % of the budget, are lost by it."""
+"""Steps of the budget. Costs are rounded up to whole steps, so a choice never exceeds the budget; with 784 heads (a 7B)
+at most 784 steps, 1.2 % of the budget, are lost by it."""
 
 MOST_OPTIONS = 2**16
 """Options of one head that a choice can number."""
@@ -52,8 +52,12 @@ def choose(heads: Sequence[Sequence[Option]], budget: float) -> list[Option]:
         raise ValueError("every head needs at least one option to choose from")
     cheapest = sum(options[0].cost for options in heads)
     steps = [[_steps(option.cost, budget) for option in options] for options in heads]
-    if cheapest > budget or sum(row[0] for row in steps) > GRID:
-        raise ValueError(f"no choice is within the budget: the cheapest costs {cheapest:.6g}, the budget is {budget:.6g}")
+    if cheapest > budget:
+        raise ValueError(f"no choice is within budget: the cheapest costs {cheapest:.6g}, the budget is {budget:.6g}")
+    if sum(options[-1].cost for options in heads) <= budget:
+        return [options[-1] for options in heads]
+    if sum(row[0] for row in steps) > GRID:  # within the budget, but not once rounded up: nothing dearer is either
+        return [options[0] for options in heads]
     best = np.zeros(GRID + 1)  # least error of the heads so far within so many steps
     chosen = np.zeros((len(heads), GRID + 1), np.uint16)
     for n, options in enumerate(heads):

@@ -78,7 +78,7 @@ def default_costs() -> str:
 def head_cost(
     costs: CostModel, pattern: Pattern, tiles: float | np.ndarray, *, num_tokens: int, blocks: Blocks
 ) -> float | np.ndarray:
-    """Milliseconds that a head adds to a sparse call, from the tiles its plan visits; `CostModel.head` guesses those."""
+    """Milliseconds that a head adds to a sparse call, by the tiles its plan visits; `CostModel.head` guesses those."""
     tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
     per_token = costs.move_ns + costs.estimate_ns * pattern.reads_scores + costs.hold_ns * pattern.holds_scores
     return 1e-6 * (costs.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)

@@ -26,7 +26,7 @@ class Journal:
         """
         self.path = Path(path)
         self._run = json.loads(json.dumps(dict(run)))
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Mapping[str, Any]] = []
         if lines := _whole_lines(self.path) if self.path.exists() else []:
             first, *self._rows = lines
             _check_same_run(self.path, first, self._run)
@@ -34,7 +34,12 @@ class Journal:
             self._append({"run": self._run})
 
     @property
-    def rows(self) -> tuple[dict[str, Any], ...]:
+    def run(self) -> dict[str, Any]:
+        """What the pieces depend on."""
+        return dict(self._run)
+
+    @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
         """The finished pieces, in the order they were added."""
         return tuple(self._rows)
 

@@ -1,7 +1,8 @@
 """What a trial leaves out and what it visits: squared error on the attention output, and tiles, per head."""
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,29 +29,35 @@ class Measured:
       tiles: visited (q block, kv block) tiles.
     """
 
-    error: Float[Array | np.ndarray, "n h"]
-    tiles: Float[Array | np.ndarray, "n h"]
+    error: Float[Array | np.ndarray, "*layers n h"]
+    tiles: Float[Array | np.ndarray, "*layers n h"]
 
 
+_COMPILED: dict[Any, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Meter:
-    """Measures trials on captured layers; each trial is compiled once per shape."""
+    """Measures trials on captured layers of prompts with these modalities; a trial is compiled once per shape."""
 
-    def __init__(self, modalities: Sequence[int], blocks: Blocks):
-        """For prompts with these modalities."""
-        self.modalities, self.blocks = tuple(modalities), blocks
-        self._compiled: dict[Any, Any] = {}
+    modalities: tuple[int, ...]
+    blocks: Blocks
 
     def prepare(self, trials: Iterable[Trial], captured: Captured) -> None:
         """Compiles the trials side by side: compiling, not running, is most of a search's time on an accelerator."""
-        missing = [trial for trial in dict.fromkeys(trials) if (trial, _shapes(captured)) not in self._compiled]
+        missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, captured) not in _COMPILED]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            programs = pool.map(lambda trial: self._compile(trial, captured), missing)
-            self._compiled |= {(t, _shapes(captured)): p for t, p in zip(missing, programs, strict=True)}
+            programs = list(pool.map(lambda trial: self._compile(trial, captured), missing))
+        _COMPILED.update({self._key(t, captured): p for t, p in zip(missing, programs, strict=True)})
 
     def __call__(self, trial: Trial, captured: Captured) -> Measured:
         """The trial's figures on one layer, on the host."""
         self.prepare([trial], captured)
-        return jax.device_get(self._compiled[trial, _shapes(captured)](captured))
+        return jax.device_get(_COMPILED[self._key(trial, captured)](captured))
+
+    def _key(self, trial: Trial, captured: Captured) -> Any:
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(captured))
+        return self, trial, shapes
 
     def _compile(self, trial: Trial, captured: Captured):
         pattern = trial.pattern(self.modalities)
@@ -75,9 +82,7 @@ def measured(pattern: Pattern, captured: Captured, *, modalities: tuple[int, ...
     return Measured(error=error / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny), tiles=tiles)
 
 
-def tiles_by_modality(
-    plan: Plan, modality: Int32[Array, " t"], modalities: tuple[int, ...]
-) -> Float[Array, "n h"]:
+def tiles_by_modality(plan: Plan, modality: Int32[Array, " t"], modalities: tuple[int, ...]) -> Float[Array, "n h"]:
     """Visited tiles per head; those of a q block are shared out by the modalities of its queries."""
     index, order = plan.index, plan.q_order.order
     of_row = jnp.where(order >= 0, modality[jnp.maximum(order, 0)], -1).reshape(*index.count.shape, index.block_q)
@@ -90,7 +95,3 @@ def modalities_of(layout: Any) -> tuple[int, ...]:
     """The modalities of a prompt's tokens, ascending."""
     modality = np.asarray(layout.modality)
     return tuple(int(m) for m in np.unique(modality[modality >= 0]))
-
-
-def _shapes(captured: Captured) -> tuple[Any, ...]:
-    return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(captured))

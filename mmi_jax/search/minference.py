@@ -63,5 +63,6 @@ def _pattern(value: Any, where: str) -> Pattern:
         case ["stream_llm", int(sink), int(local), *_]:
             return AShape(sink=sink, local=local)
     raise ValueError(
-        f"{where}: a head must be [vertical_and_slash | block_sparse | stream_llm, number, number, score], got {value!r}"
+        f"{where}: a head must be [vertical_and_slash, block_sparse or stream_llm, number, number, score], "
+        f"got {value!r}"
     )

@@ -66,9 +66,7 @@ class Search:
         meter = Meter(same_modalities(prompts), self.blocks)
         for name, prompt in prompts.items():
             last = max((layer for layer in range(num_layers) if missing[name, layer]), default=-1)
-            layers = captured_layers(
-                self.model, prompt, blocks=self.blocks, buckets=self.buckets, num_layers=last + 1
-            )
+            layers = captured_layers(self.model, prompt, blocks=self.blocks, buckets=self.buckets, num_layers=last + 1)
             for layer, captured in enumerate(layers):
                 if missing[name, layer]:
                     self.on_trial(done, total, f"{what}: compiling")
