@@ -8,7 +8,9 @@ import typer
 from mmi_jax.cli import bench
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
+from mmi_jax.cli.niah import niah
 from mmi_jax.cli.prefill import prefill
+from mmi_jax.cli.qa import qa
 from mmi_jax.cli.search import search
 from mmi_jax.cli.show import show
 
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(prefill)
 app.command()(search)
+app.command()(niah)
+app.command()(qa)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)

@@ -28,8 +28,8 @@ class Journal:
         self._run = json.loads(json.dumps(dict(run)))
         self._rows: list[Mapping[str, Any]] = []
         if lines := _whole_lines(self.path) if self.path.exists() else []:
-            first, *self._rows = lines
-            _check_same_run(self.path, first, self._run)
+            _check_same_run(self.path, lines[0], self._run)
+            self._rows += lines[1:]
         else:
             self._append({"run": self._run})
 
