@@ -15,10 +15,16 @@ from mmi_jax.search.capture import Captured
 from mmi_jax.search.costs import head_cost, layer_cost
 
 
-def dense_tiles(num_tokens: float, blocks: Blocks) -> float:
-    """Tiles of a dense causal call, as `Plan.density` counts them: its pairs, and half a block more per query."""
+def dense_tiles(num_tokens: int, blocks: Blocks) -> int:
+    """Tiles that a dense plan visits: in each q block those up to its last query."""
+    last = np.minimum(np.arange(1, blocks.round_q(num_tokens) // blocks.q + 1) * blocks.q, num_tokens)
+    return int((-(-last // blocks.kv)).sum())
+
+
+def visited_tiles(density: np.ndarray, num_tokens: int, blocks: Blocks) -> np.ndarray:
+    """Tiles behind a density, which `Plan.density` holds against the pairs of dense attention and half a block more."""
     pairs = num_tokens * (num_tokens + 1) / 2 + num_tokens * (max(blocks.q, blocks.kv) - 1) / 2
-    return pairs / (blocks.q * blocks.kv)
+    return density * (pairs / (blocks.q * blocks.kv))
 
 
 def report_cost(report: PrefillReport, costs: CostModel, blocks: Blocks) -> tuple[float, float]:
@@ -29,10 +35,10 @@ def report_cost(report: PrefillReport, costs: CostModel, blocks: Blocks) -> tupl
     num_tokens = round(float(np.mean(report.lengths)))
     tiles = dense_tiles(num_tokens, blocks)
     found, dense = 0.0, 0.0
-    for patterns, densities in zip(report.table.layers, report.density, strict=True):
+    for patterns, visited in zip(report.table.layers, visited_tiles(report.density, num_tokens, blocks), strict=True):
         heads = [
-            float(head_cost(costs, pattern, density * tiles, num_tokens=num_tokens, blocks=blocks))
-            for pattern, density in zip(patterns, densities, strict=True)
+            float(head_cost(costs, pattern, tile_count, num_tokens=num_tokens, blocks=blocks))
+            for pattern, tile_count in zip(patterns, visited, strict=True)
         ]
         all_dense = [float(head_cost(costs, Dense(), tiles, num_tokens=num_tokens, blocks=blocks))] * len(heads)
         found += layer_cost(costs, patterns, heads, num_tokens)
