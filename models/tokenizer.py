@@ -1,6 +1,7 @@
 """Text to token ids and chats to text, from the files of a Hugging Face directory."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -83,17 +84,23 @@ class Tokenizer:
 
         The template runs in Jinja's sandbox: it comes with a checkpoint and is not trusted.
         """
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_template_error
         try:
-            template = environment.from_string(self.chat_template)
+            template = _compiled_template(self.chat_template)
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **dict(self.special_tokens)
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the checkpoint's chat template must render the messages, got: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_template(source: str) -> jinja2.Template:
+    """The template compiled: that takes longer than to render a short chat."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_template_error
+    return environment.from_string(source)
 
 
 def _raise_template_error(message: str) -> NoReturn:

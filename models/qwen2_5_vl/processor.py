@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from mmi_jax.layout import stack
+from mmi_jax.layout import TokenLayout, stack
 from models.hub import locate
 from models.media import Frame, Image, Video
 from models.prompt import Prompt
@@ -99,13 +99,23 @@ class Processor:
             raise ValueError("a batch must hold one prompt or more, got none")
         rows, patches = [], []
         for prompt in prompts:
-            messages = _messages(prompt)
-            media = [part for message in messages for part in message.parts if not isinstance(part, str)]
-            cut = [self._patches(part) for part in media]
-            patches += [rows_of_patches for rows_of_patches, _ in cut]
-            tokens = self.tokenizer.encode(self._render(messages, add_generation_prompt))
-            rows.append(self._row(tokens, media, [grid for _, grid in cut]))
+            rows.append(self.lay_out(prompt, add_generation_prompt=add_generation_prompt))
+            media = [part for message in _messages(prompt) for part in message.parts if not isinstance(part, str)]
+            patches += [self._patches(part) for part in media]
         return self._batch(rows, patches)
+
+    def lay_out(
+        self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> "Row":
+        """One prompt without its patches: of images and videos only the sizes are read."""
+        messages = _messages(prompt)
+        media = [part for message in messages for part in message.parts if not isinstance(part, str)]
+        grids = tuple(self.grid(part) for part in media)
+        tokens = self.tokenizer.encode(self._render(messages, add_generation_prompt))
+        tokens = expand_placeholders(tokens, media, grids, self.config)
+        seconds = [_seconds_per_grid(part, self.video) for part in media]
+        rope_pos = mrope_positions(tokens, grids, seconds, self.config, rule=self.rule)
+        return Row(tokens=tokens, rope_pos=rope_pos, layout=token_layout(tokens, grids, self.config), grids=grids)
 
     def render(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The chat template's text of one prompt, with one placeholder for each image and video."""
@@ -150,37 +160,40 @@ class Processor:
         ]
         return self.tokenizer.render(rendered, add_generation_prompt=add_generation_prompt)
 
-    def _patches(self, part: Image | Video) -> tuple[np.ndarray, Grid]:
+    def _patches(self, part: Image | Video) -> np.ndarray:
         if isinstance(part, Image):
-            return patchify(resize(part.pixels, self.image)[None], self.image)
+            return patchify(resize(part.pixels, self.image)[None], self.image)[0]
         config = self._video_preprocess(part.num_frames)
         first = resize(part.frames[0], config)
         if first.shape == part.frames.shape[1:]:
-            return patchify(part.frames, config)
-        return patchify(np.stack([resize(frame, config) for frame in part.frames]), config)
+            return patchify(part.frames, config)[0]
+        return patchify(np.stack([resize(frame, config) for frame in part.frames]), config)[0]
 
-    def _row(self, tokens: np.ndarray, media: Sequence[Image | Video], grids: Sequence[Grid]):
-        """Tokens, positions, layout and grids of one prompt."""
-        tokens = expand_placeholders(tokens, media, grids, self.config)
-        seconds = [_seconds_per_grid(part, self.video) for part in media]
-        rope_pos = mrope_positions(tokens, grids, seconds, self.config, rule=self.rule)
-        return tokens, rope_pos, token_layout(tokens, grids, self.config), grids
-
-    def _batch(self, rows: Sequence[tuple], patches: Sequence[np.ndarray]) -> Prompt:
+    def _batch(self, rows: Sequence["Row"], patches: Sequence[np.ndarray]) -> Prompt:
         """The rows padded at their end to the longest; token and position 0 in padding, modality -1."""
-        longest = max(len(tokens) for tokens, *_ in rows)
-        pads = [longest - len(tokens) for tokens, *_ in rows]
+        longest = max(len(row.tokens) for row in rows)
+        pads = [longest - len(row.tokens) for row in rows]
         none = np.zeros((0, self.config.vision.patch_dim), np.float32)
         return Prompt(
-            tokens=np.stack([np.pad(row[0], (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
+            tokens=np.stack([np.pad(row.tokens, (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
             rope_pos=np.stack(
-                [np.pad(row[1], ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
+                [np.pad(row.rope_pos, ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
             ),
-            layout=stack([row[2] for row in rows]),
+            layout=stack([row.layout for row in rows]),
             # One video is not copied: its patches may be most of the host's memory.
             patches=patches[0] if len(patches) == 1 else np.concatenate([none, *patches]),
-            grids=tuple(grid for row in rows for grid in row[3]),
+            grids=tuple(grid for row in rows for grid in row.grids),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One prompt without padding and patches; fields as of `Prompt`."""
+
+    tokens: Int32[np.ndarray, " t"]
+    rope_pos: Int32[np.ndarray, "3 t"]
+    layout: TokenLayout
+    grids: tuple[Grid, ...]
 
 
 def expand_placeholders(

@@ -111,6 +111,10 @@ class VisionTower(nnx.Module):
             tokens.update((i, piece.reshape(-1, piece.shape[-1])) for i, piece in zip(members, pieces, strict=True))
         return jnp.concatenate([tokens[i] for i in range(len(grids))])
 
+    def encode(self, frames: Float[Array, "n p c"], size: tuple[int, int]) -> Float[Array, "n t o"]:
+        """The tokens of frames of one size (rows and columns in patches), all in one call; differentiable."""
+        return _encode_batch(*nnx.split(self), frames, size)
+
     def _encode_frames(
         self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int]
     ) -> Float[Array, "n t o"]:
