@@ -84,7 +84,7 @@ def demo_config(tokenizer: tokenizers.Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def train_tokenizer(text: str) -> tokenizers.Tokenizer:
+def train_tokenizer(text: str, *, vocab_size: int = MAX_VOCAB_SIZE) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer with Qwen's special tokens; digits stand alone."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,7 +92,7 @@ def train_tokenizer(text: str) -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

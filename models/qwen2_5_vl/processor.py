@@ -104,9 +104,7 @@ class Processor:
             patches += [self._patches(part) for part in media]
         return self._batch(rows, patches)
 
-    def lay_out(
-        self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> "Row":
+    def lay_out(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> "Row":
         """One prompt without its patches: of images and videos only the sizes are read."""
         messages = _messages(prompt)
         media = [part for message in messages for part in message.parts if not isinstance(part, str)]

@@ -5,7 +5,7 @@ import functools
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -18,6 +18,7 @@ Base = Int32[np.ndarray, "n 5"]
 """Which picture a frame shows, in numbers that only its haystack reads."""
 
 
+@runtime_checkable
 class Haystack(Protocol):
     """A source of frames, all of one size."""
 

@@ -1,0 +1,105 @@
+"""A dense, differentiable forward pass of batches of streams over the library's own modules."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.small.bank import Bank, patches
+from models.small.config import GRID, GRID_TOKENS
+from models.small.stream import Batch
+
+VISION_PAIRS = 1024
+"""Pairs of frames that the vision tower encodes at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the forward pass runs.
+
+    Fields:
+        dtype: of computation; parameters are cast to it.
+        remats: layers keep their input only and compute everything again on the way back.
+        attention: the dense kernel of `jax.nn.dot_product_attention`.
+    """
+
+    dtype: str = "bfloat16"
+    remats: bool = False
+    attention: Literal["cudnn", "xla"] = "cudnn"
+
+
+def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b r v"]:
+    """Logits, float32, of the batch's rows.
+
+    Args:
+        model: in the dtype of computation.
+        batch: streams padded at their end, so that causal attention alone keeps padding out.
+        bank: what the frames are painted from.
+        compute: how.
+    """
+    x = _embed(model, batch, bank)
+    rotary = model.rotary(batch.rope_pos)
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=compute.attention), None
+
+    graphdef, state = nnx.split(model.layers)
+
+    def step(x, layer):
+        return nnx.merge(graphdef, layer)(x, rotary, attend)[0], None
+
+    x, _ = jax.lax.scan(jax.checkpoint(step) if compute.remats else step, x, state)
+    return model.unembed(jnp.take_along_axis(x, batch.rows[..., None], axis=1))
+
+
+def _embed(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b t e"]:
+    """Text and vision tokens in one array."""
+    vision = _encode(model, batch, bank)
+    rank = jnp.clip(jnp.cumsum(batch.is_vision, axis=1) - 1, 0, vision.shape[1] - 1)
+    rows = jnp.take_along_axis(vision, rank[..., None], axis=1)
+    # A product instead of a gather: on the way back a gather would add most of a million rows to one, a video's.
+    table = model.embedding.embedding[...]
+    text = jax.nn.one_hot(batch.tokens, table.shape[0], dtype=table.dtype) @ table
+    return jnp.where(batch.is_vision[..., None], rows, text)
+
+
+def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
+    """The vision tokens of all streams, `VISION_PAIRS` pairs of frames at a time."""
+    num_streams, num_frames = batch.frames.shape[:2]
+    frames = batch.frames.reshape(-1, 8)
+    piece = min(2 * VISION_PAIRS, len(frames))
+    padded = jnp.pad(frames, ((0, -len(frames) % piece), (0, 0)))
+
+    @jax.checkpoint
+    def encode(frames):
+        return model.vision.encode(patches(bank, frames, model.dtype), GRID)
+
+    tokens = jax.lax.map(encode, padded.reshape(-1, piece, 8))
+    tokens = tokens.reshape(-1, GRID_TOKENS, tokens.shape[-1])[: len(frames) // 2]
+    return tokens.reshape(num_streams, num_frames // 2 * GRID_TOKENS, -1)
+
+
+def loss_and_metrics(
+    params: Any, graphdef: nnx.GraphDef, batch: Batch, bank: Bank, compute: Compute
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted cross-entropy of the labels, and of questions and captions the mean loss and share right."""
+    model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(compute.dtype), params))
+    logits = row_logits(model, batch, bank, compute)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[..., None], axis=-1)[..., 0]
+    is_right = jnp.argmax(logits, axis=-1) == batch.labels
+    is_caption = (batch.weights > 0) & ~batch.is_question
+
+    def mean(values, where):
+        return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)
+
+    metrics = {
+        "question_loss": mean(losses, batch.is_question),
+        "question_accuracy": mean(is_right, batch.is_question),
+        "caption_loss": mean(losses, is_caption),
+        "caption_accuracy": mean(is_right, is_caption),
+    }
+    return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1.0), metrics

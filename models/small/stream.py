@@ -1,0 +1,152 @@
+"""Streams: scripts as the arrays that a training step reads; no pixels, which the device paints itself."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from mmi_jax.layout import VISION, concatenate, text_tokens
+from models.media import Image, Video
+from models.qwen2_5_vl.processor import Processor, Row
+from models.small.config import GRID_TOKENS, colour_tokens
+from models.tasks.pictures import SIDE, digit_labels
+from models.tasks.rows import part_ends
+from models.tasks.sample import Question
+from models.tasks.script import Clip, Frames, Script, ScriptPart
+from models.tokenizer import Tokenizer
+from pallas_kernels.pytree import pytree
+
+CAPTION_WEIGHT = 0.3
+"""Weight of the labels on a card's own last tokens beside that of a question."""
+END_WEIGHT = 0.1
+"""Weight of the token that ends the answer."""
+
+
+@pytree
+class Batch:
+    """Streams padded at their end to one length.
+
+    Fields:
+        tokens, rope_pos: as of a `Prompt`.
+        is_vision: which tokens are rows of the vision tower's output, in order.
+        frames: what every video frame shows, in pairs; zeros in padding.
+        rows: tokens that predict a label.
+        labels: the token to predict; weight 0 in padding.
+        weights: of the label in the loss.
+        is_question: labels that answer a question.
+    """
+
+    tokens: Int32[np.ndarray, "b t"]
+    rope_pos: Int32[np.ndarray, "3 b t"]
+    is_vision: Bool[np.ndarray, "b t"]
+    frames: Int32[np.ndarray, "b f 8"]
+    rows: Int32[np.ndarray, "b r"]
+    labels: Int32[np.ndarray, "b r"]
+    weights: Float32[np.ndarray, "b r"]
+    is_question: Bool[np.ndarray, "b r"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """One script in arrays; fields as of a `Batch`, unpadded."""
+
+    row: Row
+    frames: Frames
+    rows: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    is_question: np.ndarray
+
+
+def stream(script: Script, processor: Processor, *, answers_end: bool = False) -> Stream:
+    """The script as the small model reads it, with the questions' answers and the cards' captions as labels.
+
+    Args:
+        script: over generated frames.
+        processor: the small model's.
+        answers_end: the answer to the question at the prompt's end follows, and the token that ends an answer.
+    """
+    parts = [_stand_in(part) for part in script.parts]
+    row = processor.lay_out(parts)
+    ends, num_tokens = part_ends(parts, processor)
+    frames = [part.frames for part in script.parts if not isinstance(part, str)]
+    frames = np.concatenate([f if len(f) % 2 == 0 else np.concatenate([f, f[-1:]]) for f in frames])
+    asked = [
+        (num_tokens - 1 if q.after_part is None else ends[q.after_part], _answer(q, processor.tokenizer))
+        for q in script.questions
+    ]
+    labels = [(place, token, 1.0, True) for place, token in asked]
+    labels += [(place, token, CAPTION_WEIGHT, False) for place, token in _captions(row, frames, processor.tokenizer)]
+    if answers_end and asked[-1][0] == num_tokens - 1:
+        end = processor.tokenizer.token_id("<|im_end|>")
+        row = _append(row, (asked[-1][1], end))
+        labels.append((num_tokens, end, END_WEIGHT, False))
+    places, tokens, weights, is_question = zip(*labels, strict=True)
+    return Stream(
+        row=row,
+        frames=frames,
+        rows=np.array(places, np.int32),
+        labels=np.array(tokens, np.int32),
+        weights=np.array(weights, np.float32),
+        is_question=np.array(is_question),
+    )
+
+
+def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> Batch:
+    """The streams padded or cut to `num_tokens` tokens, and to `num_rows` labels, of which the first are kept."""
+
+    def fitted(arrays: list[np.ndarray], length: int) -> np.ndarray:
+        out = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[: len(array)] = array[:length]
+        return out
+
+    kept = [s.rows < num_tokens for s in streams]
+    return Batch(
+        tokens=fitted([s.row.tokens for s in streams], num_tokens),
+        rope_pos=np.moveaxis(fitted([s.row.rope_pos.T for s in streams], num_tokens), -1, 0),
+        is_vision=fitted([np.asarray(s.row.layout.modality) == VISION for s in streams], num_tokens),
+        frames=fitted([s.frames for s in streams], 2 * (num_tokens // GRID_TOKENS)),
+        rows=fitted([s.rows[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+        labels=fitted([s.labels[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+        weights=fitted([s.weights[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+        is_question=fitted([s.is_question[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+    )
+
+
+def _stand_in(part: ScriptPart) -> str | Image | Video:
+    """The part with one pixel shown everywhere, so that a processor can read its size."""
+    if isinstance(part, str):
+        return part
+    frames = np.broadcast_to(np.zeros((1, 1, 1, 1), np.uint8), (len(part.frames), SIDE, SIDE, 3))
+    return Video(frames=frames, fps=part.fps) if isinstance(part, Clip) else Image(pixels=frames[0])
+
+
+def _answer(question: Question, tokenizer: Tokenizer) -> int:
+    return tokenizer.token_id(question.choices[question.answer])  # digits and letters stand for themselves
+
+
+def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """(row, token) of what cards and marked pictures show: colours and digit at the last tokens of their frames."""
+    places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
+    pairs = frames.reshape(-1, 2, 8)
+    is_shown = (pairs[:, 0, 7] >= 0) & (pairs[:, 0, 5:] == pairs[:, 1, 5:]).all(axis=1)
+    names = colour_tokens()
+    found = []
+    for grid in np.flatnonzero(is_shown):
+        border, panel, image = pairs[grid, 0, 5:]
+        found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
+        if border >= 0:
+            found += [(int(places[grid, -3]), names[border]), (int(places[grid, -2]), names[panel])]
+    return found
+
+
+def _append(row: Row, tokens: tuple[int, ...]) -> Row:
+    """The row with text tokens behind it."""
+    steps = row.rope_pos.max() + 1 + np.arange(len(tokens), dtype=np.int32)
+    return Row(
+        tokens=np.concatenate([row.tokens, np.array(tokens, np.int32)]),
+        rope_pos=np.concatenate([row.rope_pos, np.broadcast_to(steps, (3, len(tokens)))], axis=1).astype(np.int32),
+        layout=concatenate([row.layout, text_tokens(len(tokens))]),
+        grids=row.grids,
+    )
