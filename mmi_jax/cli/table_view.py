@@ -52,7 +52,7 @@ def patterns_table(table: PatternTable, marks: Mapping[Pattern, Text]) -> Table:
     return found
 
 
-def numbers_grid(title: str, values: tuple[tuple[float, ...], ...], factor: float, limits: tuple[int, ...]) -> Text:
+def numbers_grid(title: str, values: tuple[tuple[float, ...], ...], factor: int, limits: tuple[int, ...]) -> Text:
     """One line per layer, one whole number per head, in the style of the limits it reaches."""
 
     def cell(value: float) -> Text:

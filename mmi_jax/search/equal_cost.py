@@ -15,10 +15,10 @@ from mmi_jax.search.capture import Captured
 from mmi_jax.search.costs import head_cost, layer_cost
 
 
-def dense_tiles(num_tokens: int, blocks: Blocks) -> int:
+def dense_tiles(num_tokens: int, blocks: Blocks) -> float:
     """Tiles that a dense plan visits: in each q block those up to its last query."""
     last = np.minimum(np.arange(1, blocks.round_q(num_tokens) // blocks.q + 1) * blocks.q, num_tokens)
-    return int((-(-last // blocks.kv)).sum())
+    return float((-(-last // blocks.kv)).sum())
 
 
 def visited_tiles(density: np.ndarray, num_tokens: int, blocks: Blocks) -> np.ndarray:
@@ -51,11 +51,8 @@ def cost_share(pattern: Pattern, layers: Sequence[Captured], costs: CostModel, b
     num_tokens = int(np.asarray(layers[0].layout.is_real).sum())
     shares = []
     for layer in layers:
-        heads = head_cost(
-            costs, pattern, _plan_tiles(pattern, blocks, layer.q, layer.k, layer.layout), num_tokens=num_tokens,
-            blocks=blocks,
-        )  # fmt: skip
-        heads = np.asarray(heads, np.float64)
+        tiles = np.asarray(_plan_tiles(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
+        heads = np.asarray(head_cost(costs, pattern, tiles, num_tokens=num_tokens, blocks=blocks))
         dense = float(head_cost(costs, Dense(), dense_tiles(num_tokens, blocks), num_tokens=num_tokens, blocks=blocks))
         patterns, all_dense = (pattern,) * len(heads), (Dense(),) * len(heads)
         found = layer_cost(costs, patterns, heads.tolist(), num_tokens)

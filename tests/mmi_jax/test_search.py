@@ -44,8 +44,8 @@ def mixed() -> Captured:
     """96 tokens of text and video, 4 query heads on 2 kv heads."""
     rng = np.random.default_rng(0)
     layout = concatenate([text_tokens(20), vision_tokens(4, 3, 4), text_tokens(28)])
-    shapes = [(96, 4, 8), (96, 2, 8), (96, 2, 8)]
-    return captured(layout, *(rng.normal(size=shape).astype(np.float32) * 2 for shape in shapes))
+    q, k, v = (rng.normal(size=(96, heads, 8)).astype(np.float32) * 2 for heads in (4, 2, 2))
+    return captured(layout, q, k, v)
 
 
 def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):

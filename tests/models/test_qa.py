@@ -135,9 +135,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path, name):
 def test_a_missing_field_is_named(tmp_path):
     egoschema(tmp_path)
     write_json(tmp_path / "questions.json", [{"q_uid": "u-0", "question": "What?"}])
-    with pytest.raises(
-        ValueError, match=r"questions.json: a record must have the field 'option 0', got q_uid, question"
-    ):
+    with pytest.raises(ValueError, match=r"questions.json: a record must have the field 'option 0', got q_uid"):
         DATASETS["egoschema"](tmp_path)
 
 

@@ -4,8 +4,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+WORDS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = {name: str(n) for n, name in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS: dict[str, str] = {name: str(n) for n, name in enumerate(WORDS)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

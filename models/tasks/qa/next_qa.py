@@ -13,7 +13,7 @@ from models.tasks.qa.files import Videos, existing, field, read_csv, read_json
 from models.tasks.qa.item import Item
 
 NUM_OPTIONS = 5
-KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
+KINDS: dict[str, str] = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 
 def read_next_qa(directory: str | Path) -> list[Item]:
