@@ -49,4 +49,4 @@ def matches(answer: str, expected: str) -> bool:
 def normalised(text: str) -> str:
     """Lower case, numbers up to ten as digits, without punctuation and articles."""
     words = re.findall(r"[^\W_]+", text.lower())
-    return " ".join(NUMBERS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(NUMBERS[word] if word in NUMBERS else word for word in words if word not in ARTICLES)

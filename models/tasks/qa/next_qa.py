@@ -35,7 +35,7 @@ def read_next_qa(directory: str | Path) -> list[Item]:
             question=_asked(field(row, "question", path)),
             options=tuple(field(row, f"a{n}", path) for n in range(NUM_OPTIONS)),
             answer=int(field(row, "answer", path)),
-            kind=KINDS.get(kind[:1], kind),
+            kind=KINDS[kind[:1]] if kind[:1] in KINDS else str(kind),
         )
 
     return list(map(item, read_csv(path)))
