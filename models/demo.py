@@ -55,7 +55,7 @@ def build_demo_model(directory: Path | str, *, seed: int = 0) -> None:
         save_huggingface(model, temporary)
         tokenizer.save(str(temporary / "tokenizer.json"))
         shutil.copyfile(CHAT_TEMPLATE, temporary / "chat_template.jinja")
-        for name, fields in _settings(tokenizer).items():
+        for name, fields in checkpoint_settings(tokenizer, PIXELS).items():
             (temporary / name).write_text(json.dumps(fields, indent=2) + "\n")
 
 
@@ -135,8 +135,8 @@ def shape_attention(model: Qwen2_5_VL, rng: np.random.Generator) -> None:
         projection.kernel[...] = projection.kernel[...] * jnp.asarray(scale, model.dtype).reshape(1, 1, -1)
 
 
-def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, dict]:
-    """The small JSON files of a checkpoint, by name."""
+def checkpoint_settings(tokenizer: tokenizers.Tokenizer, num_pixels: int) -> dict[str, dict]:
+    """The small JSON files of a checkpoint whose frames have `num_pixels` pixels, by name."""
     pixels = dict(
         image_processor_type="Qwen2VLImageProcessor",
         patch_size=14,
@@ -144,7 +144,7 @@ def _settings(tokenizer: tokenizers.Tokenizer) -> dict[str, dict]:
         temporal_patch_size=2,
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
-        size=dict(shortest_edge=PIXELS, longest_edge=PIXELS),
+        size=dict(shortest_edge=num_pixels, longest_edge=num_pixels),
     )
     video = {k: v for k, v in pixels.items() if k != "image_processor_type"}
     return {

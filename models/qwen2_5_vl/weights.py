@@ -22,7 +22,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config, to_huggingface
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.weight_map import Slot, canonical_name, check, parameters, slots
-from models.safetensors_reader import SINGLE_FILE, SafetensorsReader
+from models.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsReader
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -127,12 +127,37 @@ def _drop_tied_head(reader: SafetensorsReader, on_disk: dict[str, str]) -> None:
     del on_disk[HEAD]
 
 
-def save_huggingface(model: Qwen2_5_VL, directory: str | Path) -> None:
+def save_huggingface(model: Qwen2_5_VL, directory: str | Path, *, max_shard_bytes: int | None = None) -> None:
     """Writes config.json and model.safetensors, which `load` reads back; a failed save leaves nothing.
 
+    Args:
+        model: what to write, in its own dtype.
+        directory: new or empty.
+        max_shard_bytes: the weights are cut into files of at most so many bytes of tensors, with an index.
+
     Raises:
-        ValueError: `directory` exists and is not empty.
+        ValueError: `directory` exists and is not empty, or a tensor is larger than a shard may be.
     """
+    tensors = _tensors(model)
+    fields = to_huggingface(model.config) | {"torch_dtype": jnp.dtype(model.dtype).name}
+    shards = [list(tensors)] if max_shard_bytes is None else _shards(tensors, max_shard_bytes)
+    with new_directory(Path(directory)) as temporary:
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        if max_shard_bytes is None:
+            save_file(tensors, temporary / SINGLE_FILE, metadata={"format": "pt"})
+            return
+        places = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file({name: tensors[name] for name in names}, temporary / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(names, file)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(model: Qwen2_5_VL) -> dict[str, np.ndarray]:
+    """The model's tensors as they stand on disk."""
     state = nnx.state(model, nnx.Param)
     arrays = {path: variable[...] for path, variable in parameters(state).items()}
     tensors = {}
@@ -140,7 +165,19 @@ def save_huggingface(model: Qwen2_5_VL, directory: str | Path) -> None:
         tensor = np.asarray(arrays[slot.path] if slot.layer is None else arrays[slot.path][slot.layer])
         tensor = tensor.T.reshape(slot.shape) if slot.is_transposed else tensor
         tensors[name] = np.ascontiguousarray(tensor)
-    fields = to_huggingface(model.config) | {"torch_dtype": jnp.dtype(model.dtype).name}
-    with new_directory(Path(directory)) as temporary:
-        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        save_file(tensors, temporary / SINGLE_FILE, metadata={"format": "pt"})
+    return tensors
+
+
+def _shards(tensors: dict[str, np.ndarray], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a shard would outgrow `max_bytes`."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > max_bytes:
+            raise ValueError(f"a shard must hold a whole tensor: {name} has {tensor.nbytes} bytes, {max_bytes=}")
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    return shards

@@ -11,7 +11,7 @@ from models.tasks.haystack import GeneratedHaystack
 from models.tasks.niah import choose
 from models.tasks.pictures import digit_labels
 from models.tasks.sample import Question
-from models.tasks.script import Clip, Script, ScriptPart, unmarked
+from models.tasks.script import Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
@@ -42,7 +42,7 @@ class Stage:
             rows=np.zeros(labels, np.int32),
             labels=np.zeros(labels, np.int32),
             weights=np.zeros(labels, np.float32),
-            is_question=np.zeros(labels, bool),
+            kind=np.zeros(labels, np.int32),
         )
 
 
@@ -60,10 +60,8 @@ class Curriculum:
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to."""
-        for stage in self.stages:
-            if step < stage.num_steps:
-                return stage
-            step -= stage.num_steps
+        for stage in self.stages_from(step):
+            return stage
         raise ValueError(f"the curriculum has {self.num_steps} steps, step {step} lies behind them")
 
     def batch(self, step: int) -> Batch:
@@ -129,14 +127,15 @@ class _Builder:
         frames = unmarked(self.haystack.shots(2 * length, self.rng))
         is_first = self.num_cards + self.num_pictures == 0
         count = min(max(int(self.rng.poisson(self.density * length)), int(is_first)), length)
-        for grid in sorted(self.rng.permutation(length)[:count]):
-            self._put_needle(frames, int(grid))
+        grids = {int(grid) for grid in self.rng.permutation(length)[:count]}
+        for grid in sorted(grids):
+            self._put_needle(frames, grid, may_last=grid + 2 < length and not {grid + 1, grid + 2} & grids)
         self.parts.append(Clip(frames=frames, fps=self.fps))
         self._spend(2 + GRID_TOKENS * length)
 
-    def _put_needle(self, frames, grid: int) -> None:
+    def _put_needle(self, frames: Frames, grid: int, *, may_last: bool) -> None:
         """A new card or marked picture at a pair of frames, or a card as an image behind the clip before this one."""
-        wants_picture = self.rng.random() < 0.35
+        wants_picture = self.rng.random() < 0.5
         if wants_picture and self.num_pictures < len(self.pictures):
             frames[2 * grid : 2 * grid + 2] = self.pictures[self.num_pictures]
             self.num_pictures += 1
@@ -146,7 +145,7 @@ class _Builder:
             if self.rng.random() < self.still_share:
                 self.parts.append(still(card))
                 self._spend(2 + GRID_TOKENS)
-            elif self.rng.random() < 0.7:
+            elif not may_last or self.rng.random() < 0.6:
                 show(frames, card, 2 * grid)
             else:  # longer, and not in step with the pairs
                 show(frames, card, 2 * grid + int(self.rng.integers(2)), 3 + int(self.rng.integers(2)))
@@ -163,7 +162,7 @@ class _Builder:
     def add_questions(self) -> None:
         """A few questions; one about a picture first, which has to come again for it."""
         count = int(self.rng.integers(0, self.max_asked + 1))
-        if count and self.num_pictures and self.rng.random() < 0.5 and self.room > self.reserve + 40:
+        if count and self.num_pictures and self.rng.random() < 0.75 and self.room > self.reserve + 40:
             self._ask_for_picture()
         for _ in range(count - 1):
             if self.room > self.reserve:

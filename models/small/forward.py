@@ -6,12 +6,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.small.bank import Bank, patches
 from models.small.config import GRID, GRID_TOKENS
-from models.small.stream import Batch
+from models.small.stream import CAPTION, KINDS, Batch
 
 VISION_PAIRS = 1024
 """Pairs of frames that the vision tower encodes at a time."""
@@ -41,7 +41,7 @@ def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) ->
         bank: what the frames are painted from.
         compute: how.
     """
-    x = _embed(model, batch, bank)
+    x = _embed(model, batch, bank, compute)
     rotary = model.rotary(batch.rope_pos)
 
     def attend(q, k, v):
@@ -56,29 +56,54 @@ def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) ->
     return model.unembed(jnp.take_along_axis(x, batch.rows[..., None], axis=1))
 
 
-def _embed(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b t e"]:
+def _embed(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b t e"]:
     """Text and vision tokens in one array."""
-    vision = _encode(model, batch, bank)
-    rank = jnp.clip(jnp.cumsum(batch.is_vision, axis=1) - 1, 0, vision.shape[1] - 1)
-    rows = jnp.take_along_axis(vision, rank[..., None], axis=1)
-    # A product instead of a gather: on the way back a gather would add most of a million rows to one, a video's.
+    vision = _encode(model, batch, bank, compute)
+    rows = _spread(vision, jnp.asarray(batch.is_vision))
+    # A product instead of a gather: on the way back a gather would add most of all rows to one, that of video.
     table = model.embedding.embedding[...]
     text = jax.nn.one_hot(batch.tokens, table.shape[0], dtype=table.dtype) @ table
     return jnp.where(batch.is_vision[..., None], rows, text)
 
 
-def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
+@jax.custom_vjp
+def _spread(vision: Float[Array, "b s e"], is_vision: Bool[Array, "b t"]) -> Float[Array, "b t e"]:
+    """The vision tokens, in order, at the places where `is_vision`; anything elsewhere.
+
+    Its derivative gathers too, where that of a gather would add rows one by one.
+    """
+    rank = jnp.clip(jnp.cumsum(is_vision, axis=1) - 1, 0, vision.shape[1] - 1)
+    return jnp.take_along_axis(vision, rank[..., None], axis=1)
+
+
+def _spread_forward(vision: Array, is_vision: Array) -> tuple[Array, tuple[Array, int]]:
+    return _spread(vision, is_vision), (is_vision, vision.shape[1])
+
+
+def _spread_backward(kept: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
+    is_vision, num_rows = kept
+    count = jnp.cumsum(is_vision, axis=1)
+    wanted = jnp.arange(1, num_rows + 1)
+    place = jax.vmap(lambda count: jnp.searchsorted(count, wanted, method="sort"))(count)
+    is_placed = (wanted[None] <= count[:, -1:])[..., None]
+    rows = jnp.take_along_axis(gradient, jnp.minimum(place, gradient.shape[1] - 1)[..., None], axis=1)
+    return jnp.where(is_placed, rows, 0), None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b s e"]:
     """The vision tokens of all streams, `VISION_PAIRS` pairs of frames at a time."""
     num_streams, num_frames = batch.frames.shape[:2]
     frames = batch.frames.reshape(-1, 8)
     piece = min(2 * VISION_PAIRS, len(frames))
     padded = jnp.pad(frames, ((0, -len(frames) % piece), (0, 0)))
 
-    @jax.checkpoint
     def encode(frames):
         return model.vision.encode(patches(bank, frames, model.dtype), GRID)
 
-    tokens = jax.lax.map(encode, padded.reshape(-1, piece, 8))
+    tokens = jax.lax.map(jax.checkpoint(encode) if compute.remats else encode, padded.reshape(-1, piece, 8))
     tokens = tokens.reshape(-1, GRID_TOKENS, tokens.shape[-1])[: len(frames) // 2]
     return tokens.reshape(num_streams, num_frames // 2 * GRID_TOKENS, -1)
 
@@ -86,20 +111,17 @@ def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b s e"
 def loss_and_metrics(
     params: Any, graphdef: nnx.GraphDef, batch: Batch, bank: Bank, compute: Compute
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted cross-entropy of the labels, and of questions and captions the mean loss and share right."""
+    """Weighted cross-entropy of the labels, the questions' mean loss, and the share right of each kind."""
     model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(compute.dtype), params))
     logits = row_logits(model, batch, bank, compute)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[..., None], axis=-1)[..., 0]
     is_right = jnp.argmax(logits, axis=-1) == batch.labels
-    is_caption = (batch.weights > 0) & ~batch.is_question
+    is_label = batch.weights > 0
 
     def mean(values, where):
         return jnp.sum(jnp.where(where, values, 0)) / jnp.maximum(jnp.sum(where), 1)
 
-    metrics = {
-        "question_loss": mean(losses, batch.is_question),
-        "question_accuracy": mean(is_right, batch.is_question),
-        "caption_loss": mean(losses, is_caption),
-        "caption_accuracy": mean(is_right, is_caption),
-    }
+    metrics = {"question_loss": mean(losses, is_label & (batch.kind != CAPTION))}
+    for kind, name in enumerate(KINDS):
+        metrics[f"{name}_accuracy"] = mean(is_right, is_label & (batch.kind == kind))
     return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1.0), metrics

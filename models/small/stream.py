@@ -13,6 +13,7 @@ from models.tasks.pictures import SIDE, digit_labels
 from models.tasks.rows import part_ends
 from models.tasks.sample import Question
 from models.tasks.script import Clip, Frames, Script, ScriptPart
+from models.tasks.text import LETTERS, MATCHING_QUESTION
 from models.tokenizer import Tokenizer
 from pallas_kernels.pytree import pytree
 
@@ -20,6 +21,11 @@ CAPTION_WEIGHT = 0.3
 """Weight of the labels on a card's own last tokens beside that of a question."""
 END_WEIGHT = 0.1
 """Weight of the token that ends the answer."""
+KINDS = ("caption", "digit", "letter", "match")
+"""Labels: what a picture shows or which option is right, and answers: a card's digit, a letter, a picture's digit."""
+CAPTION, DIGIT, LETTER, MATCH = range(len(KINDS))
+OPTION_TOKENS = 5
+"""Tokens of an option such as ` A: 3,`."""
 
 
 @pytree
@@ -33,7 +39,7 @@ class Batch:
         rows: tokens that predict a label.
         labels: the token to predict; weight 0 in padding.
         weights: of the label in the loss.
-        is_question: labels that answer a question.
+        kind: which of `KINDS` a label is; 0 in padding too.
     """
 
     tokens: Int32[np.ndarray, "b t"]
@@ -43,7 +49,7 @@ class Batch:
     rows: Int32[np.ndarray, "b r"]
     labels: Int32[np.ndarray, "b r"]
     weights: Float32[np.ndarray, "b r"]
-    is_question: Bool[np.ndarray, "b r"]
+    kind: Int32[np.ndarray, "b r"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +61,7 @@ class Stream:
     rows: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    is_question: np.ndarray
+    kind: np.ndarray
 
 
 def stream(script: Script, processor: Processor, *, answers_end: bool = False) -> Stream:
@@ -72,23 +78,24 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
     frames = [part.frames for part in script.parts if not isinstance(part, str)]
     frames = np.concatenate([f if len(f) % 2 == 0 else np.concatenate([f, f[-1:]]) for f in frames])
     asked = [
-        (num_tokens - 1 if q.after_part is None else ends[q.after_part], _answer(q, processor.tokenizer))
+        (num_tokens - 1 if q.after_part is None else int(ends[q.after_part]), _answer(q, processor.tokenizer))
         for q in script.questions
     ]
-    labels = [(place, token, 1.0, True) for place, token in asked]
-    labels += [(place, token, CAPTION_WEIGHT, False) for place, token in _captions(row, frames, processor.tokenizer)]
+    labels = [(*answer, 1.0, _kind(q, script)) for answer, q in zip(asked, script.questions, strict=True)]
+    captions = _captions(row, frames, processor.tokenizer) + _options(script, ends, processor.tokenizer)
+    labels += [(place, token, CAPTION_WEIGHT, CAPTION) for place, token in captions]
     if answers_end and asked[-1][0] == num_tokens - 1:
         end = processor.tokenizer.token_id("<|im_end|>")
         row = _append(row, (asked[-1][1], end))
-        labels.append((num_tokens, end, END_WEIGHT, False))
-    places, tokens, weights, is_question = zip(*labels, strict=True)
+        labels.append((num_tokens, end, END_WEIGHT, CAPTION))
+    places, tokens, weights, kind = zip(*labels, strict=True)
     return Stream(
         row=row,
         frames=frames,
         rows=np.array(places, np.int32),
         labels=np.array(tokens, np.int32),
         weights=np.array(weights, np.float32),
-        is_question=np.array(is_question),
+        kind=np.array(kind, np.int32),
     )
 
 
@@ -110,7 +117,7 @@ def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> B
         rows=fitted([s.rows[k] for s, k in zip(streams, kept, strict=True)], num_rows),
         labels=fitted([s.labels[k] for s, k in zip(streams, kept, strict=True)], num_rows),
         weights=fitted([s.weights[k] for s, k in zip(streams, kept, strict=True)], num_rows),
-        is_question=fitted([s.is_question[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+        kind=fitted([s.kind[k] for s, k in zip(streams, kept, strict=True)], num_rows),
     )
 
 
@@ -127,7 +134,7 @@ def _answer(question: Question, tokenizer: Tokenizer) -> int:
 
 
 def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """(row, token) of what cards and marked pictures show: colours and digit at the last tokens of their frames."""
+    """(row, token) of what frames show, at their last tokens: colours and digit, or the digit that was there before."""
     places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
     pairs = frames.reshape(-1, 2, 8)
     is_shown = (pairs[:, 0, 7] >= 0) & (pairs[:, 0, 5:] == pairs[:, 1, 5:]).all(axis=1)
@@ -138,7 +145,29 @@ def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int,
         found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
         if border >= 0:
             found += [(int(places[grid, -3]), names[border]), (int(places[grid, -2]), names[panel])]
+    before = {tuple(pair[0, :5]): int(pair[0, 7]) for pair in pairs[is_shown] if pair[0, 5] < 0}
+    for grid in np.flatnonzero((pairs[:, :, 7] < 0).all(axis=1) & (pairs[:, 0] == pairs[:, 1]).all(axis=1)):
+        if (image := before.get(tuple(pairs[grid, 0, :5]))) is not None:
+            found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
     return found
+
+
+def _options(script: Script, ends: np.ndarray, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """(row, token) at the digit of every option: its letter if it is right, else the comma that follows it."""
+    comma, found = tokenizer.token_id(","), []
+    for question in script.questions:
+        if question.choices == LETTERS and question.after_part is not None:
+            for number, letter in enumerate(LETTERS):
+                place = int(ends[question.after_part]) - 1 - OPTION_TOKENS * (len(LETTERS) - 1 - number)
+                found.append((place, tokenizer.token_id(letter) if number == question.answer else comma))
+    return found
+
+
+def _kind(question: Question, script: Script) -> int:
+    if question.choices == LETTERS:
+        return LETTER
+    is_match = question.after_part is not None and script.parts[question.after_part] == MATCHING_QUESTION
+    return MATCH if is_match else DIGIT
 
 
 def _append(row: Row, tokens: tuple[int, ...]) -> Row:

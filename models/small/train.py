@@ -88,7 +88,7 @@ class Trainer:
         (loss, metrics), grads = grad(state.params, self.graphdef, batch, bank, self.recipe.compute)
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(params=params, optimizer=optimizer, step=state.step + 1), metrics
 
 
@@ -133,7 +133,10 @@ def train(
         trainer.compile_ahead(state, first)
         metrics_path = directory / "metrics.jsonl"
         _cut_metrics(metrics_path, first)
-        with metrics_path.open("a") as log, Loader(recipe.curriculum, range(first, last_step), num_workers) as batches:
+        with (
+            metrics_path.open("a") as log,
+            Loader(recipe.curriculum.batch, range(first, last_step), num_workers) as batches,
+        ):
             for step, batch in enumerate(batches, start=first):
                 state, metrics = trainer.step(state, batch)
                 seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Two harder tasks: rows in the middle of the prompt must look far back, so dense attention at its end does not help."""
+"""Two harder tasks, in which rows in the middle look far back: dense attention at a prompt's end does not help."""
 
 import numpy as np
 

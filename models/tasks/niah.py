@@ -40,7 +40,8 @@ def v_niah(
     num_grids = measure.grids_in(num_tokens, least=len(cards), beside=[cards[0].question, still(cards[0])])
     frames = blank_video(2 * num_grids, haystack, rng)
     taken: set[int] = set()
-    for card, wanted in zip(cards, [round(depth * (num_grids - 1)), *rng.integers(0, num_grids, num_distractors)]):
+    places = [round(depth * (num_grids - 1)), *rng.integers(0, num_grids, num_distractors)]
+    for card, wanted in zip(cards, places, strict=True):
         show(frames, card, 2 * free_grid(int(wanted), taken, num_grids))
     parts = [*interleave(frames, fps, []), cards[0].question]
     return Script(parts=tuple(parts), questions=(cards[0].ask(after_part=None, depth=depth),), depth=depth)

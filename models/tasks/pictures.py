@@ -48,7 +48,7 @@ def digit_labels() -> Int[np.ndarray, " n"]:
 
 @functools.lru_cache(maxsize=1)
 def digit_masks() -> UInt8[np.ndarray, "n 112 112"]:
-    """Every handwritten digit as ink (0 to 16) in its white square, `NO_BOX` outside; each stands a little elsewhere."""
+    """Every handwritten digit as ink (0 to 16) in a white square, each a little elsewhere; `NO_BOX` outside."""
     ink = _datasets().load_digits().images.astype(np.uint8)
     magnified = ink.repeat(BOX // 8, axis=1).repeat(BOX // 8, axis=2)
     masks = np.full((len(ink), SIDE, SIDE), NO_BOX, np.uint8)

@@ -113,7 +113,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
     def fail(tokenizer):
         raise OSError("disk full")
 
-    monkeypatch.setattr(demo, "_settings", fail)
+    monkeypatch.setattr(demo, "checkpoint_settings", fail)
     with pytest.raises(OSError, match="disk full"):
         build_demo_model(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,12 @@ from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.small.bank import draw, make_bank, patches
 from models.small.config import VOCAB_SIZE, colour_tokens, small_config, small_measure, small_processor, small_tokenizer
 from models.small.curriculum import training_script
-from models.small.forward import Compute, row_logits
-from models.small.stream import stack_streams, stream
+from models.small.forward import Compute, _spread, row_logits
+from models.small.stream import CAPTION, stack_streams, stream
 from models.tasks import TASKS, GeneratedHaystack, question_rows
 from models.tasks.pictures import COLOURS
 from models.tasks.script import pixels
+from models.tasks.text import MATCHING_QUESTION
 
 HAYSTACK = GeneratedHaystack()
 
@@ -42,10 +43,10 @@ def test_a_stream_is_the_processors_prompt(name, bank):
     painted = patches(bank, jnp.asarray(made.frames), jnp.float32)
     np.testing.assert_allclose(painted.reshape(prompt.patches.shape), prompt.patches, atol=2e-6)
     rows = question_rows(sample, small_processor())
-    np.testing.assert_array_equal(made.rows[made.is_question], rows)
+    np.testing.assert_array_equal(made.rows[made.kind != CAPTION], rows)
     tokenizer = small_tokenizer()
     answers = [tokenizer.token_id(q.choices[q.answer]) for q in script.questions]
-    assert made.labels[made.is_question].tolist() == answers
+    assert made.labels[made.kind != CAPTION].tolist() == answers
 
 
 def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
@@ -75,3 +76,40 @@ def test_every_colour_digit_and_letter_is_one_token():
     assert tokenizer.vocab_size == VOCAB_SIZE
     assert len(set(colour_tokens())) == len(COLOURS)
     assert all(len(tokenizer.encode(text)) == 1 for text in "0123456789ABCD")
+
+
+def test_the_derivative_of_spreading_is_that_of_a_gather(rng):
+    is_vision = jnp.asarray(rng.random((2, 9)) < 0.6)
+    vision, weights = (jnp.asarray(rng.normal(size=(2, n, 3)), jnp.float32) for n in (8, 9))
+
+    def spread(vision):
+        return jnp.sum(jnp.where(is_vision[..., None], _spread(vision, is_vision), 0) * weights)
+
+    def gather(vision):
+        rank = jnp.clip(jnp.cumsum(is_vision, axis=1) - 1, 0, 7)
+        return jnp.sum(
+            jnp.where(is_vision[..., None], jnp.take_along_axis(vision, rank[..., None], axis=1), 0) * weights
+        )
+
+    np.testing.assert_allclose(jax.grad(spread)(vision), jax.grad(gather)(vision), atol=1e-6)
+
+
+def test_captions_say_what_is_shown_and_what_was_there_before():
+    tokenizer = small_tokenizer()
+    script = TASKS["matching_frames"](num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
+    made = stream(script, small_processor())
+    is_caption = made.kind == CAPTION
+    captions = dict(zip(made.rows[is_caption].tolist(), made.labels[is_caption].tolist(), strict=True))
+    assert len(captions) == 8 + 4  # 8 pictures, of which 4 come again
+    for row, question in zip(made.rows[made.kind != CAPTION], script.questions, strict=True):
+        # Before the question stand its other tokens and the end of the video.
+        place = int(row) - len(tokenizer.encode(MATCHING_QUESTION)) - 1
+        assert tokenizer.token_text(captions[place]) == question.choices[question.answer]
+    script = training_script(700, np.random.default_rng([7, 4]))
+    made = stream(script, small_processor())
+    text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
+    labels = [tokenizer.token_text(int(label)) for label in made.labels]
+    found = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
+    options = [(letter[-1], label) for letter, label in found if label in "ABCD,"]
+    assert len(options) >= 4 and all(label in (letter, ",") for letter, label in options)
+    assert sum(label != "," for _, label in options) == len(options) // 4
