@@ -30,8 +30,8 @@ def plot_attention(
     """One head's dense attention weights before and after the plan's permutation.
 
     Brightness is the weight over the average weight of the row, so that early and late queries are equally bright. The
-    right picture has the plan's rows of queries downwards and its rows of keys to the right, regrouped and gathered keys
-    included; it shows what the kernel finds side by side, visited or not.
+    right picture has the plan's rows of queries downwards and its rows of keys to the right, regrouped and gathered
+    keys included; it shows what the kernel finds side by side, visited or not.
 
     Args:
       plan: of one example, of a whole prompt.
@@ -52,8 +52,8 @@ def plot_attention(
 
 
 def attention_map(
-    q: Float[AnyArray, "t d"], k: Float[AnyArray, "s d"], pos: Int32[AnyArray, " t"], rows: np.ndarray, keys: np.ndarray, *,
-    scale: float, pixels: int = PIXELS,
+    q: Float[AnyArray, "t d"], k: Float[AnyArray, "s d"], pos: Int32[AnyArray, " t"], rows: np.ndarray,
+    keys: np.ndarray, *, scale: float, pixels: int = PIXELS,
 ) -> Float[np.ndarray, "y x"]:  # fmt: skip
     """Attention weights over the average weight of their row, averaged over the pairs of each pixel.
 

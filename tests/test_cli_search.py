@@ -133,7 +133,7 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     uniform_table(AShape(sink=128, local=32), num_layers=4, num_heads=8).save(tmp_path / "ours.json")
     output = tmp_path / "niah"
     options = ["niah", "--model", model, "--task", "v-niah", "--tokens", TOKENS, "--depths", "2", "--samples", "1"]
-    options += ["--dtype", "float32", "--output", str(output), "--costs", "tiles"]
+    options += ["--dtype", "float32", "--output", str(output), "--costs", "tiles", "--side-by-side", "2"]
     options += ["--table", str(tmp_path / "ours.json"), "--method", "dense", "--method", "ours", "--method", "a-shape"]
     prefill, calls = mmi_jax.prefill, []
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,9 +11,41 @@ from mmi_jax import Blocks, PatternTable
 from mmi_jax.cost import CostModel
 from mmi_jax.patterns import Pattern
 from mmi_jax.search.equal_cost import report_cost
-from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.prompt import Prompt
 from models.qwen2_5_vl.processor import Processor
-from models.tasks import Sample, choice_ids, question_rows
+from models.tasks import Question, Sample, choice_ids, question_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Samples as one batch for a prefill.
+
+    Args:
+      prompt: of all of them.
+      rows: where each question's answer is predicted, `[b, n]`; the last columns repeat the first ones.
+      questions: of each sample, with the tokens of their choices.
+    """
+
+    samples: tuple[Sample, ...]
+    prompt: Prompt
+    rows: np.ndarray
+    questions: tuple[tuple[tuple[Question, np.ndarray], ...], ...]
+
+
+def ask_in_batches(processor: Processor, samples: Sequence[Sample], *, batch: int, num_rows: int) -> list[Asked]:
+    """The samples as batches of at most `batch`.
+
+    Args:
+      num_rows: questions that a prefill has room for, so that tasks with fewer share its program.
+    """
+    batches = []
+    for first in range(0, len(samples), batch):
+        group = samples[first : first + batch]
+        rows = [np.resize(question_rows(sample, processor), num_rows) for sample in group]
+        questions = tuple(tuple((q, choice_ids(q, processor.tokenizer)) for q in s.questions) for s in group)
+        prompt = processor(*(list(sample.parts) for sample in group))
+        batches.append(Asked(samples=tuple(group), prompt=prompt, rows=np.stack(rows), questions=questions))
+    return batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,30 +68,21 @@ class Answers:
     prompt_tokens: float
 
 
-def answer(
-    model: Qwen2_5_VL, processor: Processor, samples: Sequence[Sample], table: PatternTable | Pattern | None,
-    *, costs: CostModel, batch: int, num_rows: int,
-) -> Answers:  # fmt: skip
-    """Asks every question of the samples, each answered by the choice with the largest logit at its row.
+def answer(model: Any, batches: Sequence[Asked], table: PatternTable | Pattern | None, costs: CostModel) -> Answers:
+    """Asks every question, each answered by the choice with the largest logit at its row.
 
     Args:
       table: patterns as asked: none is replaced by dense attention where that is faster.
-      batch: prompts of one prefill.
-      num_rows: questions that a prefill has room for, so that tasks with fewer share its program.
     """
     correct, asked, totals = 0, 0, []
-    for first in range(0, len(samples), batch):
-        group = samples[first : first + batch]
-        rows = [question_rows(sample, processor) for sample in group]
-        padded = np.stack([np.resize(row, num_rows) for row in rows])
-        prompt = processor(*(list(sample.parts) for sample in group))
+    for batch in batches:
         result = mmi_jax.prefill(
-            model, prompt, table=table, logits_at=padded, measures_recall=False, may_run_dense=False
+            model, batch.prompt, table=table, logits_at=batch.rows, measures_recall=False, may_run_dense=False
         )
         logits = np.asarray(result.logits_at)
-        for n, sample in enumerate(group):
-            for question, row in zip(sample.questions, logits[n], strict=False):
-                correct += int(np.argmax(row[choice_ids(question, processor.tokenizer)])) == question.answer
+        for rows, questions in zip(logits, batch.questions, strict=True):
+            for row, (question, choices) in zip(rows, questions, strict=False):
+                correct += int(np.argmax(row[choices])) == question.answer
                 asked += 1
         cost, dense = report_cost(result.report, costs, Blocks())
         totals.append([cost, dense, float(result.report.density.mean()), float(np.mean(result.report.lengths))])

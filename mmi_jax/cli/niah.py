@@ -34,6 +34,7 @@ def niah(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
     batch: Annotated[int, typer.Option(help="Prompts of one prefill.")] = 1,
+    side_by_side: Annotated[int, typer.Option(help="Methods compiled at once; memory for as many prefills.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 100,
     cache_dir: Annotated[
         Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
@@ -62,6 +63,7 @@ def niah(
                 dtype=dtype.value,
                 costs=costs,
                 batch=batch,
+                side_by_side=side_by_side,
                 seed=seed,
             )
         )

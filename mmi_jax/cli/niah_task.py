@@ -28,6 +28,7 @@ class NiahTask:
       match_to: the method whose cost the families are brought to; None gives them the paper's sizes.
       margin: a family whose cost differs by more is marked.
       batch: prompts of one prefill.
+      side_by_side: methods whose programs are compiled at once, and whose prefills then share the memory.
     """
 
     model: str
@@ -44,6 +45,7 @@ class NiahTask:
     dtype: str
     costs: str | None
     batch: int
+    side_by_side: int
     seed: int
 
     def __post_init__(self):
@@ -59,10 +61,10 @@ class NiahTask:
             raise ValueError(f"--match-cost must name a method with a table, got {self.match_to!r}")
         if self.costs is not None and self.costs not in cost_models():
             raise ValueError(f"--costs must be one of {', '.join(cost_models())}, got {self.costs!r}")
-        if not self.tokens or min(*self.tokens, self.samples, self.num_depths, self.batch, 1) < 1:
+        if not self.tokens or min(*self.tokens, self.samples, self.num_depths, self.batch, self.side_by_side) < 1:
             raise ValueError(
-                f"tokens, samples, depths and batch must be at least 1: got {self.tokens}, {self.samples}, "
-                f"{self.num_depths}, {self.batch}"
+                f"tokens, samples, depths, batch and side by side must be at least 1: got {self.tokens}, "
+                f"{self.samples}, {self.num_depths}, {self.batch}, {self.side_by_side}"
             )
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output must name a directory, got the file {str(self.output)!r}")
