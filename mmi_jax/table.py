@@ -41,11 +41,11 @@ class HeadScores:
         for name in ("error", "density", "cost"):
             values = getattr(self, name)
             shapes.add(tuple(len(row) for row in values))
-            if not all(isinstance(x, int | float) and x >= 0 for row in values for x in row):
+            if not all(x >= 0 for row in values for x in row):
                 raise ValueError(f"scores.{name} must hold numbers that are not negative, by layer and head")
         if len(shapes) != 1:
             raise ValueError(f"error, density and cost must have one number for each head, got heads {sorted(shapes)}")
-        if not (isinstance(self.dense_cost, int | float) and self.dense_cost > 0):
+        if not self.dense_cost > 0:
             raise ValueError(f"scores.dense_cost must be a positive number, got {self.dense_cost!r}")
 
 
@@ -160,8 +160,14 @@ def _scores(value: Any) -> HeadScores:
     for name in known[:-1]:
         if not isinstance(value[name], list) or not all(isinstance(row, list) for row in value[name]):
             raise ValueError(f"scores.{name} must be a list of lists, by layer and head")
-    rows = {name: tuple(map(tuple, value[name])) for name in known[:-1]}
-    return HeadScores(**rows, dense_cost=value["dense_cost"])  # pyright: ignore[reportArgumentType]
+    rows = {name: tuple(tuple(_number(x) for x in row) for row in value[name]) for name in known[:-1]}
+    return HeadScores(**rows, dense_cost=_number(value["dense_cost"]))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"scores must hold numbers, got {value!r}")
+    return float(value)
 
 
 def _check_types(value: dict[str, Any]) -> None:

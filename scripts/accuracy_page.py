@@ -22,7 +22,7 @@ MOST_ROWS = 128
 """Heads that are listed one by one on the page; all are in heads.csv."""
 
 NAMES = {
-    "dense": "dense", "ours": "ours", "no inter-modality": "ours without inter-modality", "no Grid": "ours without Grid",
+    "no inter-modality": "ours without inter-modality", "no Grid": "ours without Grid",
     "minference": "MInference (VerticalSlash only)", "a-shape": "A-shape", "tri-shape": "Tri-shape",
     "sf-fixed": "Sparse Transformer, fixed", "sf-strided": "Sparse Transformer, strided", "swin": "Swin windows",
     "block-topk": "BlockTopK",
@@ -51,11 +51,13 @@ def head(run: Mapping[str, Any], command: str) -> str:
     """What was run, on what."""
     return f"""# Accuracy
 
-Written by `{command}`; every figure is from its results. Model {run["model"]}, weights {run["weights"]}, {run["dtype"]},
-{run["device"]}, commit {run["commit"]}, {run["date"]}; {run["samples"]} samples for each task, length and depth, haystack
-{run["haystack"]}, seeds from {run["seed"]}. Cost is that of attention, estimates included, as a share of dense
-attention's, from the tiles visited on these very prompts by the cost model `{run["costs"]}`; baselines have the size with
-which they cost what "{run["matched to"]}" costs. Tables and heat maps are those of `mmi niah`."""
+Written by `{command}`; every figure is from its results.
+Model {run["model"]}, weights {run["weights"]}, {run["dtype"]}, {run["device"]}, commit {run["commit"]}, {run["date"]};
+{run["samples"]} samples for each task, length and depth, haystack {run["haystack"]}, seeds from {run["seed"]}.
+
+Cost is that of attention, estimates included, as a share of dense attention's: from the tiles visited on these very
+prompts, by the cost model `{run["costs"]}`. Baselines have the size with which they cost what "{run["matched to"]}"
+costs. Tables and heat maps are those of `mmi niah`."""
 
 
 def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
@@ -69,8 +71,9 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
             mine = [cell for cell in own if cell["method"] == method]
             by_length = [f"{accuracy_of([c for c in mine if c['tokens'] == n]):.1%}" for n in lengths]
             asked = sum(cell["asked"] for cell in mine)
-            rows.append([NAMES.get(method, method), *by_length, f"{accuracy_of(mine):.1%}", str(asked),
-                         f"{mean_share(mine, method):.1%}", f"{np.mean([c['density'] for c in mine]):.1%}"])  # fmt: skip
+            density = float(np.mean([cell["density"] for cell in mine]))
+            figures = [f"{accuracy_of(mine):.1%}", str(asked), f"{mean_share(mine, method):.1%}", f"{density:.1%}"]
+            rows.append([NAMES.get(method, method), *by_length, *figures])
         columns = ["method", *(f"{n:,} tokens" for n in lengths), "all", "questions", "cost", "density"]
         parts += [f"### {task}", markdown(columns, rows), f"![{task} by length and depth]({pictures}/{task}.png)"]
     return "\n\n".join(parts)
@@ -102,8 +105,9 @@ def heads(table: PatternTable, recall: Mapping[str, Any], pictures: str) -> str:
     rows = list(csv.reader(io.StringIO(heads_csv(table, recall))))
     found = rows[1:]
     intro = (
-        f"Recall is the share of dense attention on the visited keys, measured on a prompt of {recall['tokens']:,} tokens; "
-        f"error and cost are those of the search. All heads: [{pictures}/heads.csv]({pictures}/heads.csv)."
+        "Recall is the share of dense attention on the visited keys, measured on a prompt of "
+        f"{recall['tokens']:,} tokens; error and cost are those of the search. All heads: "
+        f"[{pictures}/heads.csv]({pictures}/heads.csv)."
     )
     if len(found) <= MOST_ROWS:
         return "\n\n".join(["## Heads", intro, markdown(rows[0], found)])
@@ -133,8 +137,8 @@ def maps(shown: Sequence[Mapping[str, Any]], recall: Mapping[str, Any], pictures
     """The attention of chosen heads before and after permutation."""
     parts = [
         "## Attention before and after permutation",
-        f"Dense attention weights of the heads that each kind of pattern suits best, on a prompt of {recall['tokens']:,} "
-        "tokens, and what the plan computes of them.",
+        "Dense attention weights of the heads that each kind of pattern suits best, on a prompt of "
+        f"{recall['tokens']:,} tokens, and what the plan computes of them.",
     ]
     for one in shown:
         given = "which the table gives it" if one["given"] == one["pattern"] else f"the table gives it `{one['given']}`"

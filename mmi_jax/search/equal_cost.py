@@ -21,10 +21,10 @@ def dense_tiles(num_tokens: int, blocks: Blocks) -> float:
     return float((-(-last // blocks.kv)).sum())
 
 
-def visited_tiles(density: np.ndarray, num_tokens: int, blocks: Blocks) -> np.ndarray:
+def visited_tiles(density: np.ndarray | float, num_tokens: int, blocks: Blocks) -> np.ndarray:
     """Tiles behind a density, which `Plan.density` holds against the pairs of dense attention and half a block more."""
     pairs = num_tokens * (num_tokens + 1) / 2 + num_tokens * (max(blocks.q, blocks.kv) - 1) / 2
-    return density * (pairs / (blocks.q * blocks.kv))
+    return np.asarray(density * (pairs / (blocks.q * blocks.kv)))
 
 
 def report_cost(report: PrefillReport, costs: CostModel, blocks: Blocks) -> tuple[float, float]:

@@ -46,9 +46,9 @@ class Meter:
     def prepare(self, trials: Iterable[Trial], captured: Captured) -> None:
         """Compiles the trials side by side: compiling, not running, is most of a search's time on an accelerator."""
         missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, captured) not in _COMPILED]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            programs = list(pool.map(lambda trial: self._compile(trial, captured), missing))
-        _COMPILED.update({self._key(t, captured): p for t, p in zip(missing, programs, strict=True)})
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # lowering holds Python's lock, compiling does not
+            programs = [pool.submit(self._lowered(trial, captured).compile) for trial in missing]
+        _COMPILED.update({self._key(t, captured): p.result() for t, p in zip(missing, programs, strict=True)})
 
     def __call__(self, trial: Trial, captured: Captured) -> Measured:
         """The trial's figures on one layer, on the host."""
@@ -59,13 +59,13 @@ class Meter:
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(captured))
         return self, trial, shapes
 
-    def _compile(self, trial: Trial, captured: Captured):
+    def _lowered(self, trial: Trial, captured: Captured) -> jax.stages.Lowered:
         pattern = trial.pattern(self.modalities)
 
         def measure(captured: Captured) -> Measured:
             return measured(pattern, captured, modalities=self.modalities, blocks=self.blocks)
 
-        return jax.jit(measure).lower(captured).compile()
+        return jax.jit(measure).lower(captured)
 
 
 def measured(pattern: Pattern, captured: Captured, *, modalities: tuple[int, ...], blocks: Blocks) -> Measured:
