@@ -56,9 +56,11 @@ FAMILIES = {
     "tri-shape": Family(
         make=lambda size: TriShape(sink=128, local=size, last=128), least=16, step=16, unit=1, published=4096
     ),
-    "sf-fixed": Family(make=lambda size: SparseTransformerFixed(stride=size), least=192, step=1, unit=1, published=None),
+    "sf-fixed": Family(
+        make=lambda size: SparseTransformerFixed(stride=size), least=192, step=1, unit=1, published=None,
+    ),
     "sf-strided": Family(
-        make=lambda size: SparseTransformerStrided(stride=size), least=192, step=1, unit=1, published=None
+        make=lambda size: SparseTransformerStrided(stride=size), least=192, step=1, unit=1, published=None,
     ),
     "swin": Family(make=lambda size: SwinWindow(frames=size, rows=8, columns=8), least=1, step=1, unit=64, published=8),
     "block-topk": Family(make=lambda size: BlockTopK(num_blocks=size), least=2, step=1, unit=128, published=50),
