@@ -91,9 +91,9 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     return "\n\n".join(
         [
             "## What the search found",
-            markdown(["", *(NAMES[name] for name in tables)], rows),
+            markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
-            markdown(["pattern", *(NAMES[name] for name in tables)], counts),
+            markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),
             f"![pattern of each head]({pictures}/patterns.png)",
             f"![error and cost of each head]({pictures}/scores.png)",
         ]
@@ -178,7 +178,9 @@ def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTab
     for name, table in tables.items():
         error, held_out = (float(table.provenance.get(key, "nan").split()[0]) for key in ("error", "held-out error"))
         if abs(held_out / max(error, 1e-12) - 1) > MARGIN:
-            found.append(f"{NAMES[name]}: the error on held-out prompts is {held_out:.4g}, on calibration {error:.4g}.")
+            found.append(
+                f"{NAMES.get(name, name)}: the error on held-out prompts is {held_out:.4g}, on calibration {error:.4g}."
+            )
     listed = "\n".join(f"- {line}" for line in found) or "- Nothing that these figures show."
     return "\n\n".join(["## What did not work", listed, notes.strip()]).strip()
 
