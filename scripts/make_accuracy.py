@@ -25,13 +25,14 @@ from mmi_jax.cli import main
 from mmi_jax.cli.niah_results import write_text
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.cli.samples import SampleSource, haystack_of
-from mmi_jax.patterns import Boundary2D, Grid, Pattern, QBoundary
+from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
 from mmi_jax.plan import plan_heads, prompt_geometry
+from mmi_jax.search.budget import Option
 from mmi_jax.search.capture import Captured, captured_layers
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.journal import read_journal
 from mmi_jax.search.measure import modalities_of
-from mmi_jax.search.scores import Scores, read_scores
+from mmi_jax.search.scores import Choice, Scores, read_scores
 from mmi_jax.search.trials import trial_of
 from mmi_jax.table import load_table
 from models.qwen2_5_vl.processor import Processor
@@ -138,12 +139,21 @@ def search_scores(task: Task, modalities: tuple[int, ...], table: PatternTable) 
 
 
 def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern, float] | None:
-    """Layer, head, pattern and error of the head that a kind of pattern suits best; None where none was tried."""
+    """Layer, head, pattern and error of the head that a kind of pattern suits best; None where none was tried.
+
+    Among 2D-Boundary patterns are those of the intra-modality step, with pairs of different modalities dense.
+    """
+    own = [Choice(pattern=t.pattern(scores.modalities), trials=(t,) * len(scores.modalities))
+           for t in scores.by_trial if t.step == "own" and t.candidate != Dense()]  # fmt: skip
     found = []
     for layer in range(scores.num_layers):
         for head in range(scores.num_heads):
             options = scores.options(layer, head, DENSITY)
             dense = options[0].cost
+            options += [
+                Option(what=c, error=scores.error(c, layer, head), cost=scores.cost(DENSITY, c, layer, head))
+                for c in own
+            ]
             for option in options:
                 if isinstance(option.what.pattern, kind):
                     price = option.error + PICTURE_PRICE * option.cost / dense

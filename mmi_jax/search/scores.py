@@ -94,8 +94,8 @@ class Scores:
     def _by_query(self, layer: int, head: int, excluded: frozenset[str]) -> list[Choice]:
         """Q-Boundary choices of patterns that are undominated for the queries of their modality."""
         per_modality = []
-        candidates = {t.candidate for t in self.by_trial if t.step in ("whole", "per_query")}
-        candidates = [p for p in candidates if of_queries(p) in self.by_trial and not is_excluded(p, excluded)]
+        candidates = [t.candidate for t in self.by_trial if t.step == "per_query"]
+        candidates = [p for p in candidates if not is_excluded(p, excluded)]
         for n in range(len(self.modalities)):
             options = [
                 Option(
@@ -107,9 +107,11 @@ class Scores:
             ]
             per_modality.append([option.what for option in undominated(options)])
         return [
-            Choice(pattern=QBoundary(dict(zip(self.modalities, chosen, strict=True))), trials=trials)
+            Choice(
+                pattern=QBoundary(dict(zip(self.modalities, chosen, strict=True))),
+                trials=tuple(map(of_queries, chosen)),
+            )
             for chosen in itertools.product(*per_modality)
-            if len(set(trials := tuple(map(of_queries, chosen)))) > 1 or trials[0].step == "per_query"
         ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from mmi_jax import codec
-from mmi_jax.patterns import Boundary2D, Dense, Pattern, QBoundary, TriShape
+from mmi_jax.patterns import Boundary2D, Dense, Pattern, QBoundary
 from mmi_jax.search.candidates import Candidates
 
 type Step = Literal["whole", "per_query", "own", "cross", "joint"]
@@ -68,11 +68,10 @@ def trial_of(key: str) -> Trial:
 def of_queries(candidate: Pattern) -> Trial:
     """The trial that says what a candidate gives the queries of one modality of a Q-Boundary head.
 
-    A pattern fixed by positions gives every query the same keys whoever stands beside it in a q block, unless it treats
-    the last queries of a group apart; for those that read no scores the whole prompt's trial is the answer.
+    Even a pattern fixed by positions needs it: rows regrouped by modality lie farther apart within a q block, which then
+    visits more tiles for the same window.
     """
-    is_fixed = not candidate.reads_scores and not isinstance(candidate, TriShape)
-    return Trial(step="whole" if is_fixed else "per_query", candidate=candidate)
+    return Trial(step="per_query", candidate=candidate)
 
 
 def first_trials(candidates: Candidates, modalities: Sequence[int]) -> tuple[Trial, ...]:
