@@ -68,8 +68,8 @@ def trial_of(key: str) -> Trial:
 def of_queries(candidate: Pattern) -> Trial:
     """The trial that says what a candidate gives the queries of one modality of a Q-Boundary head.
 
-    Even a pattern fixed by positions needs it: rows regrouped by modality lie farther apart within a q block, which then
-    visits more tiles for the same window.
+    Even a pattern fixed by positions needs it: rows regrouped by modality lie farther apart within a q block, which
+    then visits more tiles for the same window.
     """
     return Trial(step="per_query", candidate=candidate)
 

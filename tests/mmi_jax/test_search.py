@@ -181,9 +181,9 @@ def search(path, on_trial=lambda *_: None) -> Search:
 
 def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
     whole = search(tmp_path / "whole.jsonl")
-    scores = whole.calibrate(PROMPTS, STATIC)
+    scores = whole.calibrate(PROMPTS, STATIC, most_joint=1)
     best = best_choice(scores, TargetDensity(share=0.75), TILES)
-    assert {trial.step for trial in scores.by_trial} >= {"whole", "own", "cross"}
+    assert {trial.step for trial in scores.by_trial} >= {"whole", "per_query", "own", "cross"}
     assert 0 < best.error_on(scores) < 1
     calls = []
     for kill_at in rng.integers(1, 40, 4):
@@ -195,25 +195,25 @@ def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            search(path, killed).calibrate(PROMPTS, STATIC)
+            search(path, killed).calibrate(PROMPTS, STATIC, most_joint=1)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) - int(rng.integers(0, 9))])  # a kill in the middle of a write
         resumed = search(path)
         assert len(resumed.journal.rows) < len(whole.journal.rows)
-        again = best_choice(resumed.calibrate(PROMPTS, STATIC), TargetDensity(share=0.75), TILES)
+        again = best_choice(resumed.calibrate(PROMPTS, STATIC, most_joint=1), TargetDensity(share=0.75), TILES)
         assert again == best
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_what_is_in_the_journal_is_not_run_again(tmp_path):
-    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC)
+    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, most_joint=1)
     again = search(tmp_path / "work.jsonl", lambda done, total, what: pytest.fail("a trial ran again"))
-    again.calibrate(PROMPTS, STATIC)
+    again.calibrate(PROMPTS, STATIC, most_joint=1)
 
 
 def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
     run = search(tmp_path / "work.jsonl")
-    scores = run.calibrate(PROMPTS, STATIC)
+    scores = run.calibrate(PROMPTS, STATIC, most_joint=1)
     best = best_choice(scores, TargetDensity(share=0.75), TILES)
     other = {"other": tiny.prompt(3, 9, (8, 3, 4), 20)}
     run.measure(other, best.trials, "held-out prompts")
