@@ -9,7 +9,7 @@ from mmi_jax import AShape, Dense, Grid, PatternTable
 from mmi_jax.table import HeadScores
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import accuracy_page as page  # noqa: E402
+import accuracy_page as page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 RUN: dict[str, object] = {
     "model": "m", "weights": "w", "dtype": "bfloat16", "device": "d", "commit": "c", "date": "today", "samples": 2,

@@ -1,7 +1,6 @@
 """From scores to a table: the budget as one dial, the best choice for all heads and layers together."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -62,11 +61,6 @@ class Best:
         """Mean error over heads of the same choices by other scores."""
         return float(np.mean([[scores.error(choice, n, h) for h, choice in enumerate(row)]
                               for n, row in enumerate(self.choices)]))  # fmt: skip
-
-    def error_range(self, scores: Sequence[Scores]) -> tuple[float, float]:
-        """Least and greatest of `error_on` over several scores, such as those of single prompts."""
-        errors = [self.error_on(s) for s in scores]
-        return min(errors), max(errors)
 
 
 def best_choice(scores: Scores, target: Target, costs: CostModel, *, excluded: frozenset[str] = frozenset()) -> Best:
