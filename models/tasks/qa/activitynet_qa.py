@@ -6,8 +6,9 @@ ActivityNet, `v_{video_name}` with any suffix. `val_q.json` and `val_a.json` hav
 there is no test split.
 
 The set's own script (evaluation/eval.py) counts answers that are equal to the right one, letter by letter; recent
-papers let a language model compare them. Here an answer counts where both are equal after normalising (see `metric`), which is
-stricter than a language model, so that figures can be compared between methods but not with those of such papers.
+papers let a language model compare them. Here an answer counts where both are equal after normalising (see `metric`),
+which is stricter than a language model, so that figures can be compared between methods but not with those of such
+papers.
 """
 
 from pathlib import Path
