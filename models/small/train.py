@@ -98,7 +98,7 @@ def state_shapes(state: TrainState) -> Any:
 
 
 def train(
-    recipe: Recipe,
+    trainer: Trainer,
     directory: Path,
     *,
     num_workers: int,
@@ -108,12 +108,12 @@ def train(
     until_seconds: float = float("inf"),
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> TrainState:
-    """Runs the recipe from its last checkpoint in `directory`, or from the start, and leaves a checkpoint.
+    """Runs the trainer's recipe from its last checkpoint in `directory`, or from the start, and leaves a checkpoint.
 
     Measurements are appended to `directory/metrics.jsonl`, a line each `log_steps` steps: those of that one step.
 
     Args:
-        recipe: what to train.
+        trainer: of the recipe.
         directory: of checkpoints and measurements.
         num_workers: processes that make batches; 0 makes them here.
         save_seconds: seconds between checkpoints.
@@ -123,7 +123,7 @@ def train(
         on_step: called with each measured step.
     """
     start = last_save = time.perf_counter()
-    trainer = Trainer(recipe)
+    recipe = trainer.recipe
     last_step = min(until_step or recipe.curriculum.num_steps, recipe.curriculum.num_steps)
     with ocp.CheckpointManager(
         directory.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
