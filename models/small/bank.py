@@ -32,7 +32,7 @@ def make_bank() -> Bank:
     return Bank(pages=jnp.asarray(both.reshape(-1, *both.shape[3:])), masks=jnp.asarray(digit_masks()))
 
 
-def draw(bank: Bank, frames: Int[Array, "n 8"]) -> UInt8[Array, "n 112 112 3"]:
+def draw(bank: Bank, frames: Int[Array, "n 7"]) -> UInt8[Array, "n 112 112 3"]:
     """The pixels of frames in numbers."""
     num_columns = bank.pages.shape[2]
     assert num_columns == photo_shapes()[:, 1].max()
@@ -45,7 +45,7 @@ def draw(bank: Bank, frames: Int[Array, "n 8"]) -> UInt8[Array, "n 112 112 3"]:
     return paint(jax.vmap(cut)(look, frames[:, 1], column), frames[:, 5:], bank.masks, xp=jnp)
 
 
-def patches(bank: Bank, frames: Int[Array, "f 8"], dtype: Any) -> Float[Array, "n p c"]:
+def patches(bank: Bank, frames: Int[Array, "f 7"], dtype: Any) -> Float[Array, "n p c"]:
     """The patches of every pair of frames, as the small model's processor cuts them."""
     config = small_processor().video
     pixels = draw(bank, frames).astype(jnp.float32) / 255

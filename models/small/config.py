@@ -7,7 +7,6 @@ from models.demo import CHAT_TEMPLATE, DEMO_TEXT, SPECIAL_TOKENS, train_tokenize
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.preprocess import Preprocess
 from models.qwen2_5_vl.processor import Processor
-from models.tasks.cards import KEYS
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.measure import Measure
 from models.tasks.pictures import COLOURS, SIDE
@@ -26,7 +25,7 @@ VOCAB_SIZE = 768
 @functools.lru_cache(maxsize=1)
 def small_tokenizer() -> Tokenizer:
     """Byte-level BPE of the demo's text and the tasks' questions."""
-    questions = [card_question(*key) for key in KEYS]
+    questions = [card_question(colour) for colour in range(len(COLOURS))] * 8
     text = "\n".join([DEMO_TEXT.read_text(encoding="utf-8"), *questions, MATCHING_QUESTION, options((1, 2, 3, 4))])
     return Tokenizer(
         backend=train_tokenizer(text, vocab_size=VOCAB_SIZE),

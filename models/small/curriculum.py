@@ -9,13 +9,16 @@ from models.small.stream import Batch, stack_streams, stream
 from models.tasks.cards import Card, draw_cards, draw_digits, show, still
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.niah import choose
-from models.tasks.pictures import digit_labels
+from models.tasks.pictures import COLOURS, digit_labels
 from models.tasks.sample import Question
-from models.tasks.script import Clip, Frames, Script, ScriptPart, unmarked
+from models.tasks.script import DIGIT, NUM_BASE, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
 """A batch has room for one label per so many tokens."""
+LEAST_SEEN = 4
+"""Cards, or pictures, that must have come before one is asked for. Where few have come, attending to any of them is
+right so often that the model learns to pick one with certainty, and then learns nothing more: see docs/log.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Stage:
             tokens=np.zeros(shape, np.int32),
             rope_pos=np.zeros((3, *shape), np.int32),
             is_vision=np.zeros(shape, bool),
-            frames=np.zeros((self.batch, 2 * (self.num_tokens // GRID_TOKENS), 8), np.int32),
+            frames=np.zeros((self.batch, 2 * (self.num_tokens // GRID_TOKENS), NUM_BASE + 2), np.int32),
             rows=np.zeros(labels, np.int32),
             labels=np.zeros(labels, np.int32),
             weights=np.zeros(labels, np.float32),
@@ -107,16 +110,16 @@ class _Builder:
             2.0, float(max(num_grids, 4) if rng.random() < 0.3 else max(num_grids / 8, 6)), rng
         )
         self.text_share = float(rng.choice([0.0, 0.1, 0.25], p=[0.4, 0.2, 0.4]))
-        self.density = _log_uniform(0.02, 0.4, rng)
+        self.density = min(0.6, _log_uniform(12.0, 48.0, rng) / num_grids)
         self.still_share = float(rng.choice([0.0, 0.3, 1.0]))
         self.max_asked = int(rng.integers(2, 7))
         self.num_asked_at_end = round(_log_uniform(1.0, float(np.clip(num_tokens / 100, 6, 64)), rng))
         self.reserve = min(24 * self.num_asked_at_end + 48, num_tokens // 4)
         most = int(min(48, max(2, num_grids * 0.4)))
-        self.cards = draw_cards(most, rng, is_held_out=False)
+        self.cards = draw_cards(min(most, len(COLOURS)), rng, is_held_out=False)
         self.pictures = unmarked(self.haystack.stills(most, rng))
         self.images = draw_digits(rng.integers(0, 10, most), rng, is_held_out=False)
-        self.pictures[:, 7] = self.images
+        self.pictures[:, DIGIT] = self.images
         self.num_cards = self.num_pictures = 0
         self.text_debt = 0.0
 
@@ -162,7 +165,7 @@ class _Builder:
     def add_questions(self) -> None:
         """A few questions; one about a picture first, which has to come again for it."""
         count = int(self.rng.integers(0, self.max_asked + 1))
-        if count and self.num_pictures and self.rng.random() < 0.75 and self.room > self.reserve + 40:
+        if count and self.num_pictures >= LEAST_SEEN and self.rng.random() < 0.75 and self.room > self.reserve + 40:
             self._ask_for_picture()
         for _ in range(count - 1):
             if self.room > self.reserve:
@@ -171,7 +174,7 @@ class _Builder:
     def _ask_for_picture(self) -> None:
         chosen = int(self.rng.integers(self.num_pictures))
         frames = np.repeat(self.pictures[chosen : chosen + 1], 2, axis=0)
-        frames[:, 7] = -1
+        frames[:, DIGIT] = -1
         if isinstance(self.parts[-1], Clip):
             joined = np.concatenate([self.parts[-1].frames, frames])
             self.parts[-1] = dataclasses.replace(self.parts[-1], frames=joined)
@@ -185,7 +188,7 @@ class _Builder:
 
     def _ask_for_card(self, *, is_last: bool) -> None:
         """The question for a card that came; half of the time with digits to choose from."""
-        if not self.num_cards:
+        if self.num_cards < LEAST_SEEN:
             return
         card: Card = self.cards[int(self.rng.integers(self.num_cards))]
         has_options = self.rng.random() < 0.4
@@ -208,9 +211,21 @@ class _Builder:
             self._ask_for_card(is_last=is_last)
             if is_last:
                 break
-        if not self.questions:  # no card came: ask for a picture
-            self._ask_for_picture()
+        if not self.questions:  # too few came: the one picture or card there is
+            self._ask_for_any()
         return Script(parts=tuple(self.parts), questions=tuple(self.questions), depth=0.0)
+
+    def _ask_for_any(self) -> None:
+        """A question for what little came."""
+        if self.num_pictures:
+            self._ask_for_picture()
+            return
+        if not self.num_cards:
+            self.parts.append(still(self.cards[0]))
+            self.num_cards = 1
+        card = self.cards[int(self.rng.integers(self.num_cards))]
+        self.parts.append(card.question)
+        self.questions.append(card.ask(after_part=None, depth=0.0))
 
     def _spend(self, num_tokens: int) -> None:
         self.room -= num_tokens

@@ -12,6 +12,7 @@ from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.small.bank import Bank, patches
 from models.small.config import GRID, GRID_TOKENS
 from models.small.stream import CAPTION, KINDS, Batch
+from models.tasks.script import NUM_BASE
 
 VISION_PAIRS = 1024
 """Pairs of frames that the vision tower encodes at a time."""
@@ -58,7 +59,7 @@ def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) ->
 
 def _embed(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b t e"]:
     """Text and vision tokens in one array."""
-    vision = _encode(model, batch, bank, compute)
+    vision = _encode(model, batch, bank)
     rows = _spread(vision, jnp.asarray(batch.is_vision))
     # A product instead of a gather: on the way back a gather would add most of all rows to one, that of video.
     table = model.embedding.embedding[...]
@@ -82,28 +83,27 @@ def _spread_forward(vision: Array, is_vision: Array) -> tuple[Array, tuple[Array
 
 def _spread_backward(kept: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
     is_vision, num_rows = kept
-    count = jnp.cumsum(is_vision, axis=1)
-    wanted = jnp.arange(1, num_rows + 1)
-    place = jax.vmap(lambda count: jnp.searchsorted(count, wanted, method="sort"))(count)
-    is_placed = (wanted[None] <= count[:, -1:])[..., None]
-    rows = jnp.take_along_axis(gradient, jnp.minimum(place, gradient.shape[1] - 1)[..., None], axis=1)
-    return jnp.where(is_placed, rows, 0), None
+    rank = jnp.where(is_vision, jnp.cumsum(is_vision, axis=1) - 1, num_rows)
+    stream, token = jnp.indices(rank.shape)
+    place = jnp.full((rank.shape[0], num_rows + 1), -1).at[stream, rank].set(token, mode="drop")[:, :num_rows, None]
+    return jnp.where(place >= 0, jnp.take_along_axis(gradient, jnp.maximum(place, 0), axis=1), 0), None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
 
 
-def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b s e"]:
+def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
     """The vision tokens of all streams, `VISION_PAIRS` pairs of frames at a time."""
     num_streams, num_frames = batch.frames.shape[:2]
-    frames = batch.frames.reshape(-1, 8)
+    frames = batch.frames.reshape(-1, NUM_BASE + 2)
     piece = min(2 * VISION_PAIRS, len(frames))
     padded = jnp.pad(frames, ((0, -len(frames) % piece), (0, 0)))
 
+    @jax.checkpoint
     def encode(frames):
         return model.vision.encode(patches(bank, frames, model.dtype), GRID)
 
-    tokens = jax.lax.map(jax.checkpoint(encode) if compute.remats else encode, padded.reshape(-1, piece, 8))
+    tokens = jax.lax.map(encode, padded.reshape(-1, piece, NUM_BASE + 2))
     tokens = tokens.reshape(-1, GRID_TOKENS, tokens.shape[-1])[: len(frames) // 2]
     return tokens.reshape(num_streams, num_frames // 2 * GRID_TOKENS, -1)
 

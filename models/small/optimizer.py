@@ -10,15 +10,16 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Rates, and how they run over the steps: up linearly, constant, down linearly to a twentieth.
+    """Rates, and how they run over the steps: up linearly, constant, down linearly.
 
     Fields:
         kind: which optimizer turns the layers' matrices.
         learning_rate: at its highest, of AdamW.
-        muon_rate: of Muon's matrices, whose updates have this root mean square before `learning_rate` is seen.
+        muon_rate: of Muon's matrices, whose updates are orthogonal before it is applied.
         weight_decay: of AdamW and Muon.
         warmup_steps: steps of the way up.
         decay_share: share of all steps that the way down takes.
+        last_rate: what the way down leads to, as a share of the highest.
         clip_norm: gradients of a larger norm are scaled down to it.
     """
 
@@ -28,6 +29,7 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     decay_share: float = 0.25
+    last_rate: float = 0.03
     clip_norm: float = 1.0
 
 
@@ -39,7 +41,7 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
         pieces = [
             optax.linear_schedule(0.0, peak, settings.warmup_steps),
             optax.constant_schedule(peak),
-            optax.linear_schedule(peak, peak / 20, decay_steps),
+            optax.linear_schedule(peak, settings.last_rate * peak, decay_steps),
         ]
         return optax.join_schedules(pieces, [settings.warmup_steps, num_steps - decay_steps])
 

@@ -8,17 +8,21 @@ from models.small.optimizer import OptimizerSettings
 from models.small.train import Recipe
 
 STAGES = (
-    Stage(num_tokens=1024, batch=64, num_steps=1400),
-    Stage(num_tokens=8192, batch=8, num_steps=2600),
-    Stage(num_tokens=32768, batch=2, num_steps=3900),
+    Stage(num_tokens=1024, batch=64, num_steps=721),
+    Stage(num_tokens=4096, batch=16, num_steps=190),
+    Stage(num_tokens=16384, batch=4, num_steps=433),
 )
-"""65,536 tokens a step."""
+"""65,536 tokens a step. The steps at which the shipped model's own run changed length: there, as soon as the last 80
+steps answered 93 % of every kind of question; and at which its time was up."""
 
 RECIPE = Recipe(
     model=small_config(),
-    curriculum=Curriculum(stages=STAGES, seed=1),
-    optimizer=OptimizerSettings(kind="muon", learning_rate=1e-3, muon_rate=0.02, warmup_steps=100),
+    curriculum=Curriculum(stages=STAGES, seed=2),
+    optimizer=OptimizerSettings(
+        kind="muon", learning_rate=1e-3, muon_rate=0.01, warmup_steps=100, decay_share=0.29, last_rate=0.03
+    ),
 )
+"""The same batches as the shipped model's; its rates fell by the clock, here they fall by the step."""
 
 
 def with_stages(stages: tuple[Stage, ...]) -> Recipe:

@@ -12,7 +12,8 @@ from models.small.config import GRID_TOKENS, colour_tokens
 from models.tasks.pictures import SIDE, digit_labels
 from models.tasks.rows import part_ends
 from models.tasks.sample import Question
-from models.tasks.script import Clip, Frames, Script, ScriptPart
+from models.tasks.script import COLOUR, NUM_BASE, Clip, Frames, Script, ScriptPart
+from models.tasks.script import DIGIT as SHOWN
 from models.tasks.text import LETTERS, MATCHING_QUESTION
 from models.tokenizer import Tokenizer
 from pallas_kernels.pytree import pytree
@@ -24,6 +25,8 @@ END_WEIGHT = 0.1
 KINDS = ("caption", "digit", "letter", "match")
 """Labels: what a picture shows or which option is right, and answers: a card's digit, a letter, a picture's digit."""
 CAPTION, DIGIT, LETTER, MATCH = range(len(KINDS))
+COLOUR_BEFORE = 2
+"""Tokens from the colour in a card's question to the question mark, where the digit is a label already."""
 OPTION_TOKENS = 5
 """Tokens of an option such as ` A: 3,`."""
 
@@ -45,7 +48,7 @@ class Batch:
     tokens: Int32[np.ndarray, "b t"]
     rope_pos: Int32[np.ndarray, "3 b t"]
     is_vision: Bool[np.ndarray, "b t"]
-    frames: Int32[np.ndarray, "b f 8"]
+    frames: Int32[np.ndarray, "b f 7"]
     rows: Int32[np.ndarray, "b r"]
     labels: Int32[np.ndarray, "b r"]
     weights: Float32[np.ndarray, "b r"]
@@ -83,6 +86,9 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
     ]
     labels = [(*answer, 1.0, _kind(q, script)) for answer, q in zip(asked, script.questions, strict=True)]
     captions = _captions(row, frames, processor.tokenizer) + _options(script, ends, processor.tokenizer)
+    for (place, token), question in zip(asked, script.questions, strict=True):
+        if _kind(question, script) == DIGIT and question.after_part is not None:
+            captions.append((place - COLOUR_BEFORE, token))
     labels += [(place, token, CAPTION_WEIGHT, CAPTION) for place, token in captions]
     if answers_end and asked[-1][0] == num_tokens - 1:
         end = processor.tokenizer.token_id("<|im_end|>")
@@ -134,20 +140,20 @@ def _answer(question: Question, tokenizer: Tokenizer) -> int:
 
 
 def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """(row, token) of what frames show, at their last tokens: colours and digit, or the digit that was there before."""
+    """(row, token) of what frames show, at their last tokens: colour and digit, or the digit that was there before."""
     places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
-    pairs = frames.reshape(-1, 2, 8)
-    is_shown = (pairs[:, 0, 7] >= 0) & (pairs[:, 0, 5:] == pairs[:, 1, 5:]).all(axis=1)
+    pairs = frames.reshape(-1, 2, frames.shape[1])
+    is_shown = (pairs[:, 0, SHOWN] >= 0) & (pairs[:, 0, NUM_BASE:] == pairs[:, 1, NUM_BASE:]).all(axis=1)
     names = colour_tokens()
     found = []
     for grid in np.flatnonzero(is_shown):
-        border, panel, image = pairs[grid, 0, 5:]
+        colour, image = pairs[grid, 0, NUM_BASE:]
         found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
-        if border >= 0:
-            found += [(int(places[grid, -3]), names[border]), (int(places[grid, -2]), names[panel])]
-    before = {tuple(pair[0, :5]): int(pair[0, 7]) for pair in pairs[is_shown] if pair[0, 5] < 0}
-    for grid in np.flatnonzero((pairs[:, :, 7] < 0).all(axis=1) & (pairs[:, 0] == pairs[:, 1]).all(axis=1)):
-        if (image := before.get(tuple(pairs[grid, 0, :5]))) is not None:
+        if colour >= 0:
+            found.append((int(places[grid, -2]), names[colour]))
+    before = {tuple(pair[0, :NUM_BASE]): int(pair[0, SHOWN]) for pair in pairs[is_shown] if pair[0, COLOUR] < 0}
+    for grid in np.flatnonzero((pairs[:, :, SHOWN] < 0).all(axis=1) & (pairs[:, 0] == pairs[:, 1]).all(axis=1)):
+        if (image := before.get(tuple(pairs[grid, 0, :NUM_BASE]))) is not None:
             found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
     return found
 

@@ -1,7 +1,6 @@
-"""Cards: coloured pictures with a handwritten digit, the needles; each is asked for by its two colours."""
+"""Cards: coloured pictures with a handwritten digit, the needles; each is asked for by its colour."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,19 +8,15 @@ from jaxtyping import Int32
 
 from models.tasks.pictures import COLOURS, digit_images, digit_labels
 from models.tasks.sample import Question
-from models.tasks.script import Clip, Frames, ScriptPart, Still, unmarked
+from models.tasks.script import NUM_BASE, Clip, Frames, ScriptPart, Still, unmarked
 from models.tasks.text import DIGITS, card_question
-
-KEYS = tuple(itertools.permutations(range(len(COLOURS)), 2))
-"""Every pair of different colours: numbers of border and panel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """One card: numbers of the colours of its border and panel, and of the image of its digit."""
+    """One card: numbers of its colour and of the image of its digit."""
 
-    border: int
-    panel: int
+    colour: int
     image: int
 
     @property
@@ -32,24 +27,24 @@ class Card:
     @property
     def question(self) -> str:
         """What is asked for it."""
-        return card_question(self.border, self.panel)
+        return card_question(self.colour)
 
     def ask(self, *, after_part: int | None, depth: float) -> Question:
         """The question whose choices are the ten digits."""
         return Question(choices=DIGITS, answer=self.digit, after_part=after_part, depth=depth)
 
-    def marks(self) -> Int32[np.ndarray, " 3"]:
+    def marks(self) -> Int32[np.ndarray, " 2"]:
         """What is painted."""
-        return np.array([self.border, self.panel, self.image], np.int32)
+        return np.array([self.colour, self.image], np.int32)
 
 
 def draw_cards(count: int, rng: np.random.Generator, *, is_held_out: bool) -> list[Card]:
     """Cards of different colours; their digits are drawn evenly."""
-    if count > len(KEYS):
-        raise ValueError(f"at most {len(KEYS)} cards differ in colours, got {count=}")
-    keys = [KEYS[i] for i in rng.permutation(len(KEYS))[:count]]
+    if count > len(COLOURS):
+        raise ValueError(f"at most {len(COLOURS)} cards differ in colours, got {count=}")
+    colours = rng.permutation(len(COLOURS))[:count]
     images = draw_digits(rng.integers(0, 10, count), rng, is_held_out=is_held_out)
-    return [Card(border=b, panel=p, image=int(i)) for (b, p), i in zip(keys, images, strict=True)]
+    return [Card(colour=int(c), image=int(i)) for c, i in zip(colours, images, strict=True)]
 
 
 def draw_digits(digits: np.ndarray, rng: np.random.Generator, *, is_held_out: bool) -> np.ndarray:
@@ -59,13 +54,13 @@ def draw_digits(digits: np.ndarray, rng: np.random.Generator, *, is_held_out: bo
 
 def show(frames: Frames, card: Card, place: int, num_frames: int = 2) -> None:
     """Writes the card over `num_frames` frames from `place` on."""
-    frames[place : place + num_frames, 5:] = card.marks()
+    frames[place : place + num_frames, NUM_BASE:] = card.marks()
 
 
 def still(card: Card) -> Still:
     """The card as an image."""
-    frame = np.zeros((1, 8), np.int32)
-    frame[0, 5:] = card.marks()
+    frame = np.zeros((1, NUM_BASE + 2), np.int32)
+    frame[0, NUM_BASE:] = card.marks()
     return Still(frames=frame)
 
 

@@ -7,7 +7,7 @@ from models.tasks.haystack import Haystack
 from models.tasks.measure import Measure
 from models.tasks.pictures import digit_labels
 from models.tasks.sample import Question
-from models.tasks.script import Script, ScriptPart, unmarked
+from models.tasks.script import DIGIT, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION
 
 FIRST, LAST = 0.4, 0.95
@@ -61,7 +61,7 @@ def matching_frames(
         wanted = round(depth * (stops[i] - 2)) if is_asked else int(rng.integers(num_grids))
         first = free_grid(wanted, taken, stops[i] - 1 if is_asked else num_grids)
         frames[2 * first : 2 * first + 2] = pictures[i]
-        frames[2 * first : 2 * first + 2, 7] = images[i]
+        frames[2 * first : 2 * first + 2, DIGIT] = images[i]
         if is_asked:
             frames[2 * stops[i] - 2 : 2 * stops[i]] = pictures[i]
     parts = interleave(frames, fps, [(2 * stop, [MATCHING_QUESTION]) for stop in stops])

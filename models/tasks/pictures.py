@@ -14,8 +14,6 @@ from PIL import Image
 
 SIDE = 112
 """Pixels of a generated frame's side."""
-BORDER = 14
-"""Pixels of a card's coloured border at that size."""
 BOX = 56
 """Pixels of the white square a digit is written in."""
 COLOURS = {
@@ -29,6 +27,12 @@ COLOURS = {
     "pink": (245, 135, 185),
     "gray": (128, 128, 128),
     "black": (15, 15, 15),
+    "brown": (120, 70, 30),
+    "lime": (165, 250, 60),
+    "teal": (0, 120, 125),
+    "navy": (10, 10, 110),
+    "beige": (235, 215, 170),
+    "maroon": (115, 10, 40),
 }
 NO_BOX = 255
 """Value of a digit's mask outside its white square; inside stands the ink, 0 to 16."""
@@ -82,33 +86,29 @@ def digit_images(digit: int, *, is_held_out: bool) -> Int[np.ndarray, " n"]:
 
 
 def paint(base: Any, marks: Any, masks: Any, *, xp: ModuleType = np) -> Any:
-    """Frames with what is marked on them: a card (border, panel and digit), or a digit on the frame itself.
+    """Frames with what is marked on them: a card (colour and digit), or a digit on the frame itself.
 
-    A card of border b and panel p, its digit in a white square, and a frame with a digit:
+    A card of colour c with its digit in a white square, and a frame with a digit:
 
-        b b b b b        . . . . .
-        b p p p b        . . . . .
-        b p 7 p b        . . 7 . .
-        b p p p b        . . . . .
-        b b b b b        . . . . .
+        c c c c c        . . . . .
+        c c 7 c c        . . 7 . .
+        c c c c c        . . . . .
 
     Args:
         base: uint8 `[n, rows, columns, 3]`.
-        marks: integers `[n, 3]`: number of the border's colour, of the panel's, and of the digit's image; -1 for none.
+        marks: integers `[n, 2]`: number of the card's colour, and of the digit's image; -1 for none.
         masks: `digit_masks()`, of which `marks` chooses.
         xp: numpy or jax.numpy; both give the same pixels.
     """
     rows, columns = base.shape[1:3]
     row, column = np.arange(rows) * SIDE // rows, np.arange(columns) * SIDE // columns
-    is_inside = [(i >= BORDER) & (i < SIDE - BORDER) for i in (row, column)]
-    is_panel = xp.asarray((is_inside[0][:, None] & is_inside[1])[None, ..., None])
     colours = xp.asarray(np.array(list(COLOURS.values()), np.uint8))
-    border, panel = (colours[xp.maximum(marks[:, i], 0)][:, None, None] for i in (0, 1))
-    frames = xp.where((marks[:, 0] >= 0)[:, None, None, None], xp.where(is_panel, panel, border), base)
-    ink = masks[xp.maximum(marks[:, 2], 0)][..., None]
+    colour = colours[xp.maximum(marks[:, 0], 0)][:, None, None]
+    frames = xp.where((marks[:, 0] >= 0)[:, None, None, None], colour, base)
+    ink = masks[xp.maximum(marks[:, 1], 0)][..., None]
     if (rows, columns) != (SIDE, SIDE):
         ink = ink[:, row][:, :, column]
-    is_ink = (marks[:, 2] >= 0)[:, None, None, None] & (ink != NO_BOX)
+    is_ink = (marks[:, 1] >= 0)[:, None, None, None] & (ink != NO_BOX)
     # 255 - 15 * 17 wraps to 0 for NO_BOX, which is_ink leaves out.
     return xp.where(is_ink, (255 - 15 * (ink & 31)).astype(np.uint8), frames)
 

@@ -11,9 +11,11 @@ from models.tasks.pictures import digit_masks, paint
 from models.tasks.sample import Question, Sample, check_questions
 
 NUM_BASE = 5
-"""Numbers of a frame that its haystack reads; three more say what is painted on it: border, panel, digit."""
+"""Numbers of a frame that its haystack reads; two more say what is painted on it."""
+COLOUR, DIGIT = NUM_BASE, NUM_BASE + 1
+"""Where the numbers stand of a card's colour and of a digit's image; -1 for none."""
 
-Frames = Int32[np.ndarray, "n 8"]
+Frames = Int32[np.ndarray, "n 7"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,4 +84,4 @@ def pixels(frames: Frames, haystack: Haystack) -> np.ndarray:
 
 def unmarked(base: np.ndarray) -> Frames:
     """Frames of a haystack with nothing painted on them."""
-    return np.pad(base, ((0, 0), (0, 3)), constant_values=-1).astype(np.int32)
+    return np.pad(base, ((0, 0), (0, 2)), constant_values=-1).astype(np.int32)

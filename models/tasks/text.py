@@ -12,10 +12,9 @@ MATCHING_QUESTION = "Which digit was on this picture before?"
 _CORPUS = Path(__file__).parents[1] / "assets" / "demo_text.txt"
 
 
-def card_question(border: int, panel: int) -> str:
-    """The question for the digit on a card, by the numbers of its colours."""
-    names = tuple(COLOURS)
-    return f"Which digit is on the {names[panel]} card with the {names[border]} border?"
+def card_question(colour: int) -> str:
+    """The question for the digit on a card, by the number of its colour."""
+    return f"Which digit is on the {tuple(COLOURS)[colour]} card?"
 
 
 def options(digits: tuple[int, ...]) -> str:

@@ -50,8 +50,8 @@ def test_a_stream_is_the_processors_prompt(name, bank):
 
 
 def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
-    frames = np.concatenate([HAYSTACK.shots(40, rng), np.full((40, 3), -1, np.int32)], axis=1)
-    frames[::3, 5:] = np.stack([rng.integers(-1, n, len(frames[::3])) for n in (10, 10, 1797)], axis=1)
+    frames = np.concatenate([HAYSTACK.shots(40, rng), np.full((40, 2), -1, np.int32)], axis=1)
+    frames[::3, 5:] = np.stack([rng.integers(-1, n, len(frames[::3])) for n in (16, 1797)], axis=1)
     np.testing.assert_array_equal(draw(bank, jnp.asarray(frames)), pixels(frames, HAYSTACK))
 
 

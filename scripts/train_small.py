@@ -1,0 +1,84 @@
+"""Trains the small model of models/assets/small, or goes on where an earlier run was stopped; needs the extra `dev`.
+
+python scripts/train_small.py out/small                    # the shipped recipe: about 20 minutes of an H200
+python scripts/train_small.py out/small --until-step 200   # stop early; the same command without it goes on
+python scripts/train_small.py out/tiny --tiny              # a few steps of a toy on a CPU
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from flax import nnx
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.small.config import small_config
+from models.small.curriculum import Stage
+from models.small.forward import Compute
+from models.small.optimizer import OptimizerSettings
+from models.small.plots import plot_training
+from models.small.recipe import RECIPE, with_stages
+from models.small.release import release
+from models.small.train import Recipe, Trainer, train
+
+
+def main(
+    directory: Annotated[Path, typer.Argument(help="Checkpoints, measurements, plots and the released model.")],
+    num_workers: Annotated[int, typer.Option(help="Processes that make batches.")] = 14,
+    until_step: Annotated[int | None, typer.Option(help="Step to stop after.")] = None,
+    until_seconds: Annotated[float, typer.Option(help="Seconds to stop after.")] = float("inf"),
+    save_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    tiny: Annotated[bool, typer.Option(help="A toy recipe, to see the script work.")] = False,
+) -> None:
+    """Trains; Ctrl-C loses at most the steps since the last checkpoint."""
+    recipe = tiny_recipe() if tiny else RECIPE
+    if jax.default_backend() != "gpu":
+        recipe = dataclasses.replace(recipe, compute=Compute(dtype="float32", attention="xla", remats=True))
+    trainer = Trainer(recipe)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("compiling", total=recipe.curriculum.num_steps)
+
+        def on_step(step: int, line: dict) -> None:
+            text = f"loss {line['question_loss']:.3f}, digits {line['digit_accuracy']:.0%}, {line['num_tokens']} tokens"
+            progress.update(bar, completed=step + 1, description=text)
+
+        state = train(
+            trainer,
+            directory,
+            num_workers=num_workers,
+            until_step=until_step,
+            until_seconds=until_seconds,
+            save_seconds=save_seconds,
+            log_steps=2 if tiny else 10,
+            on_step=on_step,
+        )
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    plot_training(lines, directory / "training.png")
+    print(f"{int(state.step)} of {recipe.curriculum.num_steps} steps done; curves in {directory / 'training.png'}")
+    if int(state.step) == recipe.curriculum.num_steps:
+        release(in_bfloat16(recipe, state.params), directory / "model")
+        print(f"the model is in {directory / 'model'}")
+
+
+def in_bfloat16(recipe: Recipe, params) -> Qwen2_5_VL:
+    """The model as it ships."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen2_5_VL(recipe.model, dtype="bfloat16", rngs=nnx.Rngs(0))))[0]
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype("bfloat16"), params))
+
+
+def tiny_recipe() -> Recipe:
+    """Seconds on a CPU; it learns next to nothing."""
+    return dataclasses.replace(
+        with_stages((Stage(num_tokens=128, batch=2, num_steps=10), Stage(num_tokens=192, batch=1, num_steps=6))),
+        model=small_config(num_layers=1, embed_dim=64, mlp_dim=64, num_heads=2, vision_dim=16),
+        optimizer=OptimizerSettings(kind="muon", warmup_steps=4),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
