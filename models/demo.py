@@ -1,4 +1,4 @@
-"""The demo's inputs: a video that ships with the package, and a tiny random model saved as a checkpoint."""
+"""The demo's inputs, a video and a small trained model, both in the package; and a tiny random model for tests."""
 
 import json
 import shutil
@@ -29,19 +29,29 @@ SPECIAL_TOKENS = (
 )
 MAX_VOCAB_SIZE = 640
 PIXELS = 224 * 224
-"""Pixels of a frame, at least and at most: 64 tokens for every two frames of the demo's square video."""
+"""Pixels of the random model's frames, at least and at most: 64 tokens for every two frames of a square video."""
 
 _ASSETS = Path(__file__).parent / "assets"
 DEMO_TEXT = _ASSETS / "demo_text.txt"
 CHAT_TEMPLATE = _ASSETS / "chat_template.jinja"
+DEMO_MODEL = _ASSETS / "small"
+"""The checkpoint that `models.small` trains."""
 DEMO_VIDEO = _ASSETS / "demo.mp4"
-"""36 seconds: sampled at 2 frames per second, 72 frames and 2,304 tokens of the demo model."""
+"""72 seconds: at `DEMO_FPS` frames per second 288 frames, and 2,304 tokens of the demo's model."""
+DEMO_FPS = 4
+DEMO_ANSWERS = {"red": "7", "blue": "3", "yellow": "9", "green": "4"}
+"""The cards in the video, in order: colour and digit."""
+
+
+def demo_question(colour: str) -> str:
+    """What the demo's model is asked about a card."""
+    return f"Which digit is on the {colour} card?"
 
 
 def build_demo_model(directory: Path | str, *, seed: int = 0) -> None:
     """Writes a tiny random Qwen2.5-VL as a Hugging Face directory, the same one for the same `seed`.
 
-    Nothing is trained: its answers mean nothing. All weights are random, except that the biases of queries and keys
+    For tests and trials. Nothing is trained: its answers mean nothing. All weights are random, except that the biases of queries and keys
     are drawn so that attention falls off with distance in time, in row and column, or not at all, depending on the
     head. Without that, random attention is nearly uniform and no sparse pattern could be seen in it.
 

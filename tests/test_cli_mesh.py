@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mmi_jax.cli import demo
+from models.demo import build_demo_model
 
 ARGUMENTS = ["--prompt", "What happens? " + 300 * "word ", "--pattern", "AShape:local=64", "--dtype", "float32"]
 ARGUMENTS += ["--max-new-tokens", "4", "--json"]
@@ -17,7 +17,8 @@ ARGUMENTS += ["--max-new-tokens", "4", "--json"]
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> list[str]:
     """`mmi prefill` of the demo's model and a long text."""
-    model = demo.built_model(tmp_path_factory.mktemp("model"))
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    build_demo_model(model)
     return [sys.executable, "-m", "mmi_jax.cli", "prefill", "--model", str(model), *ARGUMENTS]
 
 

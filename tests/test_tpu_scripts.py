@@ -13,8 +13,8 @@ import typer.main
 
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rules import RULE_CASES
-from mmi_jax.cli import app, demo
-from models.demo import DEMO_VIDEO
+from mmi_jax.cli import app
+from models.demo import DEMO_VIDEO, build_demo_model
 from pallas_kernels.attention.cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,8 @@ def test_the_small_parts_run_on_a_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_prefill_runs_on_cpu_devices(tmp_path):
-    model = demo.built_model(tmp_path / "model")
+    model = tmp_path / "model"
+    build_demo_model(model)
     results = tmp_path / "results"
     flags = "--xla_force_host_platform_device_count=2"
     options = ["--max-frames", "4", "--dtype", "float32", "--max-new-tokens", "2"]

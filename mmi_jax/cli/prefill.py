@@ -29,7 +29,9 @@ def prefill(
     prompt: Annotated[
         str | None, typer.Option(help="Text. {video} and {image} mark where the next one goes; else media come first.")
     ] = None,
-    fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames sampled per second of video: 2, or 4 for the demo, unless given.")
+    ] = None,
     max_frames: Annotated[int | None, typer.Option(help="Frames sampled per video at most: 768 unless given.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="bfloat16, or float32 for the demo, unless given.")] = None,
     table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
@@ -39,7 +41,7 @@ def prefill(
     distributed: Annotated[
         bool, typer.Option("--distributed", help="--mesh over all hosts of a slice: the same command on each of them.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate: 16, or 8 for the demo.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate: 16, or 4 for the demo.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens that hold this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -48,9 +50,10 @@ def prefill(
     plot_layer: Annotated[int, typer.Option(help="Layer whose masks are drawn; the layers before it run again.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")] = False,
     is_demo: Annotated[
-        bool, typer.Option("--demo", help="A tiny random model and a shipped video; compares with dense, writes plots.")
+        bool,
+        typer.Option("--demo", help="A small trained model, a video, a question; compares with dense, writes plots."),
     ] = False,
-    demo_dir: Annotated[Path, typer.Option(help="Where the demo keeps its model and plots.")] = Path("out/demo"),
+    demo_dir: Annotated[Path, typer.Option(help="Where the demo keeps its plots.")] = Path("out/demo"),
     cache_dir: Annotated[
         Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
     ] = None,
@@ -60,7 +63,7 @@ def prefill(
     # Here, so that the other commands start without the packages of models, media and pictures.
     from mmi_jax.cli import demo
     from mmi_jax.cli.run import run_prefill
-    from models.demo import DEMO_VIDEO
+    from models.demo import DEMO_FPS, DEMO_MODEL, DEMO_VIDEO
     from models.media import MAX_FRAMES
 
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
@@ -68,7 +71,7 @@ def prefill(
             jax.distributed.initialize()
         if is_demo:
             _check_demo(model)
-            model, video = str(demo.built_model(demo_dir)), video or [DEMO_VIDEO]
+            model, video = str(DEMO_MODEL), video or [DEMO_VIDEO]
         elif model is None:
             raise ValueError("prefill needs --model DIRECTORY_OR_HUB_NAME, or --demo: got neither")
         patterns = chosen_patterns(table, pattern)
@@ -77,7 +80,7 @@ def prefill(
             videos=tuple(video or ()),
             images=tuple(image or ()),
             text=prompt if prompt is not None else demo.PROMPT if is_demo else "",
-            fps=fps,
+            fps=fps if fps is not None else float(DEMO_FPS) if is_demo else 2.0,
             max_frames=MAX_FRAMES if max_frames is None else max_frames,
             dtype=(dtype or (DType.float32 if is_demo else DType.bfloat16)).value,
             table=demo.demo_table() if is_demo and patterns is None else patterns,
@@ -97,6 +100,7 @@ def prefill(
             plot_layer=plot_layer,
             is_json=json,
             note=demo.NOTE if is_demo else "",
+            right_answer=demo.right_answer(task.text) if is_demo and video == [DEMO_VIDEO] else None,
         )
         run_prefill(task, outputs)
 

@@ -24,7 +24,11 @@ def print_result(result: TaskResult, console: Console) -> None:
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
     if result.note:
         console.print(result.note, style="yellow", soft_wrap=True)
+    if result.right_answer is not None:
+        console.print(f"question: {result.task.text!r}", markup=False, soft_wrap=True)
     console.print(f"answer: {result.text!r}", markup=False, soft_wrap=True)
+    if result.right_answer is not None:
+        console.print(f"right answer: {result.right_answer!r}", markup=False, soft_wrap=True)
 
 
 def prompt_table(report: PrefillReport) -> Table:

@@ -65,6 +65,7 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         text=processor.tokenizer.decode(new_tokens),
         pictures=pictures,
         note=outputs.note,
+        right_answer=outputs.right_answer,
     )
     if jax.process_index():  # one host speaks for all
         return found

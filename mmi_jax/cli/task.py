@@ -70,12 +70,14 @@ class Outputs:
       plot_layer: whose masks are drawn.
       is_json: one JSON object on stdout instead of tables.
       note: a sentence to print with the answer.
+      right_answer: to print beside the answer, where it is known.
     """
 
     plots: Path | None
     plot_layer: int
     is_json: bool
     note: str
+    right_answer: str | None = None
 
     def __post_init__(self):
         """Raises ValueError if pictures would go into a file; better now than after the run."""
@@ -97,6 +99,7 @@ class TaskResult:
       dense_report: of the dense prefill it is compared with.
       new_tokens, text: the answer.
       pictures: files written.
+      note, right_answer: as of `Outputs`.
     """
 
     task: PrefillTask
@@ -107,6 +110,7 @@ class TaskResult:
     text: str
     pictures: tuple[Path, ...]
     note: str
+    right_answer: str | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -122,6 +126,7 @@ class TaskResult:
             "agreement": None if self.agreement is None else dataclasses.asdict(self.agreement),
             "new_tokens": self.new_tokens,
             "text": self.text,
+            "right_answer": self.right_answer,
             "plots": [str(path) for path in self.pictures],
             "note": self.note,
         }
