@@ -51,9 +51,9 @@ def demo_question(colour: str) -> str:
 def build_demo_model(directory: Path | str, *, seed: int = 0) -> None:
     """Writes a tiny random Qwen2.5-VL as a Hugging Face directory, the same one for the same `seed`.
 
-    For tests and trials. Nothing is trained: its answers mean nothing. All weights are random, except that the biases of queries and keys
-    are drawn so that attention falls off with distance in time, in row and column, or not at all, depending on the
-    head. Without that, random attention is nearly uniform and no sparse pattern could be seen in it.
+    For tests and trials. Nothing is trained: its answers mean nothing. All weights are random, except that the biases
+    of queries and keys are drawn so that attention falls off with distance in time, in row and column, or not at all,
+    depending on the head. Without that, random attention is nearly uniform and no sparse pattern could be seen in it.
 
     Raises:
         ValueError: `directory` exists and is not empty. A failed run leaves nothing.

@@ -17,20 +17,21 @@ from PIL import Image
 import mmi_jax
 from mmi_jax import AShape, Blocks, PatternTable, TriShape, VerticalSlash
 from mmi_jax.cli import compiled, main, pictures
-from mmi_jax.cli.demo import NOTE, demo_table
+from mmi_jax.cli.demo import NOTE, PROMPT, demo_table, right_answer
 from mmi_jax.cli.prompt import arrange
 from mmi_jax.trace import plan_of_heads
-from models.demo import DEMO_VIDEO
+from models.demo import DEMO_MODEL, DEMO_VIDEO, build_demo_model
 from models.media import read_video
+from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
 
-FEW_FRAMES = ("--max-frames", "4")  # 128 tokens of the demo model
+FEW_FRAMES = ("--max-frames", "4")  # 128 tokens of the random model
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A finished `mmi prefill --demo --json`: what it printed, and where its files are."""
+    """A finished `mmi prefill --demo --json`: what it printed, where its files are; and a random model beside."""
 
     printed: dict
     stderr: str
@@ -50,7 +51,9 @@ def demo(tmp_path_factory) -> Demo:
                 "--demo",
                 "--json",
                 "--max-frames",
-                "16",
+                "144",
+                "--prompt",
+                "Which digit is on the blue card?",
                 "--demo-dir",
                 str(directory),
                 "--cache-dir",
@@ -59,12 +62,14 @@ def demo(tmp_path_factory) -> Demo:
         )
     assert status == 0, err.getvalue()
     printed = json.loads(out.getvalue())
-    return Demo(printed, err.getvalue(), directory, printed["model"], cache)
+    model = tmp_path_factory.mktemp("random") / "model"
+    build_demo_model(model)
+    return Demo(printed, err.getvalue(), directory, str(model), cache)
 
 
 @pytest.fixture
 def run(demo, capsys, monkeypatch):
-    """Runs `mmi prefill` with the demo's model: the JSON object it printed."""
+    """Runs `mmi prefill` with the random model: the JSON object it printed."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def call(*arguments: str) -> dict:
@@ -86,17 +91,22 @@ def photo(tmp_path, rng) -> Path:
 
 def test_the_demo_reports_every_stage_and_compares_with_dense(demo):
     report = demo.printed["report"]
-    assert report["tokens"]["vision"] == 16 / 2 * 64
+    assert report["tokens"]["vision"] == 144 / 2 * 16
     assert list(report["seconds"]) == ["media decoding", "weights", "vision", "compile", "prefill", "new tokens"]
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert set(demo.printed["dense_seconds"]) == {"vision", "compile", "prefill"}
-    assert np.shape(report["density"]) == np.shape(report["recall"]) == (4, 8)
+    assert np.shape(report["density"]) == np.shape(report["recall"]) == (8, 6)
     assert 0 < np.min(report["density"]) < 1
-    assert set(report["patterns"][0]) == {"TriShape", "Grid", "SwinWindow", "VerticalSlash"}
+    assert set(report["patterns"][0]) == {"TriShape", "Grid", "VerticalSlash"}
     agreement = demo.printed["agreement"]
     assert 0 < agreement["hidden_error"] < 1 and 0 <= agreement["top5_overlap"] <= 1 and agreement["kl"] > 0
-    assert len(demo.printed["new_tokens"]) == 8
-    assert demo.printed["note"] == NOTE and "random and untrained" in NOTE
+    assert demo.printed["note"] == NOTE
+
+
+def test_the_demo_answers_a_question_about_its_video(demo):
+    assert demo.printed["text"] == demo.printed["right_answer"] == "3"
+    assert len(demo.printed["new_tokens"]) == 2, "the answer, and its end"
+    assert right_answer(PROMPT) == "7" and right_answer("What happens?") is None
 
 
 def test_with_json_progress_and_tables_go_to_stderr(demo):
@@ -106,7 +116,7 @@ def test_with_json_progress_and_tables_go_to_stderr(demo):
 
 def test_the_demo_draws_its_patterns(demo):
     names = sorted(path.name for path in demo.directory.glob("*.png"))
-    assert names == ["density.png", *(f"mask-layer0-head{n}.png" for n in range(4)), "patterns.png"]
+    assert names == ["density.png", *(f"mask-layer0-head{n}.png" for n in range(3)), "patterns.png"]
     assert demo.printed["plots"] == [str(demo.directory / Path(path).name) for path in demo.printed["plots"]]
     for name in names:
         with Image.open(demo.directory / name) as picture:
@@ -256,7 +266,8 @@ def test_a_failed_picture_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_the_demo_table_fits_the_demo_model():
-    demo_table().check_fits(num_layers=4, num_heads=8)
+    config = read_config(DEMO_MODEL)
+    demo_table().check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
 
 
 def test_parts_without_marks_put_media_first():

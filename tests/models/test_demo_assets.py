@@ -7,10 +7,11 @@ from flax import nnx
 
 from mmi_jax.layout import VISION
 from models import demo
-from models.demo import DEMO_TEXT, DEMO_VIDEO, build_demo_model, train_tokenizer
+from models.demo import DEMO_ANSWERS, DEMO_FPS, DEMO_TEXT, DEMO_VIDEO, build_demo_model, train_tokenizer
 from models.media import read_video
 from models.qwen2_5_vl.processor import Processor, read_stop_tokens
 from models.qwen2_5_vl.weights import load
+from models.tasks.pictures import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +24,31 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompt(directory):
     processor = Processor.from_directory(directory)
-    video = read_video(DEMO_VIDEO, fps=2.0, resize=processor.fit_frame)
+    video = read_video(DEMO_VIDEO, fps=1.0, resize=processor.fit_frame)
     return processor(["Look at this.", video, "What happens in this video?"])
 
 
-def test_the_video_has_64_frames_or_more_and_fits_the_repository():
-    video = read_video(DEMO_VIDEO, fps=2.0)
-    assert video.frames.shape == (72, 224, 224, 3)
-    assert (video.fps, video.seconds) == (2.0, 36.0)
-    assert DEMO_VIDEO.stat().st_size < 400_000
+def test_the_video_fits_the_repository_and_the_model():
+    video = read_video(DEMO_VIDEO, fps=float(DEMO_FPS))
+    assert video.frames.shape == (288, 112, 112, 3)
+    assert (video.fps, video.seconds) == (4.0, 72.0)
+    assert DEMO_VIDEO.stat().st_size < 200_000
 
 
-def test_the_video_shows_something_that_moves_and_cuts():
-    frames = read_video(DEMO_VIDEO, fps=2.0).frames.astype(np.float32)
+def test_the_video_shows_every_card_for_a_second():
+    frames = read_video(DEMO_VIDEO, fps=float(DEMO_FPS)).frames[:, 2:10, 2:-2].astype(np.float32)
+    spread, mean = frames.std(axis=(1, 2)).max(axis=1), frames.mean(axis=(1, 2))
+    for colour in DEMO_ANSWERS:
+        is_shown = (np.abs(mean - np.array(COLOURS[colour])).max(axis=1) < 12) & (spread < 12)
+        assert is_shown.sum() == DEMO_FPS and np.flatnonzero(is_shown)[0] % 2 == 0
+
+
+def test_the_video_moves_and_cuts():
+    frames = read_video(DEMO_VIDEO, fps=float(DEMO_FPS)).frames.astype(np.float32)
     change = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
-    assert frames.std(axis=(1, 2, 3)).min() > 20
-    assert change.min() > 1
-    # Six shots of 12 sampled frames.
-    assert sorted(np.argsort(change)[-5:]) == [11, 23, 35, 47, 59]
+    # Six shots of 48 frames, and two cuts around each of four cards.
+    cuts = [47, 95, 143, 191, 239, *(place + side for place in (22, 96, 170, 244) for side in (-1, 3))]
+    assert sorted(np.argsort(change)[-len(set(cuts)) :]) == sorted(set(cuts))
 
 
 def test_the_prompt_has_2000_vision_tokens_or_more(prompt):
@@ -110,7 +118,7 @@ def test_training_the_tokenizer_is_deterministic():
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tokenizer):
+    def fail(tokenizer, num_pixels):
         raise OSError("disk full")
 
     monkeypatch.setattr(demo, "checkpoint_settings", fail)

@@ -1,0 +1,149 @@
+"""The tasks: what is hidden where, what is asked, and which row answers."""
+
+import dataclasses
+
+import av
+import numpy as np
+import pytest
+
+from mmi_jax.layout import VISION
+from models.media import Image, Video
+from models.small.config import small_measure, small_processor
+from models.tasks import (
+    TASKS,
+    FolderHaystack,
+    GeneratedHaystack,
+    Measure,
+    Question,
+    Sample,
+    choice_ids,
+    matching_frames,
+    middle_questions,
+    mm_niah,
+    part_ends,
+    question_rows,
+    v_niah,
+)
+from models.tasks.pictures import COLOURS, digit_labels
+from models.tasks.script import COLOUR, DIGIT, Clip
+from models.tasks.text import DIGITS, LETTERS
+
+HAYSTACK = GeneratedHaystack()
+
+
+def make(task, **arguments):
+    defaults = dict(num_tokens=2048, depth=0.5, seed=3, haystack=HAYSTACK, measure=small_measure())
+    return task(**defaults | arguments)
+
+
+def frames(script):
+    return np.concatenate([part.frames for part in script.parts if not isinstance(part, str)])
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_a_prompt_fills_its_length_and_is_the_same_for_the_same_seed(name, depth):
+    script, again, other = (make(TASKS[name], depth=depth, seed=seed) for seed in (3, 3, 4))
+    length = small_processor()(script.render(HAYSTACK).parts).tokens.shape[1]
+    assert 0.95 * 2048 < length <= 2048
+    np.testing.assert_array_equal(frames(script), frames(again))
+    assert script.questions == again.questions
+    assert frames(script).shape != frames(other).shape or (frames(script) != frames(other)).any()
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
+def test_the_needle_of_v_niah_stands_at_its_depth(depth):
+    script = make(v_niah, depth=depth, num_distractors=2)
+    clip, text = script.parts
+    colour = next(n for n, name in enumerate(COLOURS) if f"the {name} card" in text)
+    (first, second) = np.flatnonzero(clip.frames[:, COLOUR] == colour)
+    assert second == first + 1 and first == 2 * round(depth * (len(clip.frames) / 2 - 1))
+    (question,) = script.questions
+    assert question.choices == DIGITS and question.after_part is None
+    assert question.answer == digit_labels()[clip.frames[first, DIGIT]]
+    assert len(set(clip.frames[:, COLOUR]) - {-1}) == 3
+
+
+def test_a_quarter_of_mm_niah_is_text_and_the_needle_is_one_of_four_choices():
+    sample = make(mm_niah, num_tokens=4096, depth=0.7).render(HAYSTACK)
+    prompt = small_processor()(sample.parts)
+    assert (prompt.layout.modality != VISION).mean() == pytest.approx(0.25, abs=0.05)
+    (question,) = sample.questions
+    assert question.choices == LETTERS
+    assert f" {LETTERS[question.answer]}: " in sample.parts[-1]
+    images = [part for part in sample.parts if isinstance(part, Image)]
+    assert len(images) == 4 and all(image.pixels.shape == (112, 112, 3) for image in images)
+
+
+@pytest.mark.parametrize("task", [middle_questions, matching_frames])
+def test_middle_questions_look_far_back_from_the_middle(task):
+    script = make(task, depth=0.1)
+    rows = question_rows(script.render(HAYSTACK), small_processor())
+    assert len(rows) == 4 and (rows < 0.96 * 2048).all() and (np.diff(rows) > 200).all()
+    seen = 0
+    answers = {question.after_part: question.answer for question in script.questions}
+    for number, part in enumerate(script.parts):
+        if isinstance(part, Clip):
+            seen += len(part.frames)
+        else:
+            early = frames(script)[: int(0.25 * seen), DIGIT]
+            assert answers.pop(number) in digit_labels()[early[early >= 0]]
+    assert not answers
+
+
+def test_rows_are_those_of_the_last_tokens():
+    video = Video(frames=np.zeros((4, 112, 112, 3), np.uint8), fps=2.0)
+    parts = (video, "Which digit?", Image(pixels=video.frames[0]), "Why?")
+    processor = small_processor()
+    ends, num_tokens = part_ends(parts, processor)
+    tokens = processor(parts).tokens[0]
+    assert num_tokens == len(tokens)
+    end, question = processor.tokenizer.token_id("<|vision_end|>"), processor.tokenizer.token_id("?")
+    assert tokens[ends].tolist() == [end, question, end, question]
+    with pytest.raises(ValueError, match="must end where a token ends: 'Which dig' goes on as 'it"):
+        part_ends(("Which dig", "it"), processor)
+
+
+def test_bad_samples_and_choices_are_refused():
+    good = Question(choices=("1", "2"), answer=0, depth=0.0)
+    with pytest.raises(ValueError, match="two or more different choices"):
+        dataclasses.replace(good, choices=("1", "1"))
+    with pytest.raises(ValueError, match="0 <= 2 < 2"):
+        dataclasses.replace(good, answer=2)
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        dataclasses.replace(good, depth=1.5)
+    with pytest.raises(ValueError, match="must ask a question"):
+        Sample(parts=("x",), questions=(), depth=0.0, num_frames=0)
+    with pytest.raises(ValueError, match="follow one of the 1 parts, got question.after_part=1"):
+        Sample(parts=("x",), questions=(dataclasses.replace(good, after_part=1),), depth=0.0, num_frames=0)
+    with pytest.raises(ValueError, match="single token .* got \\['12'\\]"):
+        choice_ids(dataclasses.replace(good, choices=("1", "12")), small_processor().tokenizer)
+    with pytest.raises(ValueError, match="needs 4 pairs of frames of 16 tokens"):
+        make(v_niah, num_tokens=100)
+
+
+def test_a_folder_of_videos_is_a_haystack(tmp_path, rng):
+    pixels = rng.integers(0, 256, (12, 64, 96, 3), np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "bgr0"
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "notes.txt").write_text("no video")
+    folder = FolderHaystack(directory=tmp_path, frame_shape=(64, 96))
+    shots = folder.shots(30, rng)
+    np.testing.assert_array_equal(folder.pixels(shots), pixels[(shots[0, 0] + np.arange(30)) % 12])
+    assert len({int(n) for n in folder.stills(6, rng)[:, 0]}) == 6
+    measure = Measure.of(small_processor(), folder)
+    script = make(v_niah, haystack=folder, measure=measure, num_tokens=512)
+    sample = script.render(folder)
+    assert sample.parts[0].frames.shape[1:] == (64, 96, 3)
+    assert small_processor()(sample.parts).tokens.shape[1] <= 512
+    with pytest.raises(ValueError, match="must hold videos"):
+        FolderHaystack(directory=_empty(tmp_path)).shots(1, rng)
+
+
+def _empty(path):
+    (path / "empty").mkdir()
+    return path / "empty"
