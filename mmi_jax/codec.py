@@ -28,6 +28,11 @@ _KEYS = {cls.__name__: cls for cls in (keys.FramePlace, keys.RowPlace, keys.Rank
 _MODALITIES = {"text": 0, "vision": 1, "audio": 2}
 
 
+def pattern_names() -> frozenset[str]:
+    """The names of all patterns."""
+    return frozenset(_PATTERNS)
+
+
 def to_json(pattern: Pattern) -> dict[str, Any]:
     """`{"pattern": "Grid", "local": 1024, ...}` with every field written out.
 

@@ -4,7 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 def stderr_console() -> Console:
@@ -26,6 +34,21 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
 
         def update(done: int, total: int, *_) -> None:
             progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextlib.contextmanager
+def work_bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the time that is left, moved by `update(done, total, what)`; what is done at its start took none."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr_console()) as progress:
+        task = progress.add_task("", total=None)
+
+        def update(done: int, total: int, what: str) -> None:
+            if progress.tasks[0].total != total:  # new work, of which some may be done already
+                progress.reset(task, total=total, completed=done)
+            progress.update(task, completed=done, description=what)
 
         yield update
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from mmi_jax.mask_plot import plot_mask as plot_mask
 from mmi_jax.patterns import Pattern
 from mmi_jax.report import PrefillReport
-from mmi_jax.table import PatternTable
+from mmi_jax.table import HeadScores, PatternTable
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#eecc66", "#004488")
 """Qualitative colours that colour-blind readers tell apart (Paul Tol, "bright" and "high contrast")."""
@@ -44,6 +44,21 @@ def plot_patterns(table: PatternTable) -> Figure:
     _number_cells(axes, table.num_heads, table.num_layers)
     handles = [Patch(color=color, label=label) for color, label in zip(colors, labels, strict=False)]
     figure.legend(handles=handles, loc="outside lower left", fontsize=7, frameon=False)
+    return figure
+
+
+def plot_scores(scores: HeadScores) -> Figure:
+    """Error and cost of each head side by side; cost as a share of a dense head's."""
+    error, cost = np.array(scores.error), np.array(scores.cost) / scores.dense_cost
+    figure = _figure(max(8.0, 1.5 + 0.5 * error.shape[1]), 1.2 + 0.25 * error.shape[0])
+    for axes, values, title in zip(
+        figure.subplots(1, 2), (error, cost), ("relative squared error", "cost / dense"), strict=True
+    ):
+        drawn = axes.pcolormesh(values, cmap="viridis", vmin=0, edgecolors="white", linewidth=0.5)
+        axes.set(xlabel="query head", ylabel="layer", title=title)
+        axes.invert_yaxis()
+        _number_cells(axes, error.shape[1], error.shape[0])
+        figure.colorbar(drawn, ax=axes)
     return figure
 
 

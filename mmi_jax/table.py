@@ -12,7 +12,41 @@ from mmi_jax import codec
 from mmi_jax.patterns.base import Pattern
 
 VERSION = 1
-_KNOWN = ("version", "model", "provenance", "patterns", "layers")
+_NEEDED = ("version", "model", "provenance", "patterns", "layers")
+_KNOWN = (*_NEEDED, "scores")
+
+type PerHead = tuple[tuple[float, ...], ...]
+"""A number for each layer and query head."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadScores:
+    """What a search found of each head's pattern.
+
+    Args:
+      error: relative squared error of the attention output against dense attention.
+      density: visited tiles over those of a dense head.
+      cost: what the head adds to its layer's attention call, in the unit of the cost model that `provenance` names.
+      dense_cost: of a dense head.
+    """
+
+    error: PerHead
+    density: PerHead
+    cost: PerHead
+    dense_cost: float
+
+    def __post_init__(self):
+        """Raises ValueError unless all are numbers, not negative, and of one shape."""
+        shapes = set()
+        for name in ("error", "density", "cost"):
+            values = getattr(self, name)
+            shapes.add(tuple(len(row) for row in values))
+            if not all(x >= 0 for row in values for x in row):
+                raise ValueError(f"scores.{name} must hold numbers that are not negative, by layer and head")
+        if len(shapes) != 1:
+            raise ValueError(f"error, density and cost must have one number for each head, got heads {sorted(shapes)}")
+        if not self.dense_cost > 0:
+            raise ValueError(f"scores.dense_cost must be a positive number, got {self.dense_cost!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,18 +56,25 @@ class PatternTable:
     Args:
       layers: `layers[n][h]` is the pattern of query head `h` in layer `n`; every layer has as many heads.
       model: name of the model the table was made for.
-      provenance: how it was found: dtype, calibration data, device, date, commit, scores; free text by name.
+      provenance: how it was found: dtype, calibration data, device, date, commit; free text by name.
+      scores: of each head, where a search found them.
     """
 
     layers: tuple[tuple[Pattern, ...], ...]
     model: str = ""
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scores: HeadScores | None = None
 
     def __post_init__(self):
-        """Raises ValueError for a table without layers or with layers of different widths."""
+        """Raises ValueError for a table without layers, layers of different widths, or scores of other heads."""
         widths = {len(heads) for heads in self.layers}
         if len(widths) != 1 or 0 in widths:
             raise ValueError(f"every layer of a table must have the same number of heads, at least 1: got {widths}")
+        if self.scores is not None and [len(row) for row in self.scores.error] != [len(row) for row in self.layers]:
+            raise ValueError(
+                f"scores must be of the table's heads: expected {self.num_layers} layers of {self.num_heads} heads, "
+                f"got heads {[len(row) for row in self.scores.error]}"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -63,6 +104,8 @@ class PatternTable:
             "patterns": {name: codec.to_json(pattern) for pattern, name in names.items()},
             "layers": [[names[pattern] for pattern in heads] for heads in self.layers],
         }
+        if self.scores is not None:
+            value["scores"] = dataclasses.asdict(self.scores)
         path = Path(path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as directory:
             whole = Path(directory) / path.name
@@ -97,7 +140,7 @@ def _table(value: Any) -> PatternTable:
         raise ValueError(f"a pattern table must be an object with version {VERSION}, got {got!r}")
     if unknown := sorted(set(value) - set(_KNOWN)):
         raise ValueError(f"unknown keys {', '.join(unknown)}: known keys are {', '.join(_KNOWN)}")
-    if missing := sorted(set(_KNOWN) - set(value)):
+    if missing := sorted(set(_NEEDED) - set(value)):
         raise ValueError(f"missing keys {', '.join(missing)}")
     _check_types(value)
     palette = {name: codec.from_json(pattern) for name, pattern in value["patterns"].items()}
@@ -105,7 +148,26 @@ def _table(value: Any) -> PatternTable:
     if undefined := sorted(used - set(palette)):
         raise ValueError(f"layers name undefined patterns {', '.join(undefined)}: defined are {', '.join(palette)}")
     layers = tuple(tuple(palette[name] for name in heads) for heads in value["layers"])
-    return PatternTable(layers=layers, model=value["model"], provenance=value["provenance"])
+    scores = _scores(value["scores"]) if "scores" in value else None
+    return PatternTable(layers=layers, model=value["model"], provenance=value["provenance"], scores=scores)
+
+
+def _scores(value: Any) -> HeadScores:
+    known = tuple(field.name for field in dataclasses.fields(HeadScores))
+    if not isinstance(value, dict) or set(value) != set(known):
+        got = ", ".join(value) if isinstance(value, dict) else repr(value)
+        raise ValueError(f"scores must be an object with the keys {', '.join(known)}: got {got}")
+    for name in known[:-1]:
+        if not isinstance(value[name], list) or not all(isinstance(row, list) for row in value[name]):
+            raise ValueError(f"scores.{name} must be a list of lists, by layer and head")
+    rows = {name: tuple(tuple(_number(x) for x in row) for row in value[name]) for name in known[:-1]}
+    return HeadScores(**rows, dense_cost=_number(value["dense_cost"]))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"scores must hold numbers, got {value!r}")
+    return float(value)
 
 
 def _check_types(value: dict[str, Any]) -> None:

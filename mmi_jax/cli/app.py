@@ -8,7 +8,10 @@ import typer
 from mmi_jax.cli import bench_model, bench_prefill, bench_soak
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
+from mmi_jax.cli.niah import niah
 from mmi_jax.cli.prefill import prefill
+from mmi_jax.cli.qa import qa
+from mmi_jax.cli.search import search
 from mmi_jax.cli.show import show
 
 app = typer.Typer(
@@ -19,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(prefill)
+app.command()(search)
+app.command()(niah)
+app.command()(qa)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)

@@ -77,7 +77,7 @@ def prefill(
             model, video = str(DEMO_MODEL), video or [DEMO_VIDEO]
         elif model is None:
             raise ValueError("prefill needs --model DIRECTORY_OR_HUB_NAME, or --demo: got neither")
-        patterns = _patterns(table, pattern)
+        patterns = chosen_patterns(table, pattern)
         task = PrefillTask(
             model=model,
             videos=tuple(video or ()),
@@ -114,7 +114,7 @@ def _check_demo(model: str | None) -> None:
         raise ValueError(f"--demo brings its own model: expected no --model, got {model!r}")
 
 
-def _patterns(table: Path | None, pattern: str | None) -> PatternTable | Pattern | None:
+def chosen_patterns(table: Path | None, pattern: str | None) -> PatternTable | Pattern | None:
     """The table or pattern that the options name; None for dense attention."""
     if table is not None and pattern is not None:
         raise ValueError(f"--table and --pattern exclude each other: got {str(table)!r} and {pattern!r}")

@@ -16,6 +16,10 @@ TABLE = PatternTable(
 )
 
 
+ZEROS = [[0, 0], [0, 0]]
+SCORES = {"error": ZEROS, "density": ZEROS, "cost": ZEROS, "dense_cost": 1}
+
+
 def written(**changes) -> dict:
     value = {
         "version": 1,
@@ -93,6 +97,14 @@ def test_a_saved_table_has_the_permissions_of_any_new_file(tmp_path):
         (written(layers=[["a", {"pattern": "Dense"}]]), "a layer must name its patterns, got {'pattern': 'Dense'}"),
         (written(layers=[["a", "c"], ["a", "d"]]), "layers name undefined patterns c, d: defined are a, b"),
         (written(layers=[["a", "b"], ["a"]]), "same number of heads, at least 1: got {1, 2}"),
+        (written(scores=[1]), r"scores must be an object with the keys error, density, cost, dense_cost: got \[1\]"),
+        (written(scores=SCORES | {"recall": []}), "with the keys error, density, cost, dense_cost: got error, density"),
+        (written(scores=SCORES | {"error": 3}), "scores.error must be a list of lists, by layer and head"),
+        (written(scores=SCORES | {"error": [[0, "x"], [0, 0]]}), "scores must hold numbers, got 'x'"),
+        (written(scores=SCORES | {"cost": [[0, 1], [0, -1]]}), "scores.cost must hold numbers that are not negative"),
+        (written(scores=SCORES | {"error": [[0, 0]]}), "one number for each head, got heads"),
+        (written(scores={k: [[0]] for k in SCORES} | {"dense_cost": 1}), "expected 2 layers of 2 heads, got heads"),
+        (written(scores=SCORES | {"dense_cost": 0}), "scores.dense_cost must be a positive number, got 0.0"),
         (written(layers=[]), "same number of heads, at least 1"),
         (written(layers=[[], []]), "same number of heads, at least 1: got {0}"),
         (written(patterns={"a": {"pattern": "Foo"}, "b": {"pattern": "Dense"}}), "unknown pattern 'Foo'"),

@@ -1,0 +1,75 @@
+"""The queries, keys, values and dense outputs of a prompt, layer by layer; never more than one layer is held."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmi_jax.attention import attend_sparsely
+from mmi_jax.blocks import Blocks
+from mmi_jax.buckets import Buckets
+from mmi_jax.layout import TokenLayout
+from mmi_jax.patterns import Dense
+from mmi_jax.plain import is_plain
+from pallas_kernels.notation import Array, Float
+from pallas_kernels.pytree import pytree
+
+
+@pytree
+class Captured:
+    """One layer's attention on one prompt, which is padded to its bucket.
+
+    Args:
+      q, k, v: after rotation.
+      out: dense attention.
+      layout: fields [1, t].
+    """
+
+    q: Float[Array, "1 t h d"]
+    k: Float[Array, "1 t g d"]
+    v: Float[Array, "1 t g d"]
+    out: Float[Array, "1 t h d"]
+    layout: TokenLayout
+
+
+def captured_layers(
+    model: Any, prompt: Any, *, blocks: Blocks, buckets: Buckets | None = None, num_layers: int | None = None
+) -> Iterator[Captured]:
+    """Each layer's attention on one prompt, from the first on; what a layer hands on is the DENSE output.
+
+    Args:
+      model: a `VisionLanguageModel`.
+      prompt: a batch of one.
+      num_layers: stop after so many; all when None.
+
+    Raises:
+      ValueError: the batch holds several prompts.
+    """
+    if prompt.tokens.shape[0] != 1:
+        raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
+    num_tokens = int(prompt.layout.is_real.sum())
+    pad = (buckets or Buckets()).length_for(num_tokens) - prompt.tokens.shape[1]
+    x = jnp.pad(model.embed(prompt), ((0, 0), (0, pad), (0, 0)))
+    rotary = model.rotary(jnp.pad(jnp.asarray(prompt.rope_pos), ((0, 0), (0, 0), (0, pad))))
+    layout = prompt.layout.pad_to(x.shape[1])
+    starts_plain = is_plain(layout)
+    layout = jax.tree.map(jnp.asarray, layout)
+    graphdef, state = nnx.split(model.layers)
+    for n in range(model.config.num_layers if num_layers is None else num_layers):
+        weights = jax.tree.map(lambda a, n=n: a[n], state)
+        x, (q, k, v, out) = _run_layer(graphdef, blocks, starts_plain, weights, x, rotary, layout)
+        yield Captured(q=q, k=k, v=v, out=out, layout=layout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _run_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
+    """The layer's output, and what its attention read and gave."""
+
+    def attend(q, k, v):
+        out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out
+        return out, (q, k, v, out)
+
+    return nnx.merge(graphdef, weights)(x, rotary, attend)

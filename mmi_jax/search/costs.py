@@ -1,0 +1,92 @@
+"""What a head's plan costs: tiles that were counted, at the price of a device that was measured or reckoned."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.chips import CHIPS, Chip
+from mmi_jax.cost import HOPPER, CostModel
+from mmi_jax.patterns import Dense, Pattern
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
+
+HEAD_DIM, QUERIES, ITEM_BYTES = 128, 64, 2
+"""What cost models are made for: values in a head, queries behind an estimate, bytes of a value."""
+
+TILE_FLOPS = 4 * 128 * 128 * HEAD_DIM
+
+MXU_SHARE = {"v4": 0.82, "v5e": 0.91, "v5p": 0.92, "v6e": 0.75, "tpu7x": 0.75}
+"""Of the peak, that the TPU kernel reaches in full tiles by the compiler's schedules (docs/log.md, 2026-11-25)."""
+
+
+def analytical_costs(chip: Chip, mxu_share: float) -> CostModel:
+    """A TPU's costs from its published rates: no TPU has been measured.
+
+    A tile costs its products at that share of the peak. A moved token is read and written as a query and as an output;
+    an estimate multiplies it with 64 queries twice, or reads it, whichever is longer; scores that are held are written
+    once and read twice in float32. Launches are left out.
+    """
+    rate = mxu_share * chip.flops_per_second * 1e-9  # FLOPs in a nanosecond
+    bandwidth = chip.hbm_bytes_per_second * 1e-9
+    estimate_flops, key_bytes = 2 * 2 * QUERIES * HEAD_DIM, HEAD_DIM * ITEM_BYTES
+    return CostModel(
+        dense_ms=0.0,
+        dense_ns_per_tile=TILE_FLOPS / rate,
+        sparse_ms=0.0,
+        static_ms=0.0,
+        sparse_ns_per_tile=TILE_FLOPS / rate,
+        move_ns=4 * key_bytes / bandwidth,
+        estimate_ns=max(estimate_flops / rate, key_bytes / bandwidth),
+        hold_ns=3 * 4 * QUERIES / bandwidth,
+    )
+
+
+TILES = CostModel(
+    dense_ms=0.0,
+    dense_ns_per_tile=1.0,
+    sparse_ms=0.0,
+    static_ms=0.0,
+    sparse_ns_per_tile=1.0,
+    move_ns=4 * HEAD_DIM * 8 / TILE_FLOPS,
+    estimate_ns=2 * 2 * QUERIES * HEAD_DIM / TILE_FLOPS,
+    hold_ns=3 * QUERIES * 8 / TILE_FLOPS,
+)
+"""For a CPU, in dense tiles of 128 x 128 in place of nanoseconds: work counted as in `analytical_costs`, a value moved
+as 8 operations. Counted, not measured."""
+
+DENSITY = dataclasses.replace(TILES, move_ns=0.0, estimate_ns=0.0, hold_ns=0.0)
+"""Visited tiles and nothing else: what `PrefillReport.density` counts."""
+
+
+def cost_models() -> dict[str, CostModel]:
+    """By the name that `--costs` takes."""
+    tpus = {name: analytical_costs(chip, MXU_SHARE[name]) for name, chip in CHIPS.items()}
+    return {"hopper": HOPPER, **tpus, "tiles": TILES}
+
+
+def default_costs() -> str:
+    """The name of the default device's cost model. Asked when called."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "")
+    if has_hopper_gpu():
+        return "hopper"
+    names = {"tpuv4": "v4", "tpuv5lite": "v5e", "tpuv5e": "v5e", "tpuv5": "v5p", "tpuv5p": "v5p", "tpuv6lite": "v6e"}
+    return names.get(kind, "tpu7x" if kind.startswith(("tpu7", "tpuv7")) else "tiles")
+
+
+def head_cost(
+    costs: CostModel, pattern: Pattern, tiles: float | np.ndarray, *, num_tokens: int, blocks: Blocks
+) -> float | np.ndarray:
+    """Milliseconds that a head adds to a sparse call, by the tiles its plan visits; `CostModel.head` guesses those."""
+    tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
+    per_token = costs.move_ns + costs.estimate_ns * pattern.reads_scores + costs.hold_ns * pattern.holds_scores
+    return 1e-6 * (costs.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)
+
+
+def layer_cost(costs: CostModel, patterns: Sequence[Pattern], heads: Sequence[float], num_tokens: int) -> float:
+    """Milliseconds of one layer whose heads add so much: launches included, a dense call where all heads are dense."""
+    if all(pattern == Dense() for pattern in patterns):
+        return min(costs.dense(len(patterns), num_tokens), float(np.sum(heads)) + costs.static_ms)
+    launches = costs.sparse_ms if any(pattern.reads_scores for pattern in patterns) else costs.static_ms
+    return float(np.sum(heads)) + launches

@@ -1,0 +1,106 @@
+"""The search as a whole: trials of the three steps on every layer and prompt, each kept as soon as it is done."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmi_jax.blocks import Blocks
+from mmi_jax.buckets import Buckets
+from mmi_jax.search.candidates import Candidates
+from mmi_jax.search.capture import captured_layers
+from mmi_jax.search.joint import joint_trials
+from mmi_jax.search.journal import Journal
+from mmi_jax.search.measure import Meter, modalities_of
+from mmi_jax.search.scores import Scores, read_scores, trials_of_rows
+from mmi_jax.search.trials import Trial, first_trials
+
+MOST_JOINT = 12
+"""2D-Boundary combinations that are tried on every head."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A model and everything that trials on it depend on; `journal` keeps what is done.
+
+    Args:
+      model: a `VisionLanguageModel`.
+      blocks, buckets: as for `prefill`.
+      on_trial: called as `(done, total, what)` while trials run; a resumed run begins at what is done.
+    """
+
+    model: Any
+    journal: Journal
+    blocks: Blocks = dataclasses.field(default_factory=Blocks)
+    buckets: Buckets = dataclasses.field(default_factory=Buckets)
+    on_trial: Callable[[int, int, str], None] = lambda done, total, what: None
+
+    def calibrate(self, prompts: Mapping[str, Any], candidates: Candidates, *, most_joint: int = MOST_JOINT) -> Scores:
+        """The scores of all three steps (paper, Alg. 4), averaged over the prompts.
+
+        Args:
+          prompts: by name, each a batch of one.
+
+        Raises:
+          ValueError: no prompt, or prompts of different modalities.
+        """
+        modalities = same_modalities(prompts)
+        first = first_trials(candidates, modalities)
+        self.measure(prompts, first, "intra- and cross-modality")
+        joint = joint_trials(self.scores(prompts, first), most_joint)
+        self.measure(prompts, joint, "inter-modality")
+        return self.scores(prompts, (*first, *joint))
+
+    def measure(self, prompts: Mapping[str, Any], trials: Sequence[Trial], what: str) -> None:
+        """Runs the trials that the journal lacks; a prompt's layers one by one, each written down when it is done."""
+        num_layers = self.model.config.num_layers
+        found = trials_of_rows(self.journal.rows)
+        missing = {
+            (name, layer): [t for t in trials if t.key not in found.get((name, layer), {})]
+            for name in prompts
+            for layer in range(num_layers)
+        }
+        total = len(trials) * len(missing)
+        done = total - sum(map(len, missing.values()))
+        meter = Meter(same_modalities(prompts), self.blocks)
+        for name, prompt in prompts.items():
+            last = max((layer for layer in range(num_layers) if missing[name, layer]), default=-1)
+            layers = captured_layers(self.model, prompt, blocks=self.blocks, buckets=self.buckets, num_layers=last + 1)
+            for layer, captured in enumerate(layers):
+                if missing[name, layer]:
+                    self.on_trial(done, total, f"{what}: compiling")
+                    meter.prepare(missing[name, layer], captured)
+                figures = {}
+                for trial in missing[name, layer]:
+                    figure = meter(trial, captured)
+                    figures[trial.key] = {"error": _floats(figure.error), "tiles": _floats(figure.tiles)}
+                    done += 1
+                    self.on_trial(done, total, f"{what}: layer {layer} of {name}")
+                if figures:
+                    self.journal.add({"prompt": name, "layer": layer, "trials": figures})
+
+    def scores(self, prompts: Mapping[str, Any], trials: Iterable[Trial]) -> Scores:
+        """What the journal says of these trials on these prompts."""
+        lengths = [int(np.asarray(prompt.layout.is_real).sum()) for prompt in prompts.values()]
+        return read_scores(
+            self.journal.rows,
+            tuple(prompts),
+            trials,
+            num_layers=self.model.config.num_layers,
+            modalities=same_modalities(prompts),
+            num_tokens=round(float(np.mean(lengths))),
+            blocks=self.blocks,
+        )
+
+
+def same_modalities(prompts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The modalities of the prompts' tokens; raises ValueError unless all prompts have the same."""
+    found = {modalities_of(prompt.layout) for prompt in prompts.values()}
+    if len(found) != 1:
+        raise ValueError(f"calibration needs prompts, all of the same modalities: got {sorted(found)}")
+    return found.pop()
+
+
+def _floats(x: Any) -> list[list[float]]:
+    return np.asarray(x, np.float64).tolist()

@@ -1,0 +1,191 @@
+"""The text of docs/accuracy.md, from results alone."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmi_jax import PatternTable
+from mmi_jax.cli.niah_results import accuracy_of, mean_share, write_text
+
+POINT = 0.01
+"""A point of accuracy: what ours may lose against dense."""
+
+MARGIN = 0.1
+"""Difference in cost, or of held-out from calibration error, from which it is told."""
+
+MOST_ROWS = 128
+"""Heads that are listed one by one on the page; all are in heads.csv."""
+
+NAMES = {
+    "no inter-modality": "ours without inter-modality", "no Grid": "ours without Grid",
+    "minference": "MInference (VerticalSlash only)", "a-shape": "A-shape", "tri-shape": "Tri-shape",
+    "sf-fixed": "Sparse Transformer, fixed", "sf-strided": "Sparse Transformer, strided", "swin": "Swin windows",
+    "block-topk": "BlockTopK",
+}  # fmt: skip
+
+
+def write_page(
+    output: Path, results: Mapping[str, Any], tables: Mapping[str, PatternTable], recall: Mapping[str, Any],
+    shown: Sequence[Mapping[str, Any]], *, notes: str, command: str,
+) -> None:  # fmt: skip
+    """Writes the page, and heads.csv beside its pictures."""
+    pictures = output.with_suffix("")
+    write_text(pictures / "heads.csv", heads_csv(tables["ours"], recall))
+    sections = [
+        head(results["run"], command),
+        answers(results["cells"], pictures.name),
+        searched(tables, pictures.name),
+        heads(tables["ours"], recall, pictures.name),
+        maps(shown, recall, pictures.name),
+        failures(results["cells"], tables, notes),
+    ]
+    write_text(output, "\n\n".join(section.strip() for section in sections) + "\n")
+
+
+def head(run: Mapping[str, Any], command: str) -> str:
+    """What was run, on what."""
+    return f"""# Accuracy
+
+Written by `{command}`; every figure is from its results.
+Model {run["model"]}, weights {run["weights"]}, {run["dtype"]}, {run["device"]}, commit {run["commit"]}, {run["date"]};
+{run["samples"]} samples for each task, length and depth, haystack {run["haystack"]}, seeds from {run["seed"]}.
+
+Cost is that of attention, estimates included, as a share of dense attention's: from the tiles visited on these very
+prompts, by the cost model `{run["costs"]}`. Baselines have the size with which they cost what "{run["matched to"]}"
+costs. Tables and heat maps are those of `mmi niah`."""
+
+
+def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
+    """Per task a table of methods by length, and the heat map."""
+    parts = ["## What is answered right"]
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        own = [cell for cell in cells if cell["task"] == task]
+        lengths = sorted({cell["tokens"] for cell in own})
+        rows = []
+        for method in dict.fromkeys(cell["method"] for cell in own):
+            mine = [cell for cell in own if cell["method"] == method]
+            by_length = [f"{accuracy_of([c for c in mine if c['tokens'] == n]):.1%}" for n in lengths]
+            asked = sum(cell["asked"] for cell in mine)
+            density = float(np.mean([cell["density"] for cell in mine]))
+            figures = [f"{accuracy_of(mine):.1%}", str(asked), f"{mean_share(mine, method):.1%}", f"{density:.1%}"]
+            rows.append([NAMES.get(method, method), *by_length, *figures])
+        columns = ["method", *(f"{n:,} tokens" for n in lengths), "all", "questions", "cost", "density"]
+        parts += [f"### {task}", markdown(columns, rows), f"![{task} by length and depth]({pictures}/{task}.png)"]
+    return "\n\n".join(parts)
+
+
+def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
+    """How the tables were found, and which patterns they hold."""
+    ours = tables["ours"]
+    wanted = ("target", "costs", "attention cost", "error", "held-out error", "calibration", "candidates")
+    rows = [[name, *(t.provenance.get(name, "") for t in tables.values())] for name in wanted]
+    kinds = {name: Counter(type(p).__name__ for row in t.layers for p in row) for name, t in tables.items()}
+    counts = [
+        [kind, *(str(kinds[name][kind]) for name in tables)] for kind in sorted(set().union(*map(set, kinds.values())))
+    ]
+    return "\n\n".join(
+        [
+            "## What the search found",
+            markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
+            f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
+            markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),
+            f"![pattern of each head]({pictures}/patterns.png)",
+            f"![error and cost of each head]({pictures}/scores.png)",
+        ]
+    )
+
+
+def heads(table: PatternTable, recall: Mapping[str, Any], pictures: str) -> str:
+    """Every head of a small model, the means by pattern of a large one."""
+    rows = list(csv.reader(io.StringIO(heads_csv(table, recall))))
+    found = rows[1:]
+    intro = (
+        "Recall is the share of dense attention on the visited keys, measured on a prompt of "
+        f"{recall['tokens']:,} tokens; error and cost are those of the search. All heads: "
+        f"[{pictures}/heads.csv]({pictures}/heads.csv)."
+    )
+    if len(found) <= MOST_ROWS:
+        return "\n\n".join(["## Heads", intro, markdown(rows[0], found)])
+    by_kind: dict[str, list[list[float]]] = {}
+    for row in found:
+        by_kind.setdefault(row[2].partition("(")[0], []).append([float(x) for x in row[3:]])
+    means = [[kind, str(len(x)), *(f"{v:.4f}" for v in np.mean(x, axis=0))] for kind, x in by_kind.items()]
+    return "\n\n".join(["## Heads", intro, markdown(["pattern", "heads", *rows[0][3:]], means)])
+
+
+def heads_csv(table: PatternTable, recall: Mapping[str, Any]) -> str:
+    """Pattern, density, recall, error and cost of every head."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "head", "pattern", "density", "recall", "error", "cost / dense"])
+    scores = table.scores
+    assert scores is not None, "the table is from a search"
+    for n, row in enumerate(table.layers):
+        for h, pattern in enumerate(row):
+            figures = recall["density"][n][h], recall["recall"][n][h], scores.error[n][h]
+            cost = scores.cost[n][h] / scores.dense_cost
+            writer.writerow([n, h, repr(pattern), *(f"{x:.4f}" for x in (*figures, cost))])
+    return text.getvalue()
+
+
+def maps(shown: Sequence[Mapping[str, Any]], recall: Mapping[str, Any], pictures: str) -> str:
+    """The attention of chosen heads before and after permutation."""
+    parts = [
+        "## Attention before and after permutation",
+        "Dense attention weights of the heads that each kind of pattern suits best, on a prompt of "
+        f"{recall['tokens']:,} tokens, and what the plan computes of them.",
+    ]
+    for one in shown:
+        given = "which the table gives it" if one["given"] == one["pattern"] else f"the table gives it `{one['given']}`"
+        parts.append(
+            f"### {one['kind']}: layer {one['layer']}, head {one['head']}\n\n"
+            f"`{one['pattern']}`, {given}; error {one['error']:.4f}."
+        )
+        parts += [f"![{one['kind']}]({pictures}/{file})" for file in one["files"]]
+    for kind in ("Grid", "QBoundary", "Boundary2D"):
+        if kind not in {one["kind"] for one in shown}:
+            parts.append(f"No head was tried with a {kind}.")
+    return "\n\n".join(parts)
+
+
+def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTable], notes: str) -> str:
+    """What the figures say against us, and what was written by hand."""
+    found = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        by_method = {
+            m: [c for c in cells if c["task"] == task and c["method"] == m]
+            for m in dict.fromkeys(c["method"] for c in cells)
+        }
+        accuracy = {method: accuracy_of(own) for method, own in by_method.items() if own}
+        ours, dense = accuracy.get("ours"), accuracy.get("dense")
+        if ours is None or dense is None:
+            continue
+        if ours < dense - POINT:
+            found.append(f"{task}: ours answers {ours:.1%}, dense {dense:.1%}.")
+        better = [f"{NAMES.get(m, m)} ({x:.1%})" for m, x in accuracy.items() if x > ours and m != "dense"]
+        if better:
+            found.append(f"{task}: better than ours ({ours:.1%}) at the cost in the table: {', '.join(better)}.")
+        share = mean_share(by_method["ours"], "ours")
+        for method, own in by_method.items():
+            off = mean_share(own, method) / share - 1
+            if method not in ("dense", *tables) and abs(off) > MARGIN:
+                found.append(f"{task}: {NAMES.get(method, method)} costs {off:+.0%} of ours: its sizes come no nearer.")
+    for name, table in tables.items():
+        error, held_out = (float(table.provenance.get(key, "nan").split()[0]) for key in ("error", "held-out error"))
+        if abs(held_out / max(error, 1e-12) - 1) > MARGIN:
+            found.append(
+                f"{NAMES.get(name, name)}: the error on held-out prompts is {held_out:.4g}, on calibration {error:.4g}."
+            )
+    listed = "\n".join(f"- {line}" for line in found) or "- Nothing that these figures show."
+    return "\n\n".join(["## What did not work", listed, notes.strip()]).strip()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,263 @@
+"""Writes docs/accuracy.md: how a model answers with sparse attention, what its heads got, and what did not work.
+
+    python scripts/make_accuracy.py --model DIR --tokens 8192 --tokens 32768 --target-density 0.2
+
+runs `mmi search` three times (ours, without boundaries, without Grid; the trials are run once), `mmi niah` on all tasks
+and methods, and draws the heads. Everything is kept in --work: a stage whose result is there is not run again, and a
+killed one goes on where it stopped. With --page-only nothing is run but the pictures: for results that were computed on
+another machine and copied. The page is written from these results alone; what a person has to say about them stands in
+docs/accuracy_notes.md and is put at its end.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from accuracy_page import write_page
+
+from mmi_jax import Blocks, PatternTable, plots, prefill
+from mmi_jax.attention_map import plot_attention
+from mmi_jax.cli import main
+from mmi_jax.cli.niah_results import write_text
+from mmi_jax.cli.pictures import write_figure
+from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
+from mmi_jax.plan import plan_heads, prompt_geometry
+from mmi_jax.search.budget import Option
+from mmi_jax.search.capture import Captured, captured_layers
+from mmi_jax.search.costs import DENSITY
+from mmi_jax.search.journal import read_journal
+from mmi_jax.search.measure import modalities_of
+from mmi_jax.search.scores import Choice, Scores, read_scores
+from mmi_jax.search.trials import trial_of
+from mmi_jax.table import load_table
+from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.weights import load
+
+ROOT = Path(__file__).parents[1]
+TABLES = {"ours": (), "no inter-modality": ("QBoundary", "Boundary2D"), "no Grid": ("Grid",)}
+"""Names of the searched methods and the patterns they go without."""
+
+BASELINES = ("minference", "a-shape", "tri-shape", "sf-fixed", "sf-strided", "swin", "block-topk")
+PICTURE_PRICE = 0.3
+"""Error that a head may make to save all of its tiles, when the heads to draw are chosen."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to run; see the options of `accuracy`."""
+
+    model: str
+    work: Path
+    output: Path
+    tasks: tuple[str, ...]
+    tokens: tuple[int, ...]
+    calibration_tokens: int
+    samples: int
+    target_density: float
+    depths: int
+    samples_per_cell: int
+    candidates: str
+    scale: float
+    dtype: str
+    costs: str | None
+    picture_tokens: int
+    side_by_side: int
+
+    @property
+    def pictures(self) -> Path:
+        """Where pictures go."""
+        return self.output.with_suffix("")
+
+    def table_file(self, name: str) -> Path:
+        """The searched table of a method."""
+        return self.work / f"{name.replace(' ', '-')}.json"
+
+
+def run_search(task: Task) -> None:
+    """The searched tables that are not there yet."""
+    for name, excluded in TABLES.items():
+        if task.table_file(name).exists():
+            continue
+        options = ["search", "--model", task.model, "--tokens", task.calibration_tokens, "--samples", task.samples]
+        options += ["--held-out-samples", 1, "--target-density", task.target_density, "--dtype", task.dtype]
+        options += ["--candidates", task.candidates, "--scale", task.scale, "--work", task.work / "search.jsonl"]
+        options += ["--output", task.table_file(name), *_costs(task)]
+        options += [x for one in task.tasks for x in ("--task", one)] + [x for p in excluded for x in ("--exclude", p)]
+        _run(options)
+
+
+def run_niah(task: Task) -> None:
+    """The grid of tasks, lengths, depths and methods, unless it is filled."""
+    if (task.work / "niah" / "results.json").exists():
+        return
+    options = ["niah", "--model", task.model, "--output", task.work / "niah", "--depths", task.depths]
+    options += ["--samples", task.samples_per_cell, "--dtype", task.dtype, "--match-cost", "ours", *_costs(task)]
+    options += ["--side-by-side", task.side_by_side]
+    options += [x for n in task.tokens for x in ("--tokens", n)] + [x for one in task.tasks for x in ("--task", one)]
+    methods = ["dense", *(f"{name}={task.table_file(name)}" for name in TABLES), *BASELINES]
+    _run(options + [x for method in methods for x in ("--method", method)])
+
+
+def _costs(task: Task) -> list[str]:
+    return [] if task.costs is None else ["--costs", task.costs]
+
+
+def _run(options: list[Any]) -> None:
+    """One command of `mmi`."""
+    if status := main([str(option) for option in options]):
+        raise SystemExit(status)
+
+
+def measure_recall(task: Task, model: Any, prompt: Any, table: PatternTable) -> dict[str, Any]:
+    """Density and recall of every head on one prompt."""
+    path = task.work / "recall.json"
+    if not path.exists():
+        report = prefill(model, prompt, table=table, may_run_dense=False).report
+        found = {"tokens": report.lengths[0], "density": report.density.tolist(), "recall": report.recall.tolist()}
+        write_text(path, json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def search_scores(task: Task, modalities: tuple[int, ...], table: PatternTable) -> Scores:
+    """The scores behind the tables: those of the trials that every calibration prompt and layer has."""
+    _, rows = read_journal(task.work / "search.jsonl")
+    keys = {(row["prompt"], row["layer"]): set(row["trials"]) for row in rows}
+    for row in rows:
+        keys[row["prompt"], row["layer"]] |= set(row["trials"])
+    most = max(map(len, keys.values()))
+    names = sorted({prompt for (prompt, _), found in keys.items() if len(found) == most})
+    trials = [trial_of(key) for key in sorted(set.intersection(*(keys[key] for key in keys if key[0] in names)))]
+    return read_scores(
+        rows, names, trials, num_layers=table.num_layers, modalities=modalities,
+        num_tokens=task.calibration_tokens, blocks=Blocks(),
+    )  # fmt: skip
+
+
+def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern, float] | None:
+    """Layer, head, pattern and error of the head that a kind of pattern suits best; None where none was tried.
+
+    Among 2D-Boundary patterns are those of the intra-modality step, with pairs of different modalities dense.
+    """
+    own = [Choice(pattern=t.pattern(scores.modalities), trials=(t,) * len(scores.modalities))
+           for t in scores.by_trial if t.step == "own" and t.candidate != Dense()]  # fmt: skip
+    found = []
+    for layer in range(scores.num_layers):
+        for head in range(scores.num_heads):
+            options = scores.options(layer, head, DENSITY)
+            dense = options[0].cost
+            options += [
+                Option(what=c, error=scores.error(c, layer, head), cost=scores.cost(DENSITY, c, layer, head))
+                for c in own
+            ]
+            for option in options:
+                if isinstance(option.what.pattern, kind):
+                    price = option.error + PICTURE_PRICE * option.cost / dense
+                    found.append((price, layer, head, option.what.pattern, option.error))
+    return min(found, key=lambda row: row[:3])[1:] if found else None
+
+
+def draw_head(task: Task, captured: Captured, layer: int, head: int, pattern: Pattern) -> list[str]:
+    """Pictures of one head's attention and mask before and after permutation; their names."""
+    q, k, layout = captured.q[0], captured.k[0], jax.tree.map(lambda x: x[0], captured.layout)
+    kv_head = head // (q.shape[1] // k.shape[1])
+    geometry = prompt_geometry(layout, [pattern], num_queries=q.shape[0], q_start=jnp.int32(0), blocks=Blocks())
+    scale = q.shape[-1] ** -0.5
+    one_q, one_k = q[:, head : head + 1], k[:, kv_head : kv_head + 1]
+    plan = plan_heads([pattern], one_q, one_k, geometry, scale=scale, blocks=Blocks())
+    name = f"{type(pattern).__name__}-layer{layer}-head{head}"
+    title = f"layer {layer}, head {head}: {type(pattern).__name__}"
+    figures = {
+        f"attention-{name}.png": plot_attention(
+            plan, 0, one_q[:, 0], one_k[:, 0], layout.pos, scale=scale, title=title
+        ),
+        f"mask-{name}.png": plots.plot_mask(plan, 0, layout, title=title),
+    }
+    return [write_figure(task.pictures / file, figure).name for file, figure in figures.items()]
+
+
+def draw_heads(task: Task, model: Any, prompt: Any, scores: Scores, table: PatternTable) -> list[dict[str, Any]]:
+    """What is shown of a Grid, a Q-Boundary and a 2D-Boundary head; kinds that were never tried are left out."""
+    chosen = {kind.__name__: best_of_kind(scores, kind) for kind in (Grid, QBoundary, Boundary2D)}
+    wanted = {name: found for name, found in chosen.items() if found is not None}
+    last = max((layer for layer, *_ in wanted.values()), default=-1)
+    shown = []
+    for n, captured in enumerate(captured_layers(model, prompt, blocks=Blocks(), num_layers=last + 1)):
+        for kind, (layer, head, pattern, error) in wanted.items():
+            if layer == n:
+                files = draw_head(task, captured, layer, head, pattern)
+                shown.append({"kind": kind, "layer": layer, "head": head, "pattern": repr(pattern), "error": error,
+                              "given": repr(table.layers[layer][head]), "files": files})  # fmt: skip
+    return shown
+
+
+def make(task: Task, *, runs: bool) -> None:
+    """All stages, the page last."""
+    task.work.mkdir(parents=True, exist_ok=True)
+    task.pictures.mkdir(parents=True, exist_ok=True)
+    if runs:
+        run_search(task)
+        run_niah(task)
+    results = json.loads((task.work / "niah" / "results.json").read_text())
+    tables = {name: load_table(task.table_file(name)) for name in TABLES}
+    processor = Processor.from_directory(task.model)
+    source = SampleSource(processor=processor, haystack=haystack_of("generated"))
+    sample = source.sample("mm-niah", num_tokens=task.picture_tokens, depth=0.5, seed=1)
+    prompt = processor(list(sample.parts))
+    model = load(task.model, dtype=jnp.dtype(task.dtype))
+    recall = measure_recall(task, model, prompt, tables["ours"])
+    scores = search_scores(task, modalities_of(prompt.layout), tables["ours"])
+    shown = draw_heads(task, model, prompt, scores, tables["ours"])
+    write_figure(task.pictures / "patterns.png", plots.plot_patterns(tables["ours"]))
+    if tables["ours"].scores is not None:
+        write_figure(task.pictures / "scores.png", plots.plot_scores(tables["ours"].scores))
+    for path in (task.work / "niah").glob("*.png"):
+        (task.pictures / path.name).write_bytes(path.read_bytes())
+    notes = ROOT / "docs" / "accuracy_notes.md"
+    write_page(
+        task.output, results, tables, recall, shown, notes=notes.read_text() if notes.exists() else "",
+        command=f"python scripts/make_accuracy.py --model {Path(task.model).name} " + " ".join(
+            f"--tokens {n}" for n in task.tokens
+        ) + f" --target-density {task.target_density}",
+    )  # fmt: skip
+    print(f"wrote {task.output} and pictures into {task.pictures}")
+
+
+def accuracy(
+    model: Annotated[str, typer.Option(help="Checkpoint directory.")],
+    work: Annotated[Path, typer.Option(help="Results of all stages.")] = Path("out/accuracy"),
+    output: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs" / "accuracy.md",
+    task: Annotated[list[str] | None, typer.Option(help="v-niah, mm-niah, middle, match; all unless given.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompts.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Of the search: the longest of --tokens.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration samples of each task.")] = 1,
+    target_density: Annotated[float, typer.Option(help="Of the searched tables.")] = 0.2,
+    depths: Annotated[int, typer.Option(help="Depths of the needle.")] = 5,
+    samples_per_cell: Annotated[int, typer.Option(help="Samples of each cell.")] = 4,
+    candidates: Annotated[str, typer.Option(help="As for mmi search.")] = "all",
+    scale: Annotated[float, typer.Option(help="As for mmi search.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Type the model computes in.")] = "bfloat16",
+    costs: Annotated[str | None, typer.Option(help="As for mmi search.")] = None,
+    picture_tokens: Annotated[int, typer.Option(help="Of the prompt whose heads are drawn.")] = 4096,
+    side_by_side: Annotated[int, typer.Option(help="As for mmi niah.")] = 1,
+    page_only: Annotated[bool, typer.Option("--page-only", help="Run neither search nor niah.")] = False,
+) -> None:
+    """Write the page of evidence for a model."""
+    lengths = tuple(tokens or (4096,))
+    make(
+        Task(
+            model=model, work=work, output=output, tasks=tuple(task or ("v-niah", "mm-niah", "middle", "match")),
+            tokens=lengths, calibration_tokens=calibration_tokens or max(lengths), samples=samples,
+            target_density=target_density, depths=depths, samples_per_cell=samples_per_cell, candidates=candidates,
+            scale=scale, dtype=dtype, costs=costs, picture_tokens=picture_tokens, side_by_side=side_by_side,
+        ),
+        runs=not page_only,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(accuracy)

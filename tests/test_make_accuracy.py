@@ -1,0 +1,41 @@
+"""scripts/make_accuracy.py from a model to the page; and from the results alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.demo import build_demo_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_whole_script_writes_the_page_and_again_from_results_alone(tmp_path):
+    build_demo_model(tmp_path / "model")
+    candidates = tmp_path / "candidates.json"
+    candidates.write_text(json.dumps([{"pattern": "AShape", "sink": 128, "local": 64}]))
+    options = [
+        "--model",
+        tmp_path / "model",
+        "--work",
+        tmp_path / "work",
+        "--output",
+        tmp_path / "docs" / "accuracy.md",
+    ]
+    options += ["--task", "v-niah", "--tokens", 900, "--target-density", 0.95, "--depths", 1, "--samples-per-cell", 1]
+    options += ["--candidates", candidates, "--dtype", "float32", "--picture-tokens", 900, "--costs", "tiles"]
+    command = [sys.executable, ROOT / "scripts" / "make_accuracy.py", *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    page = (tmp_path / "docs" / "accuracy.md").read_text()
+    assert "| MInference (VerticalSlash only) |" in page and "### QBoundary: layer" in page
+    pictures = tmp_path / "docs" / "accuracy"
+    named = {line.partition("](accuracy/")[2].rstrip(")") for line in page.splitlines() if line.startswith("![")}
+    assert named == {path.name for path in pictures.glob("*.png")} and len(named) >= 6
+    subprocess.run([*command, "--page-only"], check=True, env=environment, cwd=tmp_path)
+    assert (tmp_path / "docs" / "accuracy.md").read_text() == page
