@@ -18,7 +18,8 @@ fi
 run mkdir -p "$results"
 run "$PYTHON" -m mmi_jax.cli bench check --json-file "$results/check.json"
 run "$PYTHON" -m pytest tests/pallas_kernels/test_block_sparse_attention.py -k mosaic_gpu
-run "$PYTHON" -m pytest tests/pallas_kernels/test_mosaic_gpu.py -k on_the_device
+run "$PYTHON" -m pytest tests/pallas_kernels/test_mosaic_gpu.py tests/pallas_kernels/test_decode_attention.py \
+  tests/pallas_kernels/test_layer_matmul.py -k on_the_device
 run "$PYTHON" -m mmi_jax.cli bench attention --case 'random128 28/4 1024K' --no-baseline --repeats 1 \
   --json-file "$results/million.json"
 run grep -q '"is_bit_equal": true' "$results/million.json"

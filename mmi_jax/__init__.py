@@ -4,6 +4,7 @@ from mmi_jax.attention import sparse_attention as sparse_attention
 from mmi_jax.blocks import Blocks as Blocks
 from mmi_jax.buckets import Buckets as Buckets
 from mmi_jax.decode import decode as decode
+from mmi_jax.decode import decode_with_cache as decode_with_cache
 from mmi_jax.engine import PrefillResult as PrefillResult
 from mmi_jax.engine import prefill as prefill
 from mmi_jax.layout import TokenLayout as TokenLayout

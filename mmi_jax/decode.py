@@ -1,16 +1,27 @@
-"""decode: new tokens from a cache, one at a time, with dense attention."""
+"""decode: new tokens after a prefill, chosen on the device, with dense attention over the cache.
+
+The prompt's cache is read, never written or copied: the keys of the new tokens get room of their own, and attention
+reads both (`pallas_kernels.decode`). So one prefill serves any number of answers, and a cache of half the device's
+memory can be decoded from.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.cache import KVCache
+from mmi_jax.decode_program import Choice, Decoding, choice_of, replicated, room_for, run_block, start
 from mmi_jax.engine import PrefillResult, VisionLanguageModel
-from pallas_kernels.notation import Array, Float, Int32
+from mmi_jax.layout import PADDING, TEXT, TokenLayout
+from pallas_kernels.decode.api import Implementation
+from pallas_kernels.notation import Array, Int32
+
+OnTokens = Callable[[np.ndarray], None]
+"""Called with tokens `[b, n]` as they come; rows that have ended repeat their end token."""
 
 
 def decode(
@@ -22,81 +33,133 @@ def decode(
     top_p: float = 1.0,
     key: Array | None = None,
     end_tokens: tuple[int, ...] = (),
+    on_tokens: OnTokens | None = None,
+    implementation: Implementation | None = None,
 ) -> Int32[np.ndarray, "b n"]:
     """Up to `max_new_tokens` tokens after each prompt; past an end token the row repeats it.
 
     Args:
-      prefilled: of a `prefill` with room for `max_new_tokens`.
+      prefilled: of a `prefill`; stays as it is, and needs no room for the new tokens.
       temperature: 0 takes the most likely token; above, samples from `softmax(logits / temperature)`.
       top_p: samples among the fewest tokens that hold this probability.
       key: a JAX random key; needed when `temperature` is above 0.
       end_tokens: decoding stops once every row has produced one of them.
+      on_tokens: called with the first token of each row, then with every block of tokens: for streaming.
+      implementation: of the attention, see `decode_attention`.
 
     Raises:
-      ValueError: `max_new_tokens` is negative or the cache has no room, `temperature` is negative, `top_p` is not in
-        (0, 1], or a key is missing.
+      ValueError: `max_new_tokens` or `temperature` is negative, `top_p` is not in (0, 1], or a key is missing.
     """
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
+    choice = _checked(max_new_tokens, temperature, top_p, key, end_tokens)
+    return _decode(model, prefilled, max_new_tokens, choice, key, on_tokens, implementation)[0]
 
-    lengths = np.asarray(prefilled.cache.lengths)
-    room = prefilled.cache.capacity - int(lengths.max())
-    if not 0 <= max_new_tokens <= room + 1:  # the last one is not written
-        raise ValueError(f"the cache must have room for {max_new_tokens=}, at least 0: it has room for {room + 1}")
+
+def decode_with_cache(
+    model: VisionLanguageModel,
+    prefilled: PrefillResult,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    end_tokens: tuple[int, ...] = (),
+    on_tokens: OnTokens | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Int32[np.ndarray, "b n"], KVCache]:
+    """The tokens of `decode`, and the cache grown by them, in the memory of `prefilled.cache`, which is given up.
+
+    A row's cache ends with its end token, or before its last token where it has none or ended last: a token's keys are
+    computed with the token after it.
+
+    Args:
+      prefilled: of a `prefill` with room for `max_new_tokens`; its cache must not be used afterwards.
+      others: as in `decode`.
+
+    Raises:
+      ValueError: as in `decode`, or the cache has no room.
+    """
+    choice = _checked(max_new_tokens, temperature, top_p, key, end_tokens)
+    cache = prefilled.cache
+    room = cache.capacity - int(np.asarray(cache.lengths).max())
+    if max_new_tokens > room + 1:  # the last one is not written
+        raise ValueError(f"the cache must have room for {max_new_tokens=}: it has room for {room + 1}")
+    tokens, decoding = _decode(model, prefilled, max_new_tokens, choice, key, on_tokens, implementation)
+    if decoding is None:
+        return tokens, cache
+    is_end = np.isin(tokens, choice.end_tokens)
+    until_end = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1])
+    num_kept = jnp.asarray(np.minimum(until_end, tokens.shape[1] - 1), jnp.int32)
+    return tokens, _grown(cache, decoding.k_new, decoding.v_new, num_kept)
+
+
+def _checked(max_new_tokens: int, temperature: float, top_p: float, key, end_tokens: tuple[int, ...]) -> Choice:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens=}")
     if temperature < 0 or not 0 < top_p <= 1 or (temperature > 0 and key is None):
         raise ValueError(
             f"sampling needs temperature >= 0, 0 < top_p <= 1 and a key: got {temperature=}, {top_p=}, {key=}"
         )
+    return choice_of(temperature, top_p, end_tokens)
+
+
+def _decode(
+    model: VisionLanguageModel, prefilled: PrefillResult, max_new_tokens: int, choice: Choice, key: Array | None,
+    on_tokens: OnTokens | None, implementation: Implementation | None,
+) -> tuple[np.ndarray, Decoding | None]:  # fmt: skip
+    """All tokens, block by block, and what is on the device at the end; None for no tokens."""
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+    cache = prefilled.cache
+    if not max_new_tokens:
+        return np.zeros((len(cache.lengths), 0), np.int32), None
+    sharding = replicated(cache)
+    if sharding is not None and implementation is None:
+        implementation = "xla"  # which the compiler can cut
+    key = jax.random.key(0) if key is None else key
     graphdef, state = nnx.split(model)
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max(max_new_tokens, 1))
-    cache = jax.tree.map(jnp.copy, prefilled.cache)  # steps write in place, and the caller's cache stays as it is
-    logits, tokens = prefilled.logits, []
-    is_done = np.zeros(len(lengths), bool)
-    for n in range(max_new_tokens):
-        token = np.asarray(_sample(logits, keys[n], temperature, top_p))
-        token = np.where(is_done, tokens[-1] if tokens else token, token)
-        tokens.append(token)
-        is_done |= np.isin(token, end_tokens)
-        if is_done.all() or n + 1 == max_new_tokens:
-            break
-        logits, cache = _step(graphdef, state, cache, jnp.asarray(token, jnp.int32), jnp.int32(n))
-    return np.stack(tokens, axis=1).astype(np.int32) if tokens else np.zeros((len(lengths), 0), np.int32)
+    decoding = start(prefilled.logits, cache, key, choice=choice, room=room_for(max_new_tokens), sharding=sharding)
+    pieces = [np.asarray(decoding.token)[:, None]]
+    num_tokens = 1
+    while True:
+        if on_tokens is not None:
+            on_tokens(pieces[-1])
+        if num_tokens == max_new_tokens or np.isin(pieces[-1][:, -1], choice.end_tokens).all():
+            return np.concatenate(pieces, axis=1).astype(np.int32), decoding
+        decoding, tokens, n = run_block(
+            graphdef, state, cache, decoding, key, jnp.int32(max_new_tokens),
+            choice=choice, implementation=implementation, sharding=sharding,
+        )  # fmt: skip
+        pieces.append(np.asarray(tokens)[:, : int(n)])
+        num_tokens += int(n)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _step(graphdef, state, cache: KVCache, token, n):
-    """Logits after one more token, the `n`-th new one, and the cache that holds it."""
-    from flax import nnx
+@functools.partial(jax.jit, donate_argnums=0)
+def _grown(cache: KVCache, k_new, v_new, num_kept: Int32[Array, " b"]) -> KVCache:
+    """The cache with the first `num_kept` new tokens of each prompt behind it, as text.
 
-    model: Any = nnx.merge(graphdef, state)
-    layer_graphdef, layer_state = nnx.split(model.layers)
-    place = cache.lengths + n
-    rope_pos = jnp.broadcast_to((cache.next_rope_pos + n)[None, :, None], (3, len(token), 1))
-    rotary = model.rotary(rope_pos)
-    rows = jnp.arange(len(token))
-    is_seen = jnp.arange(cache.capacity)[None] <= place[:, None]
+    One token at a time, in place: a scatter would first bring the whole cache into another order.
+    """
 
-    def layer(x, layer):
-        state, k, v = layer
+    def write(n, row, old, new):
+        token = jax.lax.dynamic_slice(new, (0, n, row, 0, 0), (new.shape[0], 1, 1, *new.shape[3:]))
+        return jax.lax.dynamic_update_slice(old, token, (0, n, cache.lengths[n] + row, 0, 0))
 
-        def attend(q, k_new, v_new):
-            k_all, v_all = (
-                old.at[rows, place].set(new[:, 0].astype(old.dtype)) for old, new in ((k, k_new), (v, v_new))
-            )
-            out = jax.nn.dot_product_attention(q, k_all, v_all, mask=is_seen[:, None, None, :])
-            return out, (k_all, v_all)
+    def prompt(n, kv):
+        return jax.lax.fori_loop(
+            0, num_kept[n], lambda row, kv: (write(n, row, kv[0], k_new), write(n, row, kv[1], v_new)), kv
+        )
 
-        return nnx.merge(layer_graphdef, state)(x, rotary, attend)
-
-    x, (k, v) = jax.lax.scan(layer, model.embedding(token[:, None]), (layer_state, cache.k, cache.v))
-    return model.unembed(x[:, 0]), dataclasses.replace(cache, k=k, v=v)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _sample(logits: Float[Array, "b v"], key, temperature: float, top_p: float) -> Int32[Array, " b"]:
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf)).astype(jnp.int32)
+    k, v = jax.lax.fori_loop(0, len(num_kept), prompt, (cache.k, cache.v))
+    row = jnp.arange(cache.capacity)[None] - cache.lengths[:, None]
+    is_new = (row >= 0) & (row < num_kept[:, None])
+    pos = jnp.max(cache.layout.pos, axis=1, keepdims=True) + 1 + row
+    text = dict(modality=TEXT, video=PADDING, frame=PADDING, row=PADDING, column=PADDING, pos=pos)
+    fields = {name: jnp.where(is_new, value, getattr(cache.layout, name)) for name, value in text.items()}
+    return dataclasses.replace(
+        cache,
+        k=k,
+        v=v,
+        lengths=cache.lengths + num_kept,
+        next_rope_pos=cache.next_rope_pos + num_kept,
+        layout=TokenLayout(**fields),
+    )

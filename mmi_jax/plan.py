@@ -121,7 +121,7 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         shared = one(jnp.int32(heads[0]))
         planned, extra_order, variants = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(heads), *x.shape)), shared)
     num_heads = len(heads)
-    if extra_order is None:
+    if extra_order is None or variants is None:
         extra_order, kv_pos, pos_row = jnp.zeros((num_heads, 0), jnp.int32), geometry.kv_pos[None], planned.variant
     else:
         own_rows = jnp.arange(num_heads, dtype=jnp.int32)[:, None] * variants.shape[1]

@@ -9,6 +9,7 @@
 | `s` | kv tokens | `p` | vision patches |
 | `d` | head dim | `c` | colour channels |
 | `e` | model dim | `x` | kv rows gathered for one query head |
+| `f` | output features of a matrix | | |
 
 `h` is always a whole multiple of `g`: query head `h` reads kv head `h // (num_q_heads // num_kv_heads)`.
 Lengths and positions are in tokens, int32. Kernels are head-major (`h t d`), models token-major (`t h d`).

@@ -109,3 +109,10 @@ def matmul_tflops_per_s(repeats: int = 5) -> float:
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
     timing = compile_program(jnp.matmul, a, b).time(a, b, repeats=repeats)
     return 2 * size**3 / timing.median_ms / 1e9
+
+
+def copy_bytes_per_s(repeats: int = 5) -> float:
+    """The rate of one large copy on the device, bytes read plus bytes written, to hold memory-bound rates against."""
+    x = jnp.ones((2**24 if jax.default_backend() == "cpu" else 2**30,), jnp.float32)
+    timing = compile_program(jnp.copy, x).time(x, repeats=repeats)
+    return 2 * x.nbytes / timing.median_ms * 1e3

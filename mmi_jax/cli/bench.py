@@ -69,8 +69,8 @@ def attention(
         )  # fmt: skip
 
     with one_line_errors(shows_traceback=debug):
-        _check_known("--implementation", implementation, get_args(Implementation))
-        _share_memory(peers)
+        check_known("--implementation", implementation, get_args(Implementation))
+        share_memory(peers)
         on_cpu = jax.default_backend() == "cpu"
         names = _chosen(case, list(CASES), [n for n in CASES if n.startswith("cpu") == on_cpu])
         own = (on_cpu if own_process is None else own_process) and len(names) > 1
@@ -115,9 +115,9 @@ def plans(
         return figures | speedup
 
     with one_line_errors(shows_traceback=debug):
-        _check_known("--dtype", dtype, ERROR_LIMIT)
-        _check_known("--implementation", implementation, get_args(Implementation))
-        _share_memory(peers)
+        check_known("--dtype", dtype, ERROR_LIMIT)
+        check_known("--implementation", implementation, get_args(Implementation))
+        share_memory(peers)
         on_gpu = jax.default_backend() == "gpu"
         names = _chosen(case, list(PLAN_CASES), list(PLAN_CASES))
         found = [
@@ -148,8 +148,8 @@ def check(
         return check_rules(name, implementation=implementation)  # pyright: ignore
 
     with one_line_errors(shows_traceback=debug):
-        _check_known("--implementation", implementation, get_args(Implementation))
-        _share_memory(peers=False)
+        check_known("--implementation", implementation, get_args(Implementation))
+        share_memory(peers=False)
         names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
         runs = [Run(name, name) for name in names]
         run_all(runs, measure, bench_table.check_table, json_file, stops_at_error=debug, times_matmul=False)
@@ -174,7 +174,7 @@ def tune_configs(
         return tune_and_keep(problem, table, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        _share_memory(peers=False)
+        share_memory(peers=False)
         if not has_hopper_gpu():
             raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
         check_table(table)
@@ -198,7 +198,7 @@ def _chosen(asked: list[str] | None, known: list[str], default: list[str]) -> li
     return list(dict.fromkeys(n for name in asked for n in fnmatch.filter(known, name))) if asked else default
 
 
-def _check_known(option: str, value: str | None, known: Iterable[str]) -> None:
+def check_known(option: str, value: str | None, known: Iterable[str]) -> None:
     """Raises ValueError for a value that is given and not known: once, before the cases run."""
     if value is not None and value not in (names := list(known)):
         raise ValueError(f"{option} must be one of {', '.join(names)}, got {value!r}")
@@ -212,7 +212,7 @@ def _heads(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def _share_memory(peers: bool) -> None:
+def share_memory(peers: bool) -> None:
     """Leaves room on a GPU for torch; before JAX opens the device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.70" if peers else "0.92")

@@ -9,7 +9,7 @@ from rich.table import Table
 RANKS = 10
 """Configs of a search that its table shows, the best first; those that failed come after them."""
 
-LISTS = ("random", "all")
+LISTS = ("random", "short", "all")
 PLAN_PARTS = ("views_ms", "plan_ms", "permute_ms", "attend_ms", "undo_ms")
 
 
@@ -127,6 +127,51 @@ def soak_table(result: dict[str, Any]) -> Table:
         grown = (f"{case[f'{name}_bytes_growth'] / 2**20:.1f}" for name in ("host", "device", "array"))
         sizes = (str(case[name]) for name in ("prompts", "buckets", "programs"))
         table.add_row(case["case"], *sizes, *grown, str(case["compilations_growth"]))
+    return table
+
+
+def decode_table(result: dict[str, Any]) -> Table:
+    """Time of a token and the rate of reading, then what was measured beside it."""
+    table = _table(
+        result, "", "prompts", "rel. error", "logits differ", "ms per token", "tokens/s", "GB per token", "TB/s",
+        "% of copy", "compile s",
+    )  # fmt: skip
+    for case in _measured_cases(result):
+        table.add_row(
+            case["case"],
+            str(case["batch"]),
+            f"{case['relative_error']:.1e}",
+            f"{case['logits_difference']:.1e}",
+            f"{case['ms_per_token']:.4g}",
+            f"{case['tokens_per_s']:.4g}",
+            f"{case['gb_per_token']:.4g}",
+            f"{case['tb_per_s']:.4g}",
+            f"{case['share_of_copy']:.0%} of {case['copy_tb_per_s']:.4g}",
+            f"{case['compile_ms'] / 1e3:.1f}",
+        )
+        for other in case["others"]:
+            what = f": {other['error']}" if "error" in other else ""
+            ms = other.get("ms_per_token", other.get("median_ms"))
+            rate = f"{other['tb_per_s']:.4g}" if "tb_per_s" in other else ""
+            table.add_row(f"  {other['name']}{what}", "", "", "", f"{ms:.4g}" if ms else "", "", "", rate)
+    return table
+
+
+def vision_table(result: dict[str, Any]) -> Table:
+    """The whole call from host memory, then one batch on the device."""
+    table = _table(
+        result, "", "frames", "rel. error (xla's)", "ms (fastest, slowest)", "TFLOP/s", "% of matmul", "frames/s",
+        "tokens/s",
+    )  # fmt: skip
+    for case in _measured_cases(result):
+        errors = f"{case['relative_error']:.1e} ({case['relative_error_xla']:.1e})"
+        rates = f"{case['frames_per_s']:.4g}", f"{case['tokens_per_s']:.5g}"
+        table.add_row(case["case"], str(case["frames"]), errors, *_measured(case, result)[2:], *rates)
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+            else:
+                table.add_row(f"  {other['name']}", str(other["frames"]), "", *_measured(other, result)[2:])
     return table
 
 

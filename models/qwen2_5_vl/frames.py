@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.rope import inverse_frequencies
@@ -16,18 +16,29 @@ class Windows:
 
     A frame of 2 x 3 merged blocks with windows of 2 x 2 blocks (numbers are blocks, `.` is a hole):
 
-        0 1 | 2 .        order:  0 1 3 4 | 2 . 5 .
+        0 1 | 2 .        order:  0 1 3 4 2 5        rows:  0 1 2 3 | 4 5 4 4        lengths: 4 | 2
         3 4 | 5 .
 
     Fields:
-        order: patch in every place of every window; a hole names patch 0 and is False in `is_real`.
-        is_real: whether the place holds a patch.
-        place: for each patch, its place among the flattened windows.
+        order: the patches, window by window: "window order", in which the layers hold them.
+        rows: for every place of every window, its row in window order; the holes of a window come last and repeat its
+            first row.
+        lengths: patches in each window.
     """
 
-    order: Int32[np.ndarray, "w p"]
-    is_real: Bool[np.ndarray, "w p"]
-    place: Int32[np.ndarray, " q"]
+    order: Int32[np.ndarray, " q"]
+    rows: Int32[np.ndarray, "w p"]
+    lengths: Int32[np.ndarray, " w"]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether any window has holes."""
+        return len(self.order) < self.rows.size
+
+    @property
+    def filled(self) -> Int32[np.ndarray, " q"]:
+        """Where among the flattened places of all windows each row of window order stands."""
+        return np.flatnonzero(np.arange(self.rows.shape[1]) < self.lengths[:, None]).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=64)
@@ -39,12 +50,11 @@ def windows(num_rows: int, num_columns: int, config: VisionConfig) -> Windows:
     blocks = np.full((window_rows * side, window_columns * side), -1, np.int32)
     blocks[:block_rows, :block_columns] = np.arange(block_rows * block_columns).reshape(block_rows, block_columns)
     blocks = blocks.reshape(window_rows, side, window_columns, side).swapaxes(1, 2).reshape(-1, side**2)
-    patches = blocks[..., None] * config.block_len + np.arange(config.block_len, dtype=np.int32)
-    is_real = np.repeat(blocks >= 0, config.block_len, axis=1)
-    order = np.where(is_real, patches.reshape(is_real.shape), 0).astype(np.int32)
-    place = np.empty(num_rows * num_columns, np.int32)
-    place[order[is_real]] = np.flatnonzero(is_real)
-    return Windows(order=order, is_real=is_real, place=place)
+    lengths = config.block_len * (blocks >= 0).sum(axis=1, dtype=np.int32)
+    patches = blocks[blocks >= 0][:, None] * config.block_len + np.arange(config.block_len, dtype=np.int32)
+    place = np.arange(side**2 * config.block_len, dtype=np.int32)
+    rows = (np.cumsum(lengths) - lengths)[:, None] + np.where(place < lengths[:, None], place, 0)
+    return Windows(order=patches.reshape(-1), rows=rows.astype(np.int32), lengths=lengths)
 
 
 @functools.lru_cache(maxsize=64)

@@ -36,7 +36,7 @@ def column_mass(
     """
     _check_device()
     check_supported(q, k, scale)
-    return (launch(k, kv_pos, kv_head, q, q_pos, scale=scale)[0],)
+    return launch(k, kv_pos, kv_head, q, q_pos, scale=scale)
 
 
 def line_mass(
@@ -74,8 +74,10 @@ def check_supported(q, k, scale: float, band: int = 16) -> None:
             raise NotImplementedError(f"mosaic_gpu: {message}")
 
 
-def launch(k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS):
-    """Runs two passes, and the third one when there are `q_row` and `band`: the masses per key and per band."""
+def launch(
+    k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS
+) -> tuple[Any, ...]:
+    """The masses per key, and per band where `q_row` and `band` are given, by two passes or three."""
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
@@ -99,7 +101,7 @@ def launch(k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int 
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
     (mass,) = _launch(mass_pass, (*arrays, lse), shape, num_shares, (per_key,))
     if q_row is None:
-        return mass, None
+        return (mass,)
     q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
     past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
     per_band = jax.ShapeDtypeStruct((num_heads, num_tiles, shape.bands_per_tile, NUM_QUERIES), jnp.float32)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny import BLOCKS, BUCKETS, STATIC, batch, extend, last_logits, prompt, tiny_model
 
-from mmi_jax import decode, prefill
+from mmi_jax import decode, decode_program, decode_with_cache, prefill
 
+run_block: Any = decode_program.run_block
 PROMPTS = (prompt(1, 4, (2, 3, 3), 6), prompt(2, 3, (1, 2, 2), 5, (3, 2, 4), 12), prompt(3, 25))
 
 
@@ -51,12 +52,72 @@ def test_decoding_after_a_sparse_prefill_starts_from_its_logits():
     np.testing.assert_array_equal(tokens[:, 0], np.asarray(result.logits).argmax(axis=1))
 
 
-def test_the_cache_may_be_filled_to_its_last_token():
+def test_a_full_cache_may_be_decoded_from():
+    result = prefilled(prompt(5, 64))
+    assert result.cache.capacity == 64
+    roomy = prefill(tiny_model(), prompt(5, 64), buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=3)
+    expected = decode(tiny_model(), roomy, max_new_tokens=3)
+    np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=3), expected)
+
+
+def test_tokens_come_in_blocks_of_one_program(monkeypatch):
+    """The first token, then blocks; a block's end changes nothing, and every block runs the same program."""
+    result, blocks = prefilled(*PROMPTS), []
+    tokens = decode(tiny_model(), result, max_new_tokens=40, on_tokens=blocks.append)
+    assert [block.shape for block in blocks] == [(3, 1), (3, 16), (3, 16), (3, 7)]
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), tokens)
+    run_block.clear_cache()
+    monkeypatch.setattr(decode_program, "BLOCK_TOKENS", 3)
+    np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=40), tokens)
+    assert run_block._cache_size() == 1
+    run_block.clear_cache()
+
+
+def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
+    result, asked = prefilled(*PROMPTS), []
+    expected = decode(tiny_model(), result, max_new_tokens=3)
+    multiply = decode_program.layer_matmul
+
+    def recorded(x, w, layer, **kwargs):
+        asked.append((x.shape, w.shape))
+        return multiply(x, w, layer, **kwargs)
+
+    monkeypatch.setattr(decode_program, "layer_matmul", recorded)
+    run_block.clear_cache()
+    np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=3), expected)
+    run_block.clear_cache()
+    q, kv, out, up, down = (16, 32), (16, 16), (32, 16), (16, 24), (24, 16)
+    assert asked == [((3, w[0]), (3, *w)) for w in (q, kv, kv, out, up, up, down)]
+
+
+def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
+    result = prefill(tiny_model(), batch(*PROMPTS), buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=8)
+    ends = (int(decode(tiny_model(), result, max_new_tokens=8)[0, 2]),)
+    k = result.cache.k
+    tokens, grown = decode_with_cache(tiny_model(), result, max_new_tokens=8, end_tokens=ends)
+    assert k.is_deleted(), "the old cache's memory was taken"
+    answers = [row[: list(row).index(ends[0]) + 1] if ends[0] in row else row for row in tokens]
+    kept = [answer[: tokens.shape[1] - 1] for answer in answers]
+    assert len({len(answer) for answer in kept}) > 1
+    expected = prefilled(*[extend(p, answer) for p, answer in zip(PROMPTS, kept, strict=True)]).cache
+    assert grown.capacity == expected.capacity == 64
+    for name in ("lengths", "next_rope_pos"):
+        np.testing.assert_array_equal(getattr(grown, name), getattr(expected, name))
+    jax.tree.map(np.testing.assert_array_equal, grown.layout, expected.layout)
+    is_token = (np.arange(64) < np.asarray(expected.lengths)[:, None])[None, :, :, None, None]
+    for name in ("k", "v"):
+        ours, theirs = (np.where(is_token, getattr(cache, name), 0) for cache in (grown, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_cache_grows_as_far_as_it_has_room():
+    tokens, grown = decode_with_cache(tiny_model(), prefilled(prompt(5, 60)), max_new_tokens=5)
+    assert tokens.shape == (1, 5) and int(grown.lengths[0]) == grown.capacity == 64
+    with pytest.raises(ValueError, match="room for max_new_tokens=6: it has room for 5"):
+        decode_with_cache(tiny_model(), prefilled(prompt(5, 60)), max_new_tokens=6)
     result = prefilled(prompt(5, 60))
-    tokens = decode(tiny_model(), result, max_new_tokens=5)
-    np.testing.assert_array_equal(tokens, greedy_by_forward([prompt(5, 60)], 5))
-    with pytest.raises(ValueError, match="room for max_new_tokens=6, at least 0: it has room for 5"):
-        decode(tiny_model(), result, max_new_tokens=6)
+    tokens, grown = decode_with_cache(tiny_model(), result, max_new_tokens=0)
+    assert tokens.shape == (1, 0) and grown is result.cache
 
 
 def test_rows_repeat_their_end_token_until_all_have_ended():
@@ -115,6 +176,14 @@ def test_top_p_samples_only_the_fewest_tokens_that_hold_it():
         assert {token for token in nucleus if p[token] > 0.03} <= set(row.tolist()) <= set(nucleus)
 
 
+def test_another_temperature_or_top_p_compiles_nothing():
+    result = prefilled(*PROMPTS)
+    run_block.clear_cache()
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
+        decode(tiny_model(), result, max_new_tokens=2, temperature=temperature, top_p=top_p, key=jax.random.key(0))
+    assert run_block._cache_size() == 1
+
+
 def test_a_tiny_top_p_or_temperature_is_greedy():
     result = prefilled(*PROMPTS)
     greedy = decode(tiny_model(), result, max_new_tokens=4)
@@ -140,5 +209,5 @@ def test_sampling_that_cannot_be_done_is_refused(kwargs, message):
 
 
 def test_a_negative_number_of_tokens_is_refused():
-    with pytest.raises(ValueError, match="max_new_tokens=-1, at least 0"):
+    with pytest.raises(ValueError, match="at least 0, got max_new_tokens=-1"):
         decode(tiny_model(), prefilled(*PROMPTS), max_new_tokens=-1)

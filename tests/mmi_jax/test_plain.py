@@ -72,8 +72,8 @@ def test_dense_attention_of_a_plain_prompt_equals_the_dense_plan(rng):
 def test_finite_padding_is_left_alone_and_changes_no_prompt(rng):
     layout = stack([PROMPT.pad_to(48), text_tokens(48)])
     q, k, v = (jnp.nan_to_num(x, nan=100.0) for x in inputs(rng, layout, 48))
-    args = dict(layout=layout, scale=0.125, implementation="xla")
-    (got, lse), (want, want_lse) = (attend_densely(q, k, v, padding_is_finite=f, **args) for f in (True, False))
+    attend = functools.partial(attend_densely, q, k, v, layout=layout, scale=0.125, implementation="xla")
+    (got, lse), (want, want_lse) = (attend(padding_is_finite=is_finite) for is_finite in (True, False))
     is_real = np.asarray(layout.is_real)
     np.testing.assert_array_equal(np.asarray(got)[is_real], np.asarray(want)[is_real])
     np.testing.assert_array_equal(lse, want_lse)

@@ -2,13 +2,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwen2_5_vl_golden as oracle
 from flax import nnx
 
 from models.prompt import Prompt
-from models.qwen2_5_vl import vision
+from models.qwen2_5_vl import vision, vision_attention
 from models.qwen2_5_vl.frames import windows
 from models.qwen2_5_vl.rope import mrope_positions, token_layout
 
@@ -24,17 +25,17 @@ def assert_equal_up_to_rounding(ours, theirs):
 def test_windows_of_a_ragged_frame():
     """A frame of 2 x 3 merged blocks in windows of 2 x 2 blocks; a block is four patches."""
     tables = windows(4, 6, oracle.model("gqa7").config.vision)
-    blocks = tables.order.reshape(2, 4, 4)
-    assert blocks[..., 0].tolist() == [[0, 4, 12, 16], [8, 0, 20, 0]]
-    assert (blocks[0, 1] == [4, 5, 6, 7]).all()
-    assert tables.is_real.reshape(2, 4, 4).all(axis=2).tolist() == [[True] * 4, [True, False, True, False]]
-    np.testing.assert_array_equal(tables.order.reshape(-1)[tables.place], np.arange(24))
+    assert tables.order.tolist() == [4 * block + n for block in (0, 1, 3, 4, 2, 5) for n in range(4)]
+    assert tables.rows.tolist() == [list(range(16)), [*range(16, 24), *[16] * 8]]
+    assert tables.lengths.tolist() == [16, 8] and tables.is_ragged
+    np.testing.assert_array_equal(tables.rows.reshape(-1)[tables.filled], np.arange(24))
 
 
 def test_windows_of_a_frame_that_divides():
     tables = windows(8, 4, oracle.model("gqa7").config.vision)
-    assert tables.is_real.all()
-    np.testing.assert_array_equal(tables.order.reshape(-1), np.arange(32))
+    np.testing.assert_array_equal(tables.order, np.arange(32))
+    np.testing.assert_array_equal(tables.rows, np.arange(32).reshape(2, 16))
+    assert not tables.is_ragged
 
 
 @pytest.mark.parametrize("batch_patches", [1, 150])
@@ -48,9 +49,11 @@ def test_batching_of_frames_changes_nothing(batch_patches, monkeypatch):
 def test_chunks_of_queries_change_nothing(monkeypatch):
     data, tower = oracle.golden("gqa7"), oracle.model("gqa7").vision
     whole = tower(data["patches"], oracle.grids("gqa7"))
-    cache: Any = vision._encode_batch
+    cache: Any = vision.encode_batch
     cache.clear_cache()  # the limit is read when a program is traced
-    monkeypatch.setattr(vision, "SCORE_BYTES", 4 * 3 * 60 * 7)  # seven queries of a frame of 60 patches, 3 heads
+    monkeypatch.setattr(
+        vision_attention, "SCORE_BYTES", 4 * 3 * 60 * 7
+    )  # seven queries of a frame of 60 patches, 3 heads
     assert_equal_up_to_rounding(tower(data["patches"], oracle.grids("gqa7")), whole)
     cache.clear_cache()
 
@@ -58,12 +61,46 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
 def test_a_long_video_compiles_once(rng, monkeypatch):
     tower = oracle.model("gqa7").vision
     monkeypatch.setattr(vision, "FRAME_BATCH_PATCHES", 4 * 48)
-    cache: Any = vision._encode_batch
+    cache: Any = vision.encode_batch
     cache.clear_cache()
     for num_frames in (3, 4, 9, 18):
         patches = rng.standard_normal((num_frames * 48, 24)).astype(np.float32)
         assert tower(patches, ((num_frames, 8, 6),)).shape == (num_frames * 12, 56)
     assert cache._cache_size() == 1
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 2, 9, 1]])
+def test_fused_attention_is_the_same_attention(rng, lengths):
+    """The call that cuDNN gets on a GPU, run by XLA; rows past the lengths may be anything finite."""
+    q, k, v = (rng.standard_normal((4, 9, 3, 16)).astype(np.float32) for _ in range(3))
+    lengths = None if lengths is None else np.array(lengths, np.int32)
+    ours = vision_attention.attend_in_chunks(q, k, v, 0.3, lengths)
+    fused = np.asarray(vision_attention.attend_fused(q, k, v, 0.3, lengths, implementation="xla"))
+    is_row = np.ones((4, 9), bool) if lengths is None else np.arange(9) < lengths[:, None]
+    np.testing.assert_allclose(fused[is_row], np.asarray(ours)[is_row], rtol=0, atol=16 * ULP * np.abs(v).max())
+    assert np.isfinite(fused).all()
+
+
+def test_zeros_that_align_the_mlp_change_nothing(rng):
+    """In 16 bits, where they are used; in float32 weights stay as they are."""
+    tower = oracle.model("gqa7").vision
+    graphdef, state = nnx.split(tower.layers)
+    weights = jax.tree.map(lambda a: a[0].astype(jnp.bfloat16), state)
+    aligned = vision._aligned(weights, tower.config)
+    plain_mlp, aligned_mlp = (nnx.merge(graphdef, w).mlp for w in (weights, aligned))
+    assert tower.config.mlp_dim % 128 and aligned_mlp.up.kernel.shape[1] == aligned_mlp.down.kernel.shape[0] == 128
+    x = jnp.asarray(rng.standard_normal((1, 8, tower.config.embed_dim)), jnp.bfloat16)
+    assert_equal_up_to_rounding(aligned_mlp(x), np.asarray(plain_mlp(x)))
+    assert vision._aligned(state, tower.config) is state
+
+
+def test_frames_in_a_row_are_not_copied(rng):
+    patches = rng.standard_normal((40, 3)).astype(np.float32)
+    frames = vision._frames(patches, np.array([8, 16, 24]), 8)
+    assert np.shares_memory(frames, patches)
+    np.testing.assert_array_equal(frames, patches[8:32].reshape(3, 8, 3))
+    apart = vision._frames(patches, np.array([24, 0, 0]), 8)
+    np.testing.assert_array_equal(apart, np.stack([patches[24:32], patches[:8], patches[:8]]))
 
 
 def test_no_attention_across_frames_or_windows(rng):

@@ -1,0 +1,123 @@
+"""Figures of a vision tower: whole videos from host memory, beside one batch on the device and XLA's attention."""
+
+import functools
+import math
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmi_jax.bench.rows import rate, row
+from mmi_jax.bench.timing import summary, time_calls
+
+Implementation = Literal["cudnn", "xla"]
+Size = tuple[int, int]
+"""Rows and columns of a frame in patches."""
+
+
+def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_baseline: bool, repeats: int):
+    """Figures of frames of one size, float32 patches in host memory; a frame is a temporal patch.
+
+    `median_ms` is the whole call, copies from the host included; "one batch" has its patches on the device already.
+
+    Args:
+      tower: a `VisionTower`, weights in the dtype to be timed.
+      name: of the case.
+      num_frames: of the video.
+      with_baseline: also times one batch with XLA's attention.
+      repeats: measurements of each program.
+
+    Raises:
+      RuntimeError: the tokens of a frame are wrong; a wrong tower is not timed.
+    """
+    config = tower.config
+    rng = np.random.default_rng(0)
+    one = rng.standard_normal((math.prod(size), config.patch_dim), dtype=np.float32)
+    patches, grids = np.tile(one, (num_frames, 1)), ((num_frames, *size),)
+    start = time.perf_counter()
+    tokens = jax.block_until_ready(tower(patches, grids))
+    compile_ms = (time.perf_counter() - start) * 1e3
+    errors = _errors(tower, one, size, tokens.reshape(num_frames, -1, config.out_dim)[-1])
+    del tokens
+    timing = summary(
+        time_calls(lambda: tower(patches, grids), jax.block_until_ready, repeats=repeats), compile_ms=compile_ms
+    )
+    flops = num_frames * frame_flops(config, size)
+    names: tuple[Implementation | None, ...] = (None, "xla") if with_baseline else (None,)
+    batches = {
+        f"one batch on the device{', xla attention' if attention else ''}": functools.partial(
+            _one_batch, tower, one, size, num_frames, attention, repeats
+        )
+        for attention in names
+    }
+    return {
+        "case": name,
+        "frames": num_frames,
+        "patches_per_frame": math.prod(size),
+        **errors,
+        **rate(flops, timing),
+        "frames_per_s": round(num_frames / timing.median_ms * 1e3, 2),
+        "tokens_per_s": round(num_frames * math.prod(size) / config.block_len / timing.median_ms * 1e3, 1),
+        "others": [row(name, measure) for name, measure in batches.items()],
+    }
+
+
+def frame_flops(config: Any, size: Size) -> float:
+    """Floating-point operations of one frame: products and attention, two per multiply-add; holes of windows not."""
+    num_patches, e = math.prod(size), config.embed_dim
+    window_len = config.block_len * config.window_len**2
+    num_full = len(config.full_attention_layers)
+    keys = num_full * num_patches + (config.num_layers - num_full) * min(window_len, num_patches)
+    layer = 4 * e * e + 3 * e * config.mlp_dim
+    block_dim = config.block_len * e
+    merger = (block_dim * block_dim + block_dim * config.out_dim) / config.block_len
+    return 2.0 * num_patches * (config.num_layers * layer + config.patch_dim * e + merger + 2 * e * keys)
+
+
+def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dict[str, float]:
+    """Relative errors against the tower in float32: ours at most twice that of XLA's attention in the same dtype.
+
+    A GPU's products of float32 are TF32 unless asked otherwise: an eighth of bfloat16's rounding. Exact ones took XLA
+    longer to compile than everything else together.
+    """
+    from models.qwen2_5_vl.vision import VisionTower
+
+    grids = ((1, *size),)
+    want = np.asarray(in_float32(VisionTower, tower)(patches, grids), np.float64)
+
+    def error(tokens):
+        return float(np.linalg.norm(np.asarray(tokens.astype(jnp.float32)) - want) / np.linalg.norm(want))
+
+    found = {"relative_error": error(ours), "relative_error_xla": error(tower(patches, grids, attention="xla"))}
+    of_reference = 16 * tower.config.num_layers * 2.0**-24  # float32 too, and its sums have an order
+    limit = 2 * found["relative_error_xla"] + float(jnp.finfo(tower.dtype).eps) + of_reference
+    if not found["relative_error"] <= limit:
+        raise RuntimeError(f"the tokens' relative error must be at most {limit:.2e}, got {found['relative_error']:.2e}")
+    return found
+
+
+def in_float32(kind: Any, tower: Any) -> Any:
+    """The same weights and computation in float32."""
+    from flax import nnx
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(tower.config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.float32), nnx.split(tower)[1]))
+
+
+def _one_batch(tower, patches, size: Size, num_frames: int, attention, repeats: int) -> dict[str, Any]:
+    """One batch of the call's own length."""
+    from flax import nnx
+
+    from models.qwen2_5_vl.vision import batch_frames, encode_batch
+
+    length = batch_frames(num_frames, size)
+    graphdef, state = nnx.split(tower)
+    frames = jnp.broadcast_to(jnp.asarray(patches), (length, *patches.shape))
+
+    def call():
+        return encode_batch(graphdef, state, frames, size, attention)
+
+    timing = summary(time_calls(call, jax.block_until_ready, repeats=repeats), compile_ms=0.0)
+    return {"frames": length} | rate(length * frame_flops(tower.config, size), timing)

@@ -1,0 +1,102 @@
+"""layer_matmul on Hopper GPUs: checks, padding of the rows, the launch, and the sum over shares."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.layer_matmul.mosaic_gpu_kernel import STEP, TILE_COLUMNS, MatmulShape, Refs, matmul_kernel
+from pallas_kernels.notation import Array, Float, Int32
+
+MOST_ROWS = 64
+"""Rows of x; more are work for a matrix product proper."""
+
+NUM_MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulConfig:
+    """How a matrix is shared out.
+
+    Args:
+      num_stages: tiles of the matrix that a thread block holds, one of which is computed on.
+      blocks_per_multiprocessor: thread blocks of the launch for each multiprocessor, at most: all run at once.
+    """
+
+    num_stages: int = 4
+    blocks_per_multiprocessor: int = 3
+
+
+def layer_matmul(x: Float[Array, "b e"], w: Float[Array, "layers e f"], layer: Int32[Array, ""]) -> Float[Array, "b f"]:
+    """See `api.layer_matmul`.
+
+    Raises:
+      NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
+    """
+    if not has_hopper_gpu():
+        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+    check_supported(x, w)
+    return launch(x, w, layer, MatmulConfig())
+
+
+def check_supported(x, w) -> None:
+    """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
+    limits = [
+        (x.dtype in (jnp.bfloat16, jnp.float16), f"x and w must be bfloat16 or float16, got {x.dtype}"),
+        (x.shape[0] <= MOST_ROWS, f"x may have at most {MOST_ROWS} rows, got {x.shape[0]}"),
+        (w.shape[1] % STEP == 0, f"rows of the matrix must be a multiple of {STEP}, got {w.shape[1]}"),
+        (w.shape[2] % TILE_COLUMNS == 0, f"its columns must be a multiple of {TILE_COLUMNS}, got {w.shape[2]}"),
+        (math.prod(w.shape[:2]) < 2**31, f"rows of all layers must count below 2**31, got {w.shape[:2]}"),
+    ]
+    for holds, message in limits:
+        if not holds:
+            raise NotImplementedError(f"mosaic_gpu: {message}")
+
+
+def launch(x, w, layer, config: MatmulConfig, *, num_shares: int | None = None) -> Float[Array, "b f"]:
+    """Runs the kernel and sums the shares.
+
+    Args:
+      num_shares: thread blocks along each tile of columns; as many as `config` puts on the chip when None.
+    """
+    b, num_columns, num_steps = x.shape[0], w.shape[2], w.shape[1] // STEP
+    num_tiles = num_columns // TILE_COLUMNS
+    shares = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles if num_shares is None else num_shares
+    shape = MatmulShape(
+        num_tiles=num_tiles,
+        num_shares=min(max(1, shares), num_steps),
+        num_steps=num_steps,
+        num_rows=-(-b // 8) * 8,
+        num_stages=config.num_stages,
+    )
+    x_rows = jnp.pad(x, ((0, shape.num_rows - b), (0, 0)))
+    out = _run(layer[None], x_rows, w.reshape(-1, num_columns), shape)
+    return jnp.sum(out, axis=0)[:, :b].T.astype(x.dtype)
+
+
+def _run(layer, x, w, shape: MatmulShape) -> Float[Array, "shares f b"]:
+    """Partial products over each share of the matrix's rows."""
+    tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
+    transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
+    scratch = dict(
+        x_tiles=plgpu.SMEM((shape.num_stages, shape.num_rows, STEP), x.dtype, transforms=transforms),
+        w_tiles=plgpu.SMEM((shape.num_stages, STEP, TILE_COLUMNS), x.dtype, transforms=transforms),
+        ready=plgpu.Barrier(num_arrivals=2, num_barriers=shape.num_stages),
+    )
+
+    def layer_matmul(*refs):
+        matmul_kernel(Refs(**dict(zip(("layer", "x", "w", "out", *scratch), refs, strict=True))), shape)
+
+    run = plgpu.kernel(
+        layer_matmul,
+        out_type=jax.ShapeDtypeStruct((shape.num_shares, w.shape[1], shape.num_rows), jnp.float32),
+        scratch_types=tuple(scratch.values()),
+        grid=(shape.num_tiles * shape.num_shares,),
+        grid_names=("program",),
+    )
+    return run(layer, x, w)

@@ -1,0 +1,91 @@
+"""The body of the Hopper kernel: one tile of columns of one layer's matrix, a share of its rows.
+
+The product is transposed, `w^T x^T`: the matrix's columns are the rows of wgmma's result (M = 128), the rows of x its
+columns (N = 8 for up to eight prompts). What a thread block does is stream its share of the matrix through shared
+memory, several tiles in flight; the tensor cores are idle most of the time.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+STEP = 64
+"""Rows of the matrix of one step."""
+
+TILE_COLUMNS = 128
+"""Columns of the matrix of one thread block."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulShape:
+    """What the body knows when it is traced.
+
+    Args:
+      num_tiles: tiles of columns.
+      num_shares: thread blocks that share the rows of one.
+      num_steps: steps of all rows of a layer's matrix.
+      num_rows: rows of x, rounded up to 8.
+      num_stages: tiles in shared memory.
+    """
+
+    num_tiles: int
+    num_shares: int
+    num_steps: int
+    num_rows: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refs:
+    """Every array by name: device memory, then shared memory and barriers. `w` is `[layers * e, f]`."""
+
+    layer: Any
+    x: Any
+    w: Any
+    out: Any
+    x_tiles: Any
+    w_tiles: Any
+    ready: Any
+
+
+def matmul_kernel(refs: Refs, shape: MatmulShape):
+    """Runs one thread block: see the module's first lines. Tiles of one share side by side read whole rows."""
+    program = lax.axis_index("program")
+    share = program // shape.num_tiles
+    columns = _aligned(program % shape.num_tiles, TILE_COLUMNS)
+    first, end = (n * shape.num_steps // shape.num_shares for n in (share, share + 1))
+    layer_start = refs.layer[0] * shape.num_steps
+
+    def load(n):
+        slot, number = n % shape.num_stages, first + n
+        ready = refs.ready.at[slot]
+        plgpu.copy_gmem_to_smem(refs.w.at[_aligned(layer_start + number, STEP), columns], refs.w_tiles.at[slot], ready)
+        plgpu.copy_gmem_to_smem(refs.x.at[:, _aligned(number, STEP)], refs.x_tiles.at[slot], ready)
+
+    for n in range(shape.num_stages - 1):
+        pl.when(n < end - first)(lambda n=n: load(jnp.int32(n)))
+
+    def multiply(accumulator):
+        def step(n, carry):
+            slot = n % shape.num_stages
+            plgpu.barrier_wait(refs.ready.at[slot])
+            w_tile, x_tile = (tiles.at[slot].transpose((1, 0)) for tiles in (refs.w_tiles, refs.x_tiles))
+            plgpu.wgmma(accumulator, w_tile, x_tile)
+            plgpu.wgmma_wait(1)  # the product before this one is done, and its slot is free
+            ahead = n + shape.num_stages - 1
+            pl.when(ahead < end - first)(lambda: load(ahead))
+            return carry
+
+        lax.fori_loop(0, end - first, step, 0)
+        return accumulator[...]
+
+    size = TILE_COLUMNS, shape.num_rows
+    refs.out[share, columns] = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(size, jnp.float32))
+
+
+def _aligned(number, size: int):
+    return pl.ds(pl.multiple_of(number * size, size), size)
