@@ -101,6 +101,7 @@ def test_chunks_batches_and_logits_anywhere():
     wholes = [join(a, b) for a, b in zip(starts, rests, strict=True)]
     assert_same(second, prefill(batch(*wholes)))
     everywhere = np.asarray(forward(tiny_model(), pad(batch(*wholes), 64)))
+    assert second.logits_at is not None
     np.testing.assert_allclose(second.logits_at, everywhere[np.arange(2)[:, None], 23 + at], atol=1e-5)
 
 
