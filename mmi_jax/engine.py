@@ -318,7 +318,7 @@ def num_compiled_programs() -> int:
     return len(_COMPILED)
 
 
-def program_texts() -> list[str]:
+def program_texts() -> list[str | None]:
     """The programs that prefill has compiled in this process, as their compiler writes them."""
     return [compiled.as_text() for compiled in _COMPILED.values()]
 

@@ -73,12 +73,14 @@ class StageTimes:
         return {"seconds": rounded, "span": round(self.span, 6), "is_device": self.is_device}
 
 
-def profiled(run: Callable[[], Any], directory: Path, programs: Callable[[], Iterable[str]]) -> tuple[Any, StageTimes]:
+def profiled(
+    run: Callable[[], Any], directory: Path, programs: Callable[[], Iterable[str | None]]
+) -> tuple[Any, StageTimes]:
     """What `run` returns, and the time of its stages; the trace stays in `directory` for a viewer.
 
     Args:
       run: compiled before, so that the trace holds its work alone.
-      programs: the texts of the programs that may have run, asked for afterwards.
+      programs: the texts of the programs that may have run, asked for afterwards; None for one without a text.
 
     Raises:
       OSError: the trace cannot be written.
@@ -94,7 +96,7 @@ def profiled(run: Callable[[], Any], directory: Path, programs: Callable[[], Ite
     return result, stage_times(found[-1], programs(), directory)
 
 
-def stage_times(trace: Path, programs: Iterable[str], directory: Path) -> StageTimes:
+def stage_times(trace: Path, programs: Iterable[str | None], directory: Path) -> StageTimes:
     """The stages of one trace (`.xplane.pb`)."""
     stage_of, holders = _stages_of(programs)
     planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
@@ -116,11 +118,11 @@ def stage_times(trace: Path, programs: Iterable[str], directory: Path) -> StageT
     return StageTimes(seconds=seconds, span=span, is_device=bool(devices), directory=directory)
 
 
-def _stages_of(programs: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+def _stages_of(programs: Iterable[str | None]) -> tuple[dict[str, str], set[str]]:
     """The stage of each instruction by name, and the instructions that only hold others."""
     stage_of, holders = {}, set()
     for text in programs:
-        for line in text.splitlines():
+        for line in (text or "").splitlines():
             if not (instruction := _INSTRUCTION.match(line)):
                 continue
             name = instruction["name"]

@@ -57,8 +57,7 @@ def _batches(patches, grids: tuple[Grid, ...], first_patches, first_ranks) -> It
             np.concatenate([first[i] + width * np.arange(grids[i][0]) for i in members])
             for first, width in ((first_patches, frame_patches), (first_ranks, frame_tokens))
         )
-        most = max(1, vision.FRAME_BATCH_PATCHES // frame_patches)
-        length = min(most, 1 << (len(patch) - 1).bit_length())
+        length = vision.batch_frames(len(patch), size)
         for begin in range(0, len(patch), length):
             frames, ranks = patch[begin : begin + length], rank[begin : begin + length]
             repeats = length - len(frames)

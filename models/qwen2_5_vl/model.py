@@ -47,8 +47,12 @@ class Qwen2_5_VL(nnx.Module):
         num_vision = sum(num_tokens(grid, self.config) for grid in prompt.grids)
         places = vision_places(prompt, num_vision)
         x = self.embedding(jnp.clip(jnp.asarray(prompt.tokens), 0, self.config.vocab_size - 1))
+        before = None
         for frames in frame_batches(prompt.patches, prompt.grids, self.config):
-            x = put_rows(x, self.vision(frames.patches, (frames.grid,)), places[frames.ranks])
+            rows = self.vision(frames.patches, (frames.grid,))
+            x = put_rows(x, rows, places[frames.ranks])
+            jax.block_until_ready(before)  # two batches of patches are on the device, no more
+            before = rows
         return x
 
     def rotary(self, rope_pos: Int32[Array | np.ndarray, "3 b t"]) -> Rotary:

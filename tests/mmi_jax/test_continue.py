@@ -101,6 +101,7 @@ def test_chunks_batches_and_logits_anywhere():
     wholes = [join(a, b) for a, b in zip(starts, rests, strict=True)]
     assert_same(second, prefill(batch(*wholes)))
     everywhere = np.asarray(forward(tiny_model(), pad(batch(*wholes), 64)))
+    assert second.logits_at is not None
     np.testing.assert_allclose(second.logits_at, everywhere[np.arange(2)[:, None], 23 + at], atol=1e-5)
 
 
@@ -133,10 +134,6 @@ def test_sizes_leave_room_for_every_chunk():
     assert sizes_for(40, chunk_tokens=None, held=33, capacity=96, **kwargs).capacity == 112
     last = sizes_for(40, chunk_tokens=48, held=216, capacity=240, **kwargs)
     assert last.starts == range(216, 312, 48) and last.capacity == 312 + 8  # past the largest bucket, with padding only
+    cut: dict[str, Any] = kwargs | {"shards": Shards(sequence=2), "buckets": TWO}
     with pytest.raises(ValueError, match="expected no chunk_tokens, got None, and no cache, got one of 30 tokens"):
-        sizes_for(
-            40,
-            chunk_tokens=None,
-            held=30,
-            **kwargs | dict(shards=Shards(sequence=2), buckets=Buckets(smallest=64, largest=256, multiple=32)),
-        )
+        sizes_for(40, chunk_tokens=None, held=30, **cut)

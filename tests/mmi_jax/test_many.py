@@ -1,5 +1,7 @@
 """prefill_many: every prompt as if alone, in batches of one bucket."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tiny import BLOCKS, batch, prompt, tiny_model
@@ -10,7 +12,7 @@ from mmi_jax.many import batches
 from models.prompt import Prompt
 
 BUCKETS = Buckets(smallest=32, largest=256, multiple=32)
-SETTINGS = dict(buckets=BUCKETS, blocks=BLOCKS, batch_tokens=128)
+SETTINGS: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS, batch_tokens=128)
 PROMPTS = [prompt(0, 60), prompt(1, 5, (2, 2, 3)), prompt(2, 6, (3, 2, 4), 20), prompt(3, 64), prompt(4, 10)]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +86,10 @@ def cudnn_by_xla(monkeypatch):
     """A device on which the vendor's kernel takes every dense call: the number of calls it took."""
     calls = []
 
-    def attend(q, k, v, **options):
+    def attend(q, k, v, **options: Any):
         calls.append(q.shape)
-        return plain.attend_densely(q, k, v, **options | dict(implementation="xla"))
+        options["implementation"] = "xla"
+        return plain.attend_densely(q, k, v, **options)
 
     monkeypatch.setattr(attention, "cudnn_takes", lambda q: True)
     monkeypatch.setattr(attention, "attend_densely", attend)

@@ -1,19 +1,14 @@
 """Fifty random prompts in one process: memory does not grow, and nothing is compiled beyond the buckets."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from tiny import BLOCKS, prompt, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parent / "mmi_jax"))
-from tiny import BLOCKS, prompt, tiny_model  # noqa: E402
-
-from mmi_jax import Buckets, Grid, prefill  # noqa: E402
-from mmi_jax.bench.soak import growth, held, soak  # noqa: E402
-from mmi_jax.cli.bench_soak import figures  # noqa: E402
-from mmi_jax.cli.bench_soak import random_prompt as bench_prompt  # noqa: E402
-from models.qwen2_5_vl.presets import PRESETS  # noqa: E402
+from mmi_jax import Buckets, Grid, prefill
+from mmi_jax.bench.soak import growth, held, soak
+from mmi_jax.cli.bench_soak import figures
+from mmi_jax.cli.bench_soak import random_prompt as bench_prompt
+from models.qwen2_5_vl.presets import PRESETS
 
 BUCKETS = Buckets(smallest=64, largest=256, multiple=64)
 MOST_GROWTH = 48 * 2**20
