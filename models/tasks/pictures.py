@@ -5,8 +5,9 @@ Digits, UCI, CC BY 4.0), the photographs those of `load_sample_images` (authors 
 """
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -47,13 +48,13 @@ PERMUTATIONS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)
 @functools.lru_cache(maxsize=1)
 def digit_labels() -> Int[np.ndarray, " n"]:
     """The digit that each handwritten image shows."""
-    return _datasets().load_digits().target.astype(np.int32)
+    return np.asarray(_digits()["target"], np.int32)
 
 
 @functools.lru_cache(maxsize=1)
 def digit_masks() -> UInt8[np.ndarray, "n 112 112"]:
     """Every handwritten digit as ink (0 to 16) in a white square, each a little elsewhere; `NO_BOX` outside."""
-    ink = _datasets().load_digits().images.astype(np.uint8)
+    ink = np.asarray(_digits()["images"], np.uint8)
     magnified = ink.repeat(BOX // 8, axis=1).repeat(BOX // 8, axis=2)
     masks = np.full((len(ink), SIDE, SIDE), NO_BOX, np.uint8)
     corners = np.random.default_rng(0).integers(-7, 8, (len(ink), 2)) + (SIDE - BOX) // 2
@@ -70,7 +71,7 @@ def atlas() -> UInt8[np.ndarray, "sources rows columns 3"]:
     pages = np.zeros((len(shapes), *np.max(shapes, axis=0), 3), np.uint8)
     for number, (page, (rows, columns)) in enumerate(zip(pages, shapes, strict=True)):
         photograph = Image.fromarray(photographs[number // len(PHOTO_ROWS)])
-        page[:rows, :columns] = photograph.resize((columns, rows), Image.Resampling.BICUBIC)
+        page[:rows, :columns] = np.asarray(photograph.resize((columns, rows), Image.Resampling.BICUBIC))
     return pages
 
 
@@ -111,6 +112,10 @@ def paint(base: Any, marks: Any, masks: Any, *, xp: ModuleType = np) -> Any:
     is_ink = (marks[:, 1] >= 0)[:, None, None, None] & (ink != NO_BOX)
     # 255 - 15 * 17 wraps to 0 for NO_BOX, which is_ink leaves out.
     return xp.where(is_ink, (255 - 15 * (ink & 31)).astype(np.uint8), frames)
+
+
+def _digits() -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], _datasets().load_digits())
 
 
 def _datasets():

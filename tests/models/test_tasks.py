@@ -55,6 +55,7 @@ def test_a_prompt_fills_its_length_and_is_the_same_for_the_same_seed(name, depth
 def test_the_needle_of_v_niah_stands_at_its_depth(depth):
     script = make(v_niah, depth=depth, num_distractors=2)
     clip, text = script.parts
+    assert isinstance(clip, Clip) and isinstance(text, str)
     colour = next(n for n, name in enumerate(COLOURS) if f"the {name} card" in text)
     (first, second) = np.flatnonzero(clip.frames[:, COLOUR] == colour)
     assert second == first + 1 and first == 2 * round(depth * (len(clip.frames) / 2 - 1))
@@ -70,7 +71,7 @@ def test_a_quarter_of_mm_niah_is_text_and_the_needle_is_one_of_four_choices():
     assert (prompt.layout.modality != VISION).mean() == pytest.approx(0.25, abs=0.05)
     (question,) = sample.questions
     assert question.choices == LETTERS
-    assert f" {LETTERS[question.answer]}: " in sample.parts[-1]
+    assert f" {LETTERS[question.answer]}: " in str(sample.parts[-1])
     images = [part for part in sample.parts if isinstance(part, Image)]
     assert len(images) == 4 and all(image.pixels.shape == (112, 112, 3) for image in images)
 
@@ -138,7 +139,7 @@ def test_a_folder_of_videos_is_a_haystack(tmp_path, rng):
     measure = Measure.of(small_processor(), folder)
     script = make(v_niah, haystack=folder, measure=measure, num_tokens=512)
     sample = script.render(folder)
-    assert sample.parts[0].frames.shape[1:] == (64, 96, 3)
+    assert isinstance(sample.parts[0], Video) and sample.parts[0].frames.shape[1:] == (64, 96, 3)
     assert small_processor()(sample.parts).tokens.shape[1] <= 512
     with pytest.raises(ValueError, match="must hold videos"):
         FolderHaystack(directory=_empty(tmp_path)).shots(1, rng)

@@ -1,0 +1,74 @@
+"""Accuracy of the small model, dense, by task, length and depth; a table, and a JSON line per cell.
+
+python scripts/evaluate_small.py out/accuracy.jsonl --lengths 2048,8192,32768,65536    # on a GPU: about 2 minutes
+python scripts/evaluate_small.py out/accuracy.jsonl --lengths 2048 --samples 4         # on a CPU
+"""
+
+import collections
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.demo import DEMO_MODEL
+from models.qwen2_5_vl.weights import load
+from models.small.evaluate import Cell, evaluate
+from models.small.forward import Compute
+from models.tasks import TASKS
+
+BATCH_TOKENS = 131_072
+"""Tokens that run at once."""
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="File of results, a JSON line per batch of samples.")],
+    model: Annotated[Path, typer.Option(help="Checkpoint of the small model.")] = DEMO_MODEL,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192,32768,65536",
+    depths: Annotated[str, typer.Option(help="Places of the needle.")] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 16,
+    fps: Annotated[float, typer.Option(help="Frames per second of the videos.")] = 2.0,
+    held_out: Annotated[bool, typer.Option(help="Also with digits of writers the model never saw.")] = True,
+    num_workers: Annotated[int, typer.Option(help="Processes that make prompts.")] = 2,
+) -> None:
+    """Runs all cells."""
+    is_gpu = jax.default_backend() == "gpu"
+    compute = Compute() if is_gpu else Compute(dtype="float32", attention="xla")
+    cells = [
+        Cell(task=task, num_tokens=n, depth=depth, first_seed=seed, num_samples=count, is_held_out=is_held_out, fps=fps)
+        for n in map(int, lengths.split(","))
+        for is_held_out in ([False, True] if held_out else [False])
+        for task in TASKS
+        for depth in map(float, depths.split(","))
+        for seed, count in _pieces(samples, max(1, BATCH_TOKENS // n) if is_gpu else 1)
+    ]
+    found = collections.defaultdict(lambda: [0, 0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for result in evaluate(
+            load(model, dtype=jnp.dtype(compute.dtype)), cells, compute=compute, num_workers=num_workers
+        ):
+            print(json.dumps(result), file=file, flush=True)
+            cell = found[result["num_tokens"], result["is_held_out"], result["task"]]
+            cell[0] += result["num_right"]
+            cell[1] += result["num_questions"]
+    table = Table("tokens", "digits", *TASKS)
+    for num_tokens, is_held_out in dict.fromkeys(key[:2] for key in found):
+        rows = [found[num_tokens, is_held_out, task] for task in TASKS]
+        shares = [f"{right / asked:.1%} of {asked}" for right, asked in rows]
+        table.add_row(f"{num_tokens:,}", "held out" if is_held_out else "trained on", *shares)
+    Console().print(table)
+
+
+def _pieces(num_samples: int, most: int) -> list[tuple[int, int]]:
+    """(first seed, samples) of equal batches; seeds beyond any step of the training."""
+    count = min(num_samples, most)
+    return [(10**6 + start, count) for start in range(0, num_samples - count + 1, count)]
+
+
+if __name__ == "__main__":
+    typer.run(main)
