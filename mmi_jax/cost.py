@@ -42,6 +42,10 @@ class CostModel:
         plan = self.sparse_ms + self.plan_ms + 1e-6 * (self.move_ns + self.estimate_ns) * num_heads * num_keys
         return self.dense_ms + 1e-6 * self.dense_ns_per_tile * tiles <= plan
 
+    def launches(self, patterns: Sequence[Pattern]) -> float:
+        """Milliseconds of launches of a sparse call with these patterns, whatever its tokens."""
+        return self.sparse_ms + self.plan_ms * len({pattern for pattern in patterns if pattern.reads_scores})
+
     def head(self, pattern: Pattern, num_tokens: int, blocks: Blocks) -> float | None:
         """Milliseconds that one head adds to a sparse call; None for a pattern that does not say what it visits."""
         visited = pattern.typical_blocks(-(-num_tokens // blocks.kv), blocks)
@@ -94,6 +98,5 @@ def faster_patterns(
             return tuple(patterns)
         chosen.append(pattern if cost < dense_head else Dense())
         total += min(cost, dense_head)
-    total += costs.sparse_ms + costs.plan_ms * len({pattern for pattern in chosen if pattern.reads_scores})
-    is_worth_it = total < costs.dense(len(patterns), num_tokens)
+    is_worth_it = total + costs.launches(chosen) < costs.dense(len(patterns), num_tokens)
     return tuple(chosen) if is_worth_it else (Dense(),) * len(patterns)

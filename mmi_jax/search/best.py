@@ -72,31 +72,33 @@ def best_choice(scores: Scores, target: Target, costs: CostModel, *, excluded: f
       ValueError: the target cannot be met; the message says what can.
     """
     shape = scores.num_layers, scores.num_heads
-    prices = DENSITY if isinstance(target, TargetDensity) else costs
+    is_speedup = isinstance(target, TargetSpeedup)
+    prices = costs if is_speedup else DENSITY
     options = [scores.options(n, h, prices, excluded=excluded) for n in range(shape[0]) for h in range(shape[1])]
     dense = [row[0].cost for row in options]
     assert all(row[0].what.pattern == Dense() for row in options)
     cheapest = sum(min(option.cost for option in row) for row in options)
-    if isinstance(target, TargetDensity):
+    if is_speedup:
+        per_layer = (dense[n * shape[1] : (n + 1) * shape[1]] for n in range(shape[0]))
+        whole = sum(layer_cost(costs, (Dense(),) * shape[1], heads, scores.num_tokens) for heads in per_layer)
+        budget, launches = whole / target.times, shape[0] * costs.launches(())
+    else:
         whole, launches = sum(dense), 0.0
         budget = target.share * whole
-    else:
-        per_layer = [layer_cost(costs, (Dense(),) * shape[1], dense[n * shape[1] : (n + 1) * shape[1]],
-                                scores.num_tokens) for n in range(shape[0])]  # fmt: skip
-        whole, launches = sum(per_layer), shape[0] * max(costs.sparse_ms, costs.static_ms)
-        budget = whole / target.times - launches
-    if budget < cheapest:
-        least = (cheapest + launches) / whole
-        raise ValueError(
-            f"{target} is out of reach on prompts of {scores.num_tokens} tokens: the cheapest table costs {least:.1%} "
-            f"of dense attention (a speed-up of {1 / least:.2f}, or that density)"
-        )
-    picked = choose(options, budget)
-    rows = tuple(tuple(picked[n * shape[1] : (n + 1) * shape[1]]) for n in range(shape[0]))
-    return Best(
-        choices=tuple(tuple(option.what for option in row) for row in rows),
-        scores=_head_scores(scores, rows, costs),
-    )
+    while True:  # patterns cost launches as well, how many is known once they are chosen; what is kept for them grows
+        if budget - launches < cheapest:
+            least = (cheapest + launches) / whole
+            raise ValueError(
+                f"{target} is out of reach on prompts of {scores.num_tokens} tokens: the cheapest table costs "
+                f"{least:.1%} of dense attention (a speed-up of {1 / least:.2f}, or that density)"
+            )
+        picked = choose(options, budget - launches)
+        rows = tuple(tuple(picked[n * shape[1] : (n + 1) * shape[1]]) for n in range(shape[0]))
+        choices = tuple(tuple(option.what for option in row) for row in rows)
+        needed = sum(costs.launches([choice.pattern for choice in row]) for row in choices) if is_speedup else 0.0
+        if needed <= launches:
+            return Best(choices=choices, scores=_head_scores(scores, rows, costs))
+        launches = needed
 
 
 def _head_scores(scores: Scores, rows: tuple[tuple[Option, ...], ...], costs: CostModel) -> HeadScores:

@@ -25,8 +25,7 @@ def analytical_costs(chip: Chip, mxu_share: float) -> CostModel:
     """A TPU's costs from its published rates: no TPU has been measured.
 
     A tile costs its products at that share of the peak. A moved token is read and written as a query and as an output;
-    an estimate multiplies it with 64 queries twice, or reads it, whichever is longer; scores that are held are written
-    once and read twice in float32. Launches are left out.
+    an estimate multiplies it with 64 queries twice, or reads it, whichever is longer. Launches are left out.
     """
     rate = mxu_share * chip.flops_per_second * 1e-9  # FLOPs in a nanosecond
     bandwidth = chip.hbm_bytes_per_second * 1e-9
@@ -35,11 +34,10 @@ def analytical_costs(chip: Chip, mxu_share: float) -> CostModel:
         dense_ms=0.0,
         dense_ns_per_tile=TILE_FLOPS / rate,
         sparse_ms=0.0,
-        static_ms=0.0,
+        plan_ms=0.0,
         sparse_ns_per_tile=TILE_FLOPS / rate,
         move_ns=4 * key_bytes / bandwidth,
         estimate_ns=max(estimate_flops / rate, key_bytes / bandwidth),
-        hold_ns=3 * 4 * QUERIES / bandwidth,
     )
 
 
@@ -47,16 +45,15 @@ TILES = CostModel(
     dense_ms=0.0,
     dense_ns_per_tile=1.0,
     sparse_ms=0.0,
-    static_ms=0.0,
+    plan_ms=0.0,
     sparse_ns_per_tile=1.0,
     move_ns=4 * HEAD_DIM * 8 / TILE_FLOPS,
     estimate_ns=2 * 2 * QUERIES * HEAD_DIM / TILE_FLOPS,
-    hold_ns=3 * QUERIES * 8 / TILE_FLOPS,
 )
 """For a CPU, in dense tiles of 128 x 128 in place of nanoseconds: work counted as in `analytical_costs`, a value moved
 as 8 operations. Counted, not measured."""
 
-DENSITY = dataclasses.replace(TILES, move_ns=0.0, estimate_ns=0.0, hold_ns=0.0)
+DENSITY = dataclasses.replace(TILES, move_ns=0.0, estimate_ns=0.0)
 """Visited tiles and nothing else: what `PrefillReport.density` counts."""
 
 
@@ -80,13 +77,12 @@ def head_cost(
 ) -> float | np.ndarray:
     """Milliseconds that a head adds to a sparse call, by the tiles its plan visits; `CostModel.head` guesses those."""
     tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
-    per_token = costs.move_ns + costs.estimate_ns * pattern.reads_scores + costs.hold_ns * pattern.holds_scores
+    per_token = costs.move_ns + costs.estimate_ns * pattern.reads_scores
     return 1e-6 * (costs.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)
 
 
 def layer_cost(costs: CostModel, patterns: Sequence[Pattern], heads: Sequence[float], num_tokens: int) -> float:
     """Milliseconds of one layer whose heads add so much: launches included, a dense call where all heads are dense."""
     if all(pattern == Dense() for pattern in patterns):
-        return min(costs.dense(len(patterns), num_tokens), float(np.sum(heads)) + costs.static_ms)
-    launches = costs.sparse_ms if any(pattern.reads_scores for pattern in patterns) else costs.static_ms
-    return float(np.sum(heads)) + launches
+        return min(costs.dense(len(patterns), num_tokens), float(np.sum(heads)) + costs.sparse_ms)
+    return float(np.sum(heads)) + costs.launches(patterns)
