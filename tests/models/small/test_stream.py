@@ -105,11 +105,16 @@ def test_captions_say_what_is_shown_and_what_was_there_before():
         # Before the question stand its other tokens and the end of the video.
         place = int(row) - len(tokenizer.encode(MATCHING_QUESTION)) - 1
         assert tokenizer.token_text(captions[place]) == question.choices[question.answer]
-    script = training_script(700, np.random.default_rng([7, 4]))
-    made = stream(script, small_processor())
-    text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
-    labels = [tokenizer.token_text(int(label)) for label in made.labels]
-    found = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
-    options = [(letter[-1], label) for letter, label in found if label in "ABCD,"]
-    assert len(options) >= 4 and all(label in (letter, ",") for letter, label in options)
+
+
+def test_captions_say_which_option_is_right():
+    tokenizer, options = small_tokenizer(), []
+    for seed in range(4):
+        made = stream(training_script(1024, np.random.default_rng([7, seed])), small_processor())
+        text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
+        labels = [tokenizer.token_text(int(label)) for label in made.labels]
+        # The digit of an option stands three tokens after its letter.
+        found = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
+        options += [(letter[-1], label) for letter, label in found if label in "ABCD,"]
+    assert len(options) >= 8 and all(label in (letter, ",") for letter, label in options)
     assert sum(label != "," for _, label in options) == len(options) // 4
