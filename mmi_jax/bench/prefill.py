@@ -41,7 +41,7 @@ def mixed_table(num_layers: int, num_heads: int) -> PatternTable:
     return PatternTable(layers=(row,) * num_layers, model="mix")
 
 
-def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, float]:
+def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, int | float]:
     """The error of logits all over the prompt against the same plans attended in plain XLA.
 
     Args:

@@ -4,10 +4,8 @@ On isotropic random queries and keys no sparse pattern exists, and a dynamic met
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,8 +13,8 @@ from jaxtyping import Array, Float, Int32
 
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.layers import State
 from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
+from models.qwen2_5_vl.random_weights import with_random_weights
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Rotary
 
@@ -74,8 +72,7 @@ def random_decoder(
     """
     if len(shapes) != config.num_heads:
         raise ValueError(f"shapes must name one for each of the {config.num_heads} query heads, got {len(shapes)}")
-    graphdef, state = nnx.split(abstract_decoder(config, dtype=dtype))
-    model = nnx.merge(graphdef, _drawn(state, seed))
+    model = with_random_weights(abstract_decoder(config, dtype=dtype), seed)
     q_bias, k_bias = shaped_biases(config, shapes)
     attention = model.layers.attention
     for projection, bias in ((attention.q, q_bias), (attention.k, k_bias)):
@@ -86,9 +83,7 @@ def random_decoder(
 
 def random_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16, seed: int = 0) -> Qwen2_5_VL:
     """A whole model of isotropic random weights, vision tower included, made on the device as `random_decoder` is."""
-    abstract = nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    return nnx.merge(graphdef, _drawn(state, seed))
+    return with_random_weights(nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))), seed)
 
 
 def shaped_biases(
@@ -107,27 +102,3 @@ def shaped_biases(
     k_bias = np.concatenate([np.full(half, KEY_BIAS), np.zeros(half)])
     q_bias = [np.concatenate([w * np.sqrt(config.head_dim) / KEY_BIAS, np.zeros(half)]) for w in weights]
     return np.concatenate(q_bias), np.tile(k_bias, config.num_kv_heads)
-
-
-def _drawn(state: State, seed: int) -> State:
-    """Every parameter drawn, one after the other."""
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
-    draw = lambda path, leaf: _draw(jax.tree_util.keystr(path), leaf, next(keys))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(draw, state)
-
-
-def _draw(name: str, leaf: Any, key: Array) -> Any:
-    """A parameter: kernels keep the size of what they map, norms are 1, biases 0."""
-    if "kernel" in name:
-        return _normal(key, leaf.shape, leaf.dtype, float(leaf.shape[-2]) ** -0.5)
-    if "embedding" in name:
-        return _normal(key, leaf.shape, leaf.dtype, 1.0)
-    return jnp.full(leaf.shape, 1.0 if "scale" in name else 0.0, leaf.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: Array, shape: tuple[int, ...], dtype: Any, size: float) -> Array:
-    """Normal numbers, of a stack of layers one layer at a time: no stack is held in float32."""
-    if len(shape) < 3:
-        return (size * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-    return jax.lax.map(lambda key: _normal(key, shape[1:], dtype, size), jax.random.split(key, shape[0]))
