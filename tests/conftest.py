@@ -1,5 +1,7 @@
 """Shape checks on, warnings are errors, rank promotion raises; one seed."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,16 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["pallas_kernels", "mmi_jax", "models"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs():
+    """Every module forgets its compiled programs: thousands in one process exhaust the memory maps Linux allows it."""
+    yield
+    jax.clear_caches()
+    for name in ("mmi_jax.engine", "mmi_jax.search.measure"):
+        if name in sys.modules:
+            sys.modules[name]._COMPILED.clear()
 
 
 @pytest.fixture

@@ -31,12 +31,11 @@ FEW_FRAMES = ("--max-frames", "4")  # 128 tokens of the random model
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A finished `mmi prefill --demo --json`: what it printed, where its files are; and a random model beside."""
+    """A finished `mmi prefill --demo --json`: what it printed, and where its files are."""
 
     printed: dict
     stderr: str
     directory: Path
-    model: str
     cache: Path
 
 
@@ -61,19 +60,40 @@ def demo(tmp_path_factory) -> Demo:
             ]
         )
     assert status == 0, err.getvalue()
-    printed = json.loads(out.getvalue())
+    return Demo(json.loads(out.getvalue()), err.getvalue(), directory, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """A directory with a random model, and one for compiled programs."""
+
+    model: str
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def random(tmp_path_factory) -> RandomModel:
     model = tmp_path_factory.mktemp("random") / "model"
     build_demo_model(model)
-    return Demo(printed, err.getvalue(), directory, str(model), cache)
+    return RandomModel(str(model), tmp_path_factory.mktemp("programs"))
 
 
 @pytest.fixture
-def run(demo, capsys, monkeypatch):
+def run(random, capsys, monkeypatch):
     """Runs `mmi prefill` with the random model: the JSON object it printed."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def call(*arguments: str) -> dict:
-        options = ["--model", demo.model, "--cache-dir", str(demo.cache), "--dtype", "float32", "--max-new-tokens", "2"]
+        options = [
+            "--model",
+            random.model,
+            "--cache-dir",
+            str(random.cache),
+            "--dtype",
+            "float32",
+            "--max-new-tokens",
+            "2",
+        ]
         status = main(["prefill", *options, "--json", *arguments])
         printed = capsys.readouterr()
         assert status == 0, printed.err
@@ -89,6 +109,7 @@ def photo(tmp_path, rng) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_reports_every_stage_and_compares_with_dense(demo):
     report = demo.printed["report"]
     assert report["tokens"]["vision"] == 144 / 2 * 16
@@ -103,17 +124,20 @@ def test_the_demo_reports_every_stage_and_compares_with_dense(demo):
     assert demo.printed["note"] == NOTE
 
 
+@pytest.mark.slow
 def test_the_demo_answers_a_question_about_its_video(demo):
     assert demo.printed["text"] == demo.printed["right_answer"] == "3"
     assert len(demo.printed["new_tokens"]) == 2, "the answer, and its end"
     assert right_answer(PROMPT) == "7" and right_answer("What happens?") is None
 
 
+@pytest.mark.slow
 def test_with_json_progress_and_tables_go_to_stderr(demo):
     for text in ("decoding demo.mp4", "loading weights", "sparse prefill", "agreement with dense", "estimated recall"):
         assert text in demo.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_draws_its_patterns(demo):
     names = sorted(path.name for path in demo.directory.glob("*.png"))
     assert names == ["density.png", *(f"mask-layer0-head{n}.png" for n in range(3)), "patterns.png"]
@@ -124,6 +148,7 @@ def test_the_demo_draws_its_patterns(demo):
     assert not list(demo.directory.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_compiled_programs_and_leaves_jax_as_it_was(demo):
     contents = compiled.cache_contents(demo.cache)
     assert contents.num_programs > 0 and contents.num_bytes > 0
@@ -166,11 +191,11 @@ def test_a_table_and_chunks_are_obeyed(run, tmp_path):
     assert [heads[0] for heads in report["patterns"]] == ["AShape"] * 3 + ["TriShape"]
 
 
-def test_without_json_the_report_is_on_stdout(demo, capsys, monkeypatch, tmp_path):
+def test_without_json_the_report_is_on_stdout(random, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
-    options = ["--cache-dir", str(demo.cache), "--dtype", "float32", "--max-new-tokens", "2"]
+    options = ["--cache-dir", str(random.cache), "--dtype", "float32", "--max-new-tokens", "2"]
     options += ["--profile", str(tmp_path)]
-    assert main(["prefill", "--model", demo.model, "--prompt", "Only words here.", *options]) == 0
+    assert main(["prefill", "--model", random.model, "--prompt", "Only words here.", *options]) == 0
     printed = capsys.readouterr()
     for text in (
         "stage, by the profiler",
@@ -187,8 +212,8 @@ def test_without_json_the_report_is_on_stdout(demo, capsys, monkeypatch, tmp_pat
     assert "loading weights" in printed.err
 
 
-def test_a_traced_plan_is_the_one_that_prefill_ran(demo):
-    model, processor = load(demo.model, dtype=jnp.float32), Processor.from_directory(demo.model)
+def test_a_traced_plan_is_the_one_that_prefill_ran(random):
+    model, processor = load(random.model, dtype=jnp.float32), Processor.from_directory(random.model)
     prompt = processor([read_video(DEMO_VIDEO, fps=2.0, max_frames=8, resize=processor.fit_frame), "What?"])
     blocks = Blocks(q=32, kv=16)
     first, others = (AShape(sink=16, local=64),) * 8, (VerticalSlash(vertical=16, slash=32, local=16),) * 8
@@ -244,17 +269,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_gives_one_line_and_status_2(demo, capsys, tmp_path, name):
+def test_bad_input_gives_one_line_and_status_2(random, capsys, tmp_path, name):
     arguments, message = REFUSED[name]
     PatternTable(layers=((AShape(),),)).save(tmp_path / "table.json")
-    places = {"MODEL": demo.model, "TABLE": tmp_path / "table.json", "VIDEO": DEMO_VIDEO, "PLOTS": tmp_path / "plots"}
+    places = {"MODEL": random.model, "TABLE": tmp_path / "table.json", "VIDEO": DEMO_VIDEO, "PLOTS": tmp_path / "plots"}
     if "BROKEN" in arguments:
-        places["BROKEN"] = shutil.copytree(demo.model, tmp_path / "broken")
+        places["BROKEN"] = shutil.copytree(random.model, tmp_path / "broken")
         weights = tmp_path / "broken" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1000])
     before = sorted(tmp_path.rglob("*"))
     arguments = [str(places.get(argument, argument)) for argument in arguments]
-    assert main(["prefill", *arguments, "--cache-dir", str(demo.cache)]) == 2
+    assert main(["prefill", *arguments, "--cache-dir", str(random.cache)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     last = printed.err.strip().splitlines()[-1]
@@ -263,9 +288,9 @@ def test_bad_input_gives_one_line_and_status_2(demo, capsys, tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_debug_shows_the_error_itself(demo):
+def test_debug_shows_the_error_itself(random):
     with pytest.raises(ValueError, match="unknown pattern 'Spiral'"):
-        main(["prefill", "--model", demo.model, "--pattern", "Spiral", "--debug", "--cache-dir", str(demo.cache)])
+        main(["prefill", "--model", random.model, "--pattern", "Spiral", "--debug", "--cache-dir", str(random.cache)])
 
 
 def test_a_failed_picture_leaves_no_file(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from mmi_jax.attention import attend_sparsely
 from mmi_jax.blocks import Blocks
@@ -48,6 +47,8 @@ def captured_layers(
     Raises:
       ValueError: the batch holds several prompts.
     """
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
     if prompt.tokens.shape[0] != 1:
         raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
     num_tokens = int(prompt.layout.is_real.sum())
@@ -67,6 +68,7 @@ def captured_layers(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _run_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
     """The layer's output, and what its attention read and gave."""
+    from flax import nnx
 
     def attend(q, k, v):
         out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out

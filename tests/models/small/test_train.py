@@ -33,6 +33,7 @@ def losses(directory):
     return {line["step"]: line["loss"] for line in lines}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, tmp_path):
     whole = train(trainer, tmp_path / "whole", num_workers=0, log_steps=1)
     train(trainer, tmp_path / "stopped", num_workers=0, log_steps=1, until_step=2)
