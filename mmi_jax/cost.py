@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from mmi_jax.blocks import Blocks
 from mmi_jax.patterns.base import Pattern
 from mmi_jax.patterns.dense import Dense
@@ -51,9 +53,15 @@ class CostModel:
         visited = pattern.typical_blocks(-(-num_tokens // blocks.kv), blocks)
         if visited is None:
             return None
-        tiles = -(-num_tokens // blocks.q) * visited * (blocks.q * blocks.kv) / (128 * 128)
+        return float(self.head_of(pattern, -(-num_tokens // blocks.q) * visited, num_tokens, blocks))
+
+    def head_of(
+        self, pattern: Pattern, tiles: float | np.ndarray, num_tokens: int, blocks: Blocks
+    ) -> float | np.ndarray:
+        """The same by the tiles that the head's plan visits: `head` guesses them."""
+        tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
         per_token = self.move_ns + self.estimate_ns * pattern.reads_scores
-        return 1e-6 * (self.sparse_ns_per_tile * tiles + per_token * num_tokens)
+        return 1e-6 * (self.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)
 
 
 HOPPER = CostModel(

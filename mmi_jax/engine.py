@@ -28,7 +28,7 @@ from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, shards_of, weight_specs
 from mmi_jax.sizes import Sizes, default_buckets, sizes_for
-from mmi_jax.table import PatternTable, uniform_table
+from mmi_jax.table import PatternTable, as_table, uniform_table
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
@@ -146,7 +146,7 @@ def prefill(
       DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
     """
     blocks = blocks or Blocks()
-    table = _as_table(table, model.config)
+    table = as_table(table, num_layers=model.config.num_layers, num_heads=model.config.num_heads)
     shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
     buckets = buckets or default_buckets(blocks, shards)
     lengths = lengths_of(prompt)
@@ -336,13 +336,6 @@ def _compiled(program: Program, *args):
         lowered = program.jitted(args[0], num_kv_heads).lower(*args)
         _COMPILED[key] = lowered.compile(compile_options())
     return _COMPILED[key]
-
-
-def _as_table(table: PatternTable | Pattern | None, config: ModelConfig) -> PatternTable:
-    if table is None or isinstance(table, Pattern):
-        return uniform_table(table or Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
-    table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
-    return table
 
 
 def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.memory import GIB, MemoryPlan, MemoryTask, bytes_of, plan_memory
+from mmi_jax.chips import GIB
+from mmi_jax.memory import MemoryPlan, MemoryTask, bytes_of, plan_memory
 
 SMALLEST_CHUNK = 8192
 """Chunks below it would leave a GPU idle; tokens."""

@@ -29,8 +29,6 @@ PIECE_BYTES_PER_TOKEN = 6
 ESTIMATE_ARRAYS = 4
 """Arrays of a number per key that the planning of a head that reads scores goes through."""
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffer:

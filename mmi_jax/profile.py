@@ -35,8 +35,6 @@ _OP_NAME = re.compile(r'op_name="(?P<path>[^"]*)"')
 KERNEL_NAMES = {
     "block_sparse_attention": "mmi.attend",
     "attention_mass": "mmi.estimate",
-    "column_mass": "mmi.estimate",
-    "line_mass": "mmi.estimate",
     "fmha": "mmi.attend",
     "flash": "mmi.attend",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_jax import codec
-from mmi_jax.patterns.base import Pattern
+from mmi_jax.patterns import Dense, Pattern
 
 VERSION = 1
 _NEEDED = ("version", "model", "provenance", "patterns", "layers")
@@ -116,6 +116,18 @@ class PatternTable:
 def uniform_table(pattern: Pattern, *, num_layers: int, num_heads: int) -> PatternTable:
     """The table in which every head has one pattern."""
     return PatternTable(layers=((pattern,) * num_heads,) * num_layers, provenance={"source": "one pattern for all"})
+
+
+def as_table(table: PatternTable | Pattern | None, *, num_layers: int, num_heads: int) -> PatternTable:
+    """A table for a model of these sizes: one pattern, or None for dense attention, is that of every head.
+
+    Raises:
+      ValueError: the table is for a model of another shape.
+    """
+    if table is None or isinstance(table, Pattern):
+        return uniform_table(table or Dense(), num_layers=num_layers, num_heads=num_heads)
+    table.check_fits(num_layers=num_layers, num_heads=num_heads)
+    return table
 
 
 def load_table(path: str | os.PathLike) -> PatternTable:

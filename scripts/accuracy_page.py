@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmi_jax import PatternTable
-from mmi_jax.cli.niah_results import accuracy_of, mean_share, write_text
+from mmi_jax.cli.niah_results import accuracy_of, mean_share
+from pallas_kernels.attention.gpu_tuned import write_whole
 
 POINT = 0.01
 """A point of accuracy: what ours may lose against dense."""
@@ -35,7 +36,7 @@ def write_page(
 ) -> None:  # fmt: skip
     """Writes the page, and heads.csv beside its pictures."""
     pictures = output.with_suffix("")
-    write_text(pictures / "heads.csv", heads_csv(tables["ours"], recall))
+    write_whole(pictures / "heads.csv", heads_csv(tables["ours"], recall))
     sections = [
         head(results["run"], command),
         answers(results["cells"], pictures.name),
@@ -44,7 +45,7 @@ def write_page(
         maps(shown, recall, pictures.name),
         failures(results["cells"], tables, notes),
     ]
-    write_text(output, "\n\n".join(section.strip() for section in sections) + "\n")
+    write_whole(output, "\n\n".join(section.strip() for section in sections) + "\n")
 
 
 def head(run: Mapping[str, Any], command: str) -> str:

@@ -22,7 +22,6 @@ from accuracy_page import write_page
 from mmi_jax import Blocks, PatternTable, plots, prefill
 from mmi_jax.attention_map import plot_attention
 from mmi_jax.cli import main
-from mmi_jax.cli.niah_results import write_text
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
@@ -37,6 +36,7 @@ from mmi_jax.search.trials import trial_of
 from mmi_jax.table import load_table
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
+from pallas_kernels.attention.gpu_tuned import write_whole
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"ours": (), "no inter-modality": ("QBoundary", "Boundary2D"), "no Grid": ("Grid",)}
@@ -119,7 +119,7 @@ def measure_recall(task: Task, model: Any, prompt: Any, table: PatternTable) -> 
     if not path.exists():
         report = prefill(model, prompt, table=table, may_run_dense=False).report
         found = {"tokens": report.lengths[0], "density": report.density.tolist(), "recall": report.recall.tolist()}
-        write_text(path, json.dumps(found))
+        write_whole(path, json.dumps(found))
     return json.loads(path.read_text())
 
 

@@ -11,24 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.attention import VENDOR
+from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rows import reason
 from mmi_jax.bench.sampled import ERROR_LIMIT
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.engine import prefill, program_texts
 from mmi_jax.fit import weight_bytes
-from mmi_jax.keys import FramePlace
 from mmi_jax.layout import text_tokens
 from mmi_jax.memory import MemoryTask, plan_memory
-from mmi_jax.patterns import Dense, Grid, Pattern, VerticalSlash
+from mmi_jax.patterns import Dense
 from mmi_jax.profile import StageTimes, profiled
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
 from mmi_jax.table import PatternTable
 
-_FRAME = (FramePlace(),)
-
-THIRDS: tuple[Pattern, ...] = (Grid(strides=_FRAME), Grid(strides=_FRAME, use_slash=True), VerticalSlash(1000, 4096))
+MIX = PLAN_CASES["mix"]
 """The table of the measurements: a third of every layer's heads each."""
 
 NUM_CHECKED = 64
@@ -36,9 +34,8 @@ NUM_CHECKED = 64
 
 
 def mixed_table(num_layers: int, num_heads: int) -> PatternTable:
-    """`THIRDS` in all layers, in runs of heads."""
-    row = tuple(THIRDS[n * len(THIRDS) // num_heads] for n in range(num_heads))
-    return PatternTable(layers=(row,) * num_layers, model="mix")
+    """`MIX` in all layers, in runs of heads."""
+    return PatternTable(layers=(MIX.per_head(num_heads)[0],) * num_layers, model="mix")
 
 
 def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, int | float]:
@@ -129,7 +126,7 @@ def _seconds(model: Any, prompt: Any, table: PatternTable | None, **kwargs: Any)
 def _densities(report: PrefillReport) -> dict[str, Any]:
     """Mean density, and that of the heads of each pattern that ran."""
     names = np.array(
-        [[type(p).__name__ + ("+slash" if p == THIRDS[1] else "") for p in row] for row in report.table.layers]
+        [[type(p).__name__ + ("+slash" if p == MIX.patterns[1] else "") for p in row] for row in report.table.layers]
     )
     by_pattern = {str(name): round(float(report.density[names == name].mean()), 5) for name in np.unique(names)}
     return {"density": round(float(report.density.mean()), 5), "density_by_pattern": by_pattern}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmi_jax.cli import bench_model, bench_prefill, bench_soak
+from mmi_jax.cli import bench, bench_model, bench_prefill, bench_soak
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.niah import niah
@@ -28,9 +28,11 @@ app.command()(qa)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)
-bench_model.app.command()(bench_prefill.prefill)
-bench_model.app.command("soak")(bench_soak.run_soak)
-app.add_typer(bench_model.app)
+bench.app.command()(bench_model.decode)
+bench.app.command()(bench_model.vision)
+bench.app.command()(bench_prefill.prefill)
+bench.app.command("soak")(bench_soak.run_soak)
+app.add_typer(bench.app)
 
 
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]

@@ -30,6 +30,9 @@ from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
 app = typer.Typer(name="bench", help="Time attention beside its dense baseline; outputs are checked first.")
 
+ALONE, BESIDE_TORCH = 0.92, 0.70
+"""Shares of a GPU's memory that JAX may take."""
+
 CaseOption = Annotated[
     list[str] | None, typer.Option("--case", help="A case by name, or a pattern such as 'all *'; may be repeated.")
 ]
@@ -70,7 +73,7 @@ def attention(
 
     with one_line_errors(shows_traceback=debug):
         check_known("--implementation", implementation, get_args(Implementation))
-        share_memory(peers)
+        take_memory(BESIDE_TORCH if peers else ALONE)
         on_cpu = jax.default_backend() == "cpu"
         names = _chosen(case, list(CASES), [n for n in CASES if n.startswith("cpu") == on_cpu])
         own = (on_cpu if own_process is None else own_process) and len(names) > 1
@@ -117,7 +120,7 @@ def plans(
     with one_line_errors(shows_traceback=debug):
         check_known("--dtype", dtype, ERROR_LIMIT)
         check_known("--implementation", implementation, get_args(Implementation))
-        share_memory(peers)
+        take_memory(BESIDE_TORCH if peers else ALONE)
         on_gpu = jax.default_backend() == "gpu"
         names = _chosen(case, list(PLAN_CASES), list(PLAN_CASES))
         found = [
@@ -149,7 +152,7 @@ def check(
 
     with one_line_errors(shows_traceback=debug):
         check_known("--implementation", implementation, get_args(Implementation))
-        share_memory(peers=False)
+        take_memory()
         names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
         runs = [Run(name, name) for name in names]
         run_all(runs, measure, bench_table.check_table, json_file, stops_at_error=debug, times_matmul=False)
@@ -174,7 +177,7 @@ def tune_configs(
         return tune_and_keep(problem, table, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        share_memory(peers=False)
+        take_memory()
         if not has_hopper_gpu():
             raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
         check_table(table)
@@ -212,10 +215,10 @@ def _heads(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def share_memory(peers: bool) -> None:
-    """Leaves room on a GPU for torch; before JAX opens the device."""
+def take_memory(fraction: float = ALONE) -> None:
+    """Lets JAX take memory of a GPU as it needs it, at most this share; before it opens the device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.70" if peers else "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
 
 
 def _dense_fits(num_heads: int, num_tokens: int) -> bool:

@@ -7,7 +7,7 @@ import typer
 
 from mmi_jax.bench.decode import DecodeSizes, bench_decode
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption, RepeatsOption, app, check_known, share_memory
+from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption, RepeatsOption, check_known, take_memory
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 
@@ -15,7 +15,6 @@ PresetOption = Annotated[str, typer.Option(help="Published size of Qwen2.5-VL: 3
 DtypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU unless given, else float32.")]
 
 
-@app.command()
 def decode(
     preset: PresetOption = "7b",
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in the cache; may be repeated.")] = None,
@@ -33,13 +32,12 @@ def decode(
         return bench_decode(model, f"{preset} {num_tokens}", sizes, with_baseline=baseline, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        share_memory(peers=False)
+        take_memory()
         model = _random_model(preset, dtype, "decoder")
         runs = [Run(f"{preset} {n}", n) for n in tokens or [2**17]]
         run_all(runs, measure, bench_table.decode_table, json_file, stops_at_error=debug, times_matmul=False)
 
 
-@app.command()
 def vision(
     preset: PresetOption = "7b",
     grid: Annotated[
@@ -62,7 +60,7 @@ def vision(
         return bench_vision(tower, name, size, num_frames=frames, with_baseline=baseline, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        share_memory(peers=False)
+        take_memory()
         grids = [(text, _grid(text)) for text in grid or ["12x12", "16x16", "20x36"]]
         tower = _random_model(preset, dtype, "vision")
         merge = tower.config.merge_size

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +26,17 @@ from mmi_jax.bench.prefill import (
 from mmi_jax.bench.rows import row
 from mmi_jax.bench.torch_model import transformers_rows
 from mmi_jax.cli import bench_table, compiled
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, check_known, take_memory
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.start_child import start_seconds
-from mmi_jax.patterns import Dense
-from mmi_jax.table import PatternTable, load_table, uniform_table
+from mmi_jax.table import PatternTable, as_table, load_table
 
 HEAD_TEXT, TAIL_TEXT, FRAME_SIDE = 64, 448, 16
 """Text tokens before the video, at least as many behind it, and tokens along the side of a frame."""
+
+NEARLY_ALL = 0.96
+"""Of a GPU's memory: a million tokens take 112 GiB of it."""
 
 PLANTED_NATS = 14.0
 """Scores of a head at what it looks at, above those of far tokens."""
@@ -57,8 +59,8 @@ def prefill(
     peers_limit: Annotated[int, typer.Option(min=1024, help="Tokens up to which transformers runs.")] = 2**18,
     start: Annotated[bool, typer.Option("--start", help="Also time cold and warm starts, in own processes.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Directory for traces: one more prefill of each length.")] = None,
-    json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here, after every case.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Prefill a video of 256-token frames with text around it, from its embeddings on; the vision tower is left out.
 
@@ -66,7 +68,7 @@ def prefill(
     Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.
     """
     with one_line_errors(shows_traceback=debug):
-        take_memory()
+        take_memory(NEARLY_ALL)
         on_gpu = jax.default_backend() == "gpu"
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
         config = config_of(preset, layers)
@@ -188,8 +190,7 @@ def config_of(preset: str, layers: int | None) -> Any:
     """The sizes of a preset, or of its first layers."""
     from models.qwen2_5_vl.presets import PRESETS
 
-    if preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_known("--preset", preset, PRESETS)
     config = PRESETS[preset]
     if layers is not None and layers > config.num_layers:
         raise ValueError(f"--layers must be at most {config.num_layers}, those of {preset}: got {layers}")
@@ -201,19 +202,13 @@ def table_of(name: str, config: Any) -> PatternTable:
     if name == "mix":
         return mixed_table(config.num_layers, config.num_heads)
     if name == "dense":
-        table = uniform_table(Dense(), num_layers=config.num_layers, num_heads=config.num_heads)
+        table = as_table(None, num_layers=config.num_layers, num_heads=config.num_heads)
         return dataclasses.replace(table, model="dense")
     table = load_table(Path(name))
     if table.num_layers > config.num_layers:
         table = dataclasses.replace(table, layers=table.layers[: config.num_layers])
     table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
     return table
-
-
-def take_memory() -> None:
-    """Lets JAX have nearly all of a GPU, as it needs it; before it opens the device."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -13,7 +12,8 @@ import typer
 from mmi_jax.bench.soak import growth, soak
 from mmi_jax.buckets import Buckets
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench_prefill import config_of, table_of, take_memory
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, take_memory
+from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.engine import prefill
@@ -31,17 +31,18 @@ def run_soak(
     table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line here.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Stop at the first error and show its traceback.")] = False,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Random prompts in one process: programs, compilations, and bytes of host and device after each of them.
 
     The growth compares the last third of the prompts with the middle one.
     """
-    from models.qwen2_5_vl.random_decoder import random_model
+    from models.qwen2_5_vl.random_weights import with_random_weights
+    from models.qwen2_5_vl.weights import abstract_model
 
     with one_line_errors(shows_traceback=debug):
-        take_memory()
+        take_memory(NEARLY_ALL)
         if shortest > longest:
             raise ValueError(f"--shortest must be at most --longest, got {shortest} and {longest}")
         config = config_of(preset, layers)
@@ -49,7 +50,7 @@ def run_soak(
         dtype = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
 
         def measure(_: Any) -> dict[str, Any]:
-            model = random_model(config, dtype=jnp.dtype(dtype))
+            model = with_random_weights(abstract_model(config, dtype=jnp.dtype(dtype)))
             rng = np.random.default_rng(seed)
             lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts)).astype(int)
             several = [functools.partial(random_prompt, config, int(n), seed + k) for k, n in enumerate(lengths)]

@@ -11,6 +11,17 @@ LENGTH = 16
 """Hexadecimal digits of a digest."""
 
 
+def run_on(model: str, directory: Path, dtype: str) -> dict[str, str]:
+    """What every figure of a run depends on: the model by name and weights, its dtype, the device."""
+    device = jax.devices()[0]
+    return {
+        "model": Path(model).name,
+        "weights": weights_digest(directory),
+        "dtype": dtype,
+        "device": f"{device.platform} {device.device_kind}",
+    }
+
+
 def weights_digest(directory: Path) -> str:
     """The digest of a checkpoint's config and weights."""
     digest = hashlib.sha256()

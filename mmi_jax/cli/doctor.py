@@ -14,6 +14,7 @@ from rich.table import Table
 from mmi_jax import console
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.options import CacheDirOption
 from mmi_jax.cli.plan import PlanRequest, print_plan
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention.api import Implementation
@@ -38,9 +39,7 @@ def doctor(
     pattern: Annotated[str | None, typer.Option(help="Planned pattern of all heads: NAME[:field=value,...].")] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Planned tokens that go through the layers at once.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Planned room behind the prompt.")] = 0,
-    cache_dir: Annotated[
-        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
-    ] = None,
+    cache_dir: CacheDirOption = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Print what is installed, which devices and attention backends can be used, and which programs are compiled.

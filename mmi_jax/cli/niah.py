@@ -7,7 +7,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.prefill import DType
+from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
 
 
 def niah(
@@ -29,17 +29,13 @@ def niah(
         str | None, typer.Option(help="The method whose cost the baselines are brought to: 'ours' if there is one.")
     ] = None,
     margin: Annotated[float, typer.Option(help="Difference in cost from which a baseline is marked.")] = 0.1,
-    costs: Annotated[
-        str | None, typer.Option(help="hopper, v4, v5e, v5p, v6e, tpu7x or tiles: this device's unless given.")
-    ] = None,
+    costs: CostsOption = None,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
     batch: Annotated[int, typer.Option(help="Prompts of one prefill.")] = 1,
     side_by_side: Annotated[int, typer.Option(help="Methods compiled at once; memory for as many prefills.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 100,
-    cache_dir: Annotated[
-        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    cache_dir: CacheDirOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Measure how often a model finds what it is asked for; a killed run goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):

@@ -3,10 +3,7 @@
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from mmi_jax.bench.machine import machine
 from mmi_jax.cli.niah_task import NiahTask
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.heat_map import plot_heat_maps
+from pallas_kernels.attention.gpu_tuned import write_whole
 
 type Cell = Mapping[str, Any]
 
@@ -27,8 +25,9 @@ def write_results(task: NiahTask, run: Mapping[str, Any], cells: Sequence[Cell])
     """Writes results.csv, results.json and one PNG per task, and prints a table per task."""
     out = console.stdout_console()
     provenance = {name: value for name, value in run.items() if name != "tables"} | machine()
-    write_text(task.output / "results.csv", csv_text(cells))
-    write_text(task.output / "results.json", json.dumps({"run": provenance, "cells": list(map(dict, cells))}, indent=1))
+    write_whole(task.output / "results.csv", csv_text(cells))
+    written = {"run": provenance, "cells": list(map(dict, cells))}
+    write_whole(task.output / "results.json", json.dumps(written, indent=1))
     for name in task.tasks:
         of_task = [cell for cell in cells if cell["task"] == name]
         accuracy = {
@@ -90,16 +89,3 @@ def means_table(name: str, cells: Sequence[Cell], task: NiahTask) -> Table:
             f"{np.mean([cell['density'] for cell in own]):.1%}",
         )
     return table
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file through a temporary one: a failed run leaves no half-written one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

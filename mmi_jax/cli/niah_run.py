@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mmi_jax import Blocks, PatternTable, codec, console
 from mmi_jax.cli.answers import Asked, answer, ask_in_batches
-from mmi_jax.cli.digest import weights_digest
+from mmi_jax.cli.digest import run_on
 from mmi_jax.cli.niah_results import write_results
 from mmi_jax.cli.niah_task import NiahTask
 from mmi_jax.cli.samples import SampleSource, haystack_of
@@ -179,17 +178,12 @@ def _named(table: PatternTable | Pattern | None) -> str:
 
 def _run_of(task: NiahTask, directory: Path, cost_name: str) -> dict[str, Any]:
     """What the cells depend on besides their own coordinates; more tasks, lengths or methods may be added later."""
-    device = jax.devices()[0]
-    return {
-        "model": Path(task.model).name,
-        "weights": weights_digest(directory),
+    return run_on(task.model, directory, task.dtype) | {
         "haystack": task.haystack,
         "depths": task.num_depths,
         "samples": task.samples,
         "seed": task.seed,
-        "dtype": task.dtype,
         "costs": cost_name,
-        "device": f"{device.platform} {device.device_kind}",
         "matched to": task.match_to,
         "tables": {
             name: [[codec.to_json(p) for p in row] for row in table.layers] for name, table in task.tables.items()

@@ -13,12 +13,11 @@ from rich.table import Table
 
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
-from mmi_jax.chips import CHIPS, GB
-from mmi_jax.codec import parse
+from mmi_jax.chips import CHIPS, GB, GIB
+from mmi_jax.cli.prefill import chosen_patterns
 from mmi_jax.fit import Room, check_fits, describe, room_of, weight_bytes
-from mmi_jax.memory import GIB, MemoryTask
-from mmi_jax.patterns import Dense
-from mmi_jax.table import load_table, uniform_table
+from mmi_jax.memory import MemoryTask
+from mmi_jax.table import as_table
 
 GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
 """Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""
@@ -54,17 +53,11 @@ class PlanRequest:
         """
         from models.qwen2_5_vl.weights import abstract_model
 
-        if self.table is not None and self.pattern is not None:
-            raise ValueError(f"--table and --pattern exclude each other: got {str(self.table)!r} and {self.pattern!r}")
+        patterns = chosen_patterns(self.table, self.pattern)
         if self.tokens < 1 or self.batch < 1:
             raise ValueError(f"--tokens and --batch must be at least 1, got {self.tokens} and {self.batch}")
         config = model_config(self.model)
-        sizes = dict(num_layers=config.num_layers, num_heads=config.num_heads)
-        if self.table is not None:
-            table = load_table(self.table)
-            table.check_fits(**sizes)
-        else:
-            table = uniform_table(Dense() if self.pattern is None else parse(self.pattern), **sizes)
+        table = as_table(patterns, num_layers=config.num_layers, num_heads=config.num_heads)
         return MemoryTask(
             config=config,
             weight_bytes=weight_bytes(abstract_model(config)),

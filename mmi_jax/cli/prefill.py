@@ -1,6 +1,5 @@
 """`mmi prefill`: a prompt with videos and images through a model, and what it cost."""
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,17 +8,11 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.options import CacheDirOption, DebugOption, DType
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling
 from mmi_jax.codec import parse
 from mmi_jax.patterns import Pattern
 from mmi_jax.table import PatternTable, load_table
-
-
-class DType(enum.StrEnum):
-    """Types a model computes in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def prefill(
@@ -57,10 +50,8 @@ def prefill(
         typer.Option("--demo", help="A small trained model, a video, a question; compares with dense, writes plots."),
     ] = False,
     demo_dir: Annotated[Path, typer.Option(help="Where the demo keeps its plots.")] = Path("out/demo"),
-    cache_dir: Annotated[
-        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    cache_dir: CacheDirOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Prefill a prompt with sparse attention, decode an answer, report what was skipped and what it cost."""
     # Here, so that the other commands start without the packages of models, media and pictures.

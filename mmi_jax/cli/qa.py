@@ -7,7 +7,8 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.prefill import DType, chosen_patterns
+from mmi_jax.cli.options import CacheDirOption, DebugOption, DType
+from mmi_jax.cli.prefill import chosen_patterns
 
 
 def qa(
@@ -22,10 +23,8 @@ def qa(
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of the answer to an open question.")] = 16,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
-    cache_dir: Annotated[
-        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    cache_dir: CacheDirOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Ask a model every question of a set: options by the logits of their letters, open questions by decoding."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):

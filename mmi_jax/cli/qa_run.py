@@ -4,14 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
 import mmi_jax
 from mmi_jax import PatternTable, codec, console
-from mmi_jax.cli.digest import weights_digest
+from mmi_jax.cli.digest import run_on
 from mmi_jax.patterns import Pattern
 from mmi_jax.search.journal import Journal
 from models.hub import locate
@@ -61,14 +60,10 @@ def run_qa(task: QaTask) -> Score:
     items = DATASETS[task.dataset](task.directory)[: task.limit]
     directory = locate(task.model)
     processor = Processor.from_directory(directory)
-    run = {
-        "model": Path(task.model).name,
-        "weights": weights_digest(directory),
+    run = run_on(task.model, directory, task.dtype) | {
         "dataset": task.dataset,
         "patterns": task.patterns,
         "frames": [task.fps, task.max_frames],
-        "dtype": task.dtype,
-        "device": f"{jax.devices()[0].platform} {jax.devices()[0].device_kind}",
     }
     journal = Journal(task.output, run)
     done = {row["name"]: row for row in journal.rows}

@@ -7,7 +7,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.prefill import DType
+from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
 from mmi_jax.cli.search_task import Calibration, Dial, SearchTask
 
 
@@ -34,18 +34,14 @@ def search(
     exclude: Annotated[
         list[str] | None, typer.Option(help="A pattern that no head may have, by name; uses the same work file.")
     ] = None,
-    costs: Annotated[
-        str | None, typer.Option(help="hopper, v4, v5e, v5p, v6e, tpu7x or tiles: this device's unless given.")
-    ] = None,
+    costs: CostsOption = None,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
     work: Annotated[Path | None, typer.Option(help="Finished pieces, for going on after a kill.")] = None,
     from_minference: Annotated[
         Path | None, typer.Option(help="Only convert a per-head table that MInference published.")
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    cache_dir: CacheDirOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Find a pattern for every head and write the table; a killed search goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):

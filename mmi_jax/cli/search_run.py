@@ -5,12 +5,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from mmi_jax import PatternTable, console
 from mmi_jax.bench.machine import machine
-from mmi_jax.cli.digest import prompt_digest, weights_digest
+from mmi_jax.cli.digest import prompt_digest, run_on
 from mmi_jax.cli.samples import SampleSource, haystack_of, task_name
 from mmi_jax.cli.search_task import Calibration, SearchTask
 from mmi_jax.cli.table_view import print_table
@@ -123,15 +122,8 @@ def _task_prompts(processor: Processor, calibration: Calibration, number: int, f
 
 def _run_of(task: SearchTask, directory: Path, prompts: Mapping[str, Prompt]) -> dict[str, str]:
     """What the trials' figures depend on: a work file of anything else is refused."""
-    device = jax.devices()[0]
-    return {
-        "model": Path(task.model).name,
-        "weights": weights_digest(directory),
-        "calibration": "; ".join(f"{name} ({prompt.tokens.shape[1]} tokens, {prompt_digest(prompt)})"
-                                 for name, prompt in prompts.items()),
-        "dtype": task.dtype,
-        "device": f"{device.platform} {device.device_kind}",
-    }  # fmt: skip
+    described = (f"{name} ({p.tokens.shape[1]} tokens, {prompt_digest(p)})" for name, p in prompts.items())
+    return run_on(task.model, directory, task.dtype) | {"calibration": "; ".join(described)}
 
 
 def _provenance(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmi_jax.attention import attend_sparsely
+from mmi_jax.batch import fit_prompt
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.layout import TokenLayout
@@ -52,12 +53,9 @@ def captured_layers(
     if prompt.tokens.shape[0] != 1:
         raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
     num_tokens = int(prompt.layout.is_real.sum())
-    pad = (buckets or Buckets()).length_for(num_tokens) - prompt.tokens.shape[1]
-    x = jnp.pad(model.embed(prompt), ((0, 0), (0, pad), (0, 0)))
-    rotary = model.rotary(jnp.pad(jnp.asarray(prompt.rope_pos), ((0, 0), (0, 0), (0, pad))))
-    layout = prompt.layout.pad_to(x.shape[1])
-    starts_plain = is_plain(layout)
-    layout = jax.tree.map(jnp.asarray, layout)
+    padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
+    x, rotary = model.embed(padded), model.rotary(jnp.asarray(padded.rope_pos))
+    starts_plain, layout = is_plain(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
     graphdef, state = nnx.split(model.layers)
     for n in range(model.config.num_layers if num_layers is None else num_layers):
         weights = jax.tree.map(lambda a, n=n: a[n], state)

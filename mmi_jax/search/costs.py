@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mmi_jax.blocks import Blocks
 from mmi_jax.chips import CHIPS, Chip
 from mmi_jax.cost import HOPPER, CostModel
 from mmi_jax.patterns import Dense, Pattern
@@ -70,15 +69,6 @@ def default_costs() -> str:
         return "hopper"
     names = {"tpuv4": "v4", "tpuv5lite": "v5e", "tpuv5e": "v5e", "tpuv5": "v5p", "tpuv5p": "v5p", "tpuv6lite": "v6e"}
     return names.get(kind, "tpu7x" if kind.startswith(("tpu7", "tpuv7")) else "tiles")
-
-
-def head_cost(
-    costs: CostModel, pattern: Pattern, tiles: float | np.ndarray, *, num_tokens: int, blocks: Blocks
-) -> float | np.ndarray:
-    """Milliseconds that a head adds to a sparse call, by the tiles its plan visits; `CostModel.head` guesses those."""
-    tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
-    per_token = costs.move_ns + costs.estimate_ns * pattern.reads_scores
-    return 1e-6 * (costs.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)
 
 
 def layer_cost(costs: CostModel, patterns: Sequence[Pattern], heads: Sequence[float], num_tokens: int) -> float:

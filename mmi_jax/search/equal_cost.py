@@ -12,7 +12,7 @@ from mmi_jax.cost import CostModel
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.report import PrefillReport
 from mmi_jax.search.capture import Captured
-from mmi_jax.search.costs import head_cost, layer_cost
+from mmi_jax.search.costs import layer_cost
 
 
 def dense_tiles(num_tokens: int, blocks: Blocks) -> float:
@@ -33,17 +33,23 @@ def report_cost(report: PrefillReport, costs: CostModel, blocks: Blocks) -> tupl
     From the tiles that were visited, by the cost model: counted on these prompts, not timed on them.
     """
     num_tokens = round(float(np.mean(report.lengths)))
-    tiles = dense_tiles(num_tokens, blocks)
-    found, dense = 0.0, 0.0
-    for patterns, visited in zip(report.table.layers, visited_tiles(report.density, num_tokens, blocks), strict=True):
-        heads = [
-            float(head_cost(costs, pattern, tile_count, num_tokens=num_tokens, blocks=blocks))
-            for pattern, tile_count in zip(patterns, visited, strict=True)
-        ]
-        all_dense = [float(head_cost(costs, Dense(), tiles, num_tokens=num_tokens, blocks=blocks))] * len(heads)
-        found += layer_cost(costs, patterns, heads, num_tokens)
-        dense += layer_cost(costs, (Dense(),) * len(heads), all_dense, num_tokens)
+    visited = visited_tiles(report.density, num_tokens, blocks)
+    layers = [
+        _layer_costs(patterns, tiles, costs, num_tokens, blocks)
+        for patterns, tiles in zip(report.table.layers, visited, strict=True)
+    ]
+    found, dense = (sum(costs_of_layers) for costs_of_layers in zip(*layers, strict=True))
     return found, dense
+
+
+def _layer_costs(
+    patterns: Sequence[Pattern], tiles: np.ndarray, costs: CostModel, num_tokens: int, blocks: Blocks
+) -> tuple[float, float]:
+    """Cost of a layer whose heads visit so many tiles, and of a dense one."""
+    heads = [float(costs.head_of(p, n, num_tokens, blocks)) for p, n in zip(patterns, tiles, strict=True)]
+    dense = float(costs.head_of(Dense(), dense_tiles(num_tokens, blocks), num_tokens, blocks))
+    all_dense = layer_cost(costs, (Dense(),) * len(heads), [dense] * len(heads), num_tokens)
+    return layer_cost(costs, patterns, heads, num_tokens), all_dense
 
 
 def cost_share(pattern: Pattern, layers: Sequence[Captured], costs: CostModel, blocks: Blocks) -> float:
@@ -52,11 +58,8 @@ def cost_share(pattern: Pattern, layers: Sequence[Captured], costs: CostModel, b
     shares = []
     for layer in layers:
         tiles = np.asarray(_plan_tiles(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
-        heads = np.asarray(head_cost(costs, pattern, tiles, num_tokens=num_tokens, blocks=blocks))
-        dense = float(head_cost(costs, Dense(), dense_tiles(num_tokens, blocks), num_tokens=num_tokens, blocks=blocks))
-        patterns, all_dense = (pattern,) * len(heads), (Dense(),) * len(heads)
-        found = layer_cost(costs, patterns, heads.tolist(), num_tokens)
-        shares.append(found / layer_cost(costs, all_dense, [dense] * len(heads), num_tokens))
+        found, dense = _layer_costs((pattern,) * len(tiles), tiles, costs, num_tokens, blocks)
+        shares.append(found / dense)
     return float(np.mean(shares))
 
 

@@ -11,7 +11,6 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.cost import CostModel
 from mmi_jax.patterns import Pattern, QBoundary
 from mmi_jax.search.budget import Option, undominated
-from mmi_jax.search.costs import head_cost
 from mmi_jax.search.measure import Measured
 from mmi_jax.search.trials import DENSE, NUM_MODALITIES, Trial, of_queries
 
@@ -65,7 +64,7 @@ class Scores:
     def cost(self, costs: CostModel, choice: Choice, layer: int, head: int) -> float:
         """Milliseconds that the head adds to its layer's call."""
         tiles = self.tiles(choice, layer, head)
-        return float(head_cost(costs, choice.pattern, tiles, num_tokens=self.num_tokens, blocks=self.blocks))
+        return float(costs.head_of(choice.pattern, tiles, self.num_tokens, self.blocks))
 
     def _of(self, trial: Trial) -> Measured:
         return self.by_trial[trial]

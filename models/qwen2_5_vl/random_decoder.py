@@ -17,6 +17,7 @@ from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
 from models.qwen2_5_vl.random_weights import with_random_weights
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Rotary
+from models.qwen2_5_vl.weights import abstract_model
 
 KEY_BIAS = 3.0
 """Size of the key bias at every frequency; the kernels add noise of size 1."""
@@ -58,7 +59,7 @@ class Decoder(nnx.Module):
 
 def abstract_decoder(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Decoder:
     """The decoder with shapes in place of arrays: nothing is allocated."""
-    return nnx.eval_shape(lambda: Decoder(Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return Decoder(abstract_model(config, dtype=dtype))
 
 
 def random_decoder(
@@ -79,11 +80,6 @@ def random_decoder(
         assert projection.bias is not None
         projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, dtype), projection.bias.shape)
     return model
-
-
-def random_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16, seed: int = 0) -> Qwen2_5_VL:
-    """A whole model of isotropic random weights, vision tower included, made on the device as `random_decoder` is."""
-    return with_random_weights(nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0))), seed)
 
 
 def shaped_biases(

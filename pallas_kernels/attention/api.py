@@ -1,6 +1,6 @@
 """block_sparse_attention: checks, the choice of a backend, and nothing else."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.attention.inputs import AttentionInputs, check_inputs
 from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.dispatch import run_backend
 from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
@@ -85,14 +86,4 @@ def attend_inputs(
     check_inputs(inputs)
     if callable(implementation):
         return implementation(inputs)
-    if implementation is not None:
-        if implementation not in _BACKENDS:
-            raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
-        return _BACKENDS[implementation](inputs)
-    refusals = []
-    for name in DEFAULT_ORDER:
-        try:
-            return _BACKENDS[name](inputs)
-        except NotImplementedError as refusal:
-            refusals.append(refusal)
-    raise ExceptionGroup("no backend takes this input", refusals)
+    return run_backend(_BACKENDS, DEFAULT_ORDER, implementation, inputs)

@@ -127,6 +127,12 @@ def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> H
     return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
 
 
+def check_hopper_gpu() -> None:
+    """Raises NotImplementedError where no Hopper GPU is the default device."""
+    if not has_hopper_gpu():
+        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+
+
 def has_hopper_gpu() -> bool:
     """Whether the default device is of compute capability 9.x; asked when called."""
     return jax.default_backend() == "gpu" and str(jax.devices()[0].compute_capability).startswith("9.")

@@ -14,8 +14,8 @@ from pallas_kernels.attention.gpu_config import (
     SHARED_MEMORY_BYTES,
     TILE_Q,
     HopperConfig,
+    check_hopper_gpu,
     choose_config,
-    has_hopper_gpu,
     padded_head_dim,
 )
 from pallas_kernels.attention.inputs import AttentionInputs
@@ -34,8 +34,7 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     Raises:
       NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
     """
-    if not has_hopper_gpu():
-        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+    check_hopper_gpu()
     check_supported(inputs)
     head_dim = padded_head_dim(inputs.q.shape[-1])
     return launch(inputs, choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head))

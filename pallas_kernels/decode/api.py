@@ -1,12 +1,13 @@
 """decode_attention: one new token of each prompt attends to everything before it, straight from the whole cache."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 
 from pallas_kernels.decode import mosaic_gpu, xla
 from pallas_kernels.decode.inputs import DecodeInputs, check_inputs
+from pallas_kernels.dispatch import run_backend
 from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["xla", "mosaic_gpu"]
@@ -55,17 +56,9 @@ def decode_attention(
       ValueError: the arguments do not fit each other, or the implementation's name is unknown.
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
     inputs = DecodeInputs(
         q=q, k=k, v=v, layer=jnp.asarray(layer, jnp.int32), lengths=lengths, k_new=k_new, v_new=v_new,
         num_new=jnp.asarray(num_new, jnp.int32), scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     check_inputs(inputs)
-    for name in DEFAULT_ORDER if implementation is None else (implementation,):
-        try:
-            return _BACKENDS[name](inputs)
-        except NotImplementedError:
-            if name == implementation:
-                raise
-    raise AssertionError("xla refuses nothing")
+    return run_backend(_BACKENDS, DEFAULT_ORDER, implementation, inputs)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.decode.inputs import DecodeInputs
 from pallas_kernels.decode.mosaic_gpu_kernel import TILE_KEYS, TILE_ROWS, DecodeShape, Refs, decode_kernel
 from pallas_kernels.notation import Array, Float
@@ -44,8 +44,7 @@ def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
     Raises:
       NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
     """
-    if not has_hopper_gpu():
-        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+    check_hopper_gpu()
     check_supported(inputs)
     return launch(inputs, CONFIGS[inputs.q.shape[-1]])
 

@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import run_backend
 from pallas_kernels.estimate import mosaic_gpu, xla
 from pallas_kernels.notation import Array, Float, Int32
 
@@ -78,18 +79,11 @@ def line_mass(
 @functools.cache
 def _folding(name: str, implementation: Implementation | None, **static: Any) -> Callable[..., Any]:
     """A backend's function of `(k, kv_pos, kv_head, *arrays of each head)`; a mapped axis is folded into the heads."""
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
+    backends = {backend: getattr(module, name) for backend, module in _BACKENDS.items()}
 
     @jax.custom_batching.custom_vmap
     def run(*args):
-        for backend in DEFAULT_ORDER if implementation is None else (implementation,):
-            try:
-                return getattr(_BACKENDS[backend], name)(*args, **static)
-            except NotImplementedError:
-                if backend == implementation:
-                    raise
-        raise AssertionError("xla refuses nothing")
+        return run_backend(backends, DEFAULT_ORDER, implementation, *args, **static)
 
     @run.def_vmap
     def _(axis_size, is_mapped, *args):

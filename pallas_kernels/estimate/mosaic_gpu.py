@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.estimate.mosaic_gpu_kernel import (
     NUM_QUERIES,
     TILE_KEYS,
@@ -34,7 +34,7 @@ def column_mass(
     Raises:
       NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
     """
-    _check_device()
+    check_hopper_gpu()
     check_supported(q, k, scale)
     return launch(k, kv_pos, kv_head, q, q_pos, scale=scale)
 
@@ -48,14 +48,9 @@ def line_mass(
     Raises:
       NotImplementedError: as from `column_mass`.
     """
-    _check_device()
+    check_hopper_gpu()
     check_supported(q, k, scale, band)
     return launch(k, kv_pos, kv_head, q, q_pos, q_row, scale=scale, band=band)
-
-
-def _check_device() -> None:
-    if not has_hopper_gpu():
-        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
 
 
 def check_supported(q, k, scale: float, band: int = 16) -> None:

@@ -1,10 +1,11 @@
 """layer_matmul: a few rows times one layer's matrix, read straight from the stacked weights of all layers."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import run_backend
 from pallas_kernels.layer_matmul import mosaic_gpu, xla
 from pallas_kernels.notation import Array, Float, Int32
 
@@ -38,15 +39,7 @@ def layer_matmul(
       ValueError: the arguments do not fit each other, or the implementation's name is unknown.
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(f"{implementation=} is unknown: expected one of {get_args(Implementation)} or None")
     if x.shape[1] != w.shape[1] or x.dtype != w.dtype:
         raise ValueError(f"x [b, e] and w [layers, e, f] must share e and dtype: got {x.shape} {x.dtype}, "
                          f"{w.shape} {w.dtype}")  # fmt: skip
-    for name in DEFAULT_ORDER if implementation is None else (implementation,):
-        try:
-            return _BACKENDS[name](x, w, jnp.asarray(layer, jnp.int32))
-        except NotImplementedError:
-            if name == implementation:
-                raise
-    raise AssertionError("xla refuses nothing")
+    return run_backend(_BACKENDS, DEFAULT_ORDER, implementation, x, w, jnp.asarray(layer, jnp.int32))

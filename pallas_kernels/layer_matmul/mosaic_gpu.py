@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.layer_matmul.mosaic_gpu_kernel import STEP, TILE_COLUMNS, MatmulShape, Refs, matmul_kernel
 from pallas_kernels.notation import Array, Float, Int32
 
@@ -38,8 +38,7 @@ def layer_matmul(x: Float[Array, "b e"], w: Float[Array, "layers e f"], layer: I
     Raises:
       NotImplementedError: no Hopper GPU is the default device, or `check_supported` refuses.
     """
-    if not has_hopper_gpu():
-        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
+    check_hopper_gpu()
     check_supported(x, w)
     return launch(x, w, layer, MatmulConfig())
 

@@ -13,8 +13,9 @@ from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 from mmi_jax import Blocks, Buckets, Dense, Grid, PrefillResult, engine, fit
 from mmi_jax import prefill as run_prefill
 from mmi_jax.aot import layout_shape
+from mmi_jax.chips import GIB
 from mmi_jax.fit import DoesNotFitError, Room, check_fits, longest_that_fits, weight_bytes, what_fits
-from mmi_jax.memory import GIB, STAGES, MemoryTask, plan_memory
+from mmi_jax.memory import STAGES, MemoryTask, plan_memory
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
 from models.qwen2_5_vl.presets import PRESETS

@@ -14,7 +14,7 @@ from mmi_jax.layout import text_tokens
 from mmi_jax.report import PrefillReport
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.capture import Captured
-from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, head_cost, layer_cost
+from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, layer_cost
 from mmi_jax.search.equal_cost import cost_share, dense_tiles, member_of_cost, report_cost, visited_tiles
 from mmi_jax.search.families import FAMILIES, published
 from mmi_jax.table import PatternTable
@@ -45,9 +45,9 @@ def test_a_head_costs_its_tiles_and_what_its_plan_reads():
     tiles, moved = 1000 * HOPPER.sparse_ns_per_tile, 1000 * HOPPER.move_ns
     read = 1000 * HOPPER.estimate_ns
     for pattern, expected in ((AShape(), tiles + moved), (Grid(), tiles + moved + read)):
-        found = head_cost(HOPPER, pattern, 1000.0, num_tokens=1000, blocks=Blocks())
+        found = HOPPER.head_of(pattern, 1000.0, num_tokens=1000, blocks=Blocks())
         assert found == pytest.approx(1e-6 * expected)
-    halves = head_cost(HOPPER, AShape(), 2000.0, num_tokens=1000, blocks=Blocks(q=128, kv=64))
+    halves = HOPPER.head_of(AShape(), 2000.0, num_tokens=1000, blocks=Blocks(q=128, kv=64))
     assert halves == pytest.approx(1e-6 * (tiles + moved))
 
 
