@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from models.demo import DEMO_ANSWERS, DEMO_FPS
-from models.tasks.pictures import COLOURS, SIDE, digit_images, digit_masks, paint
+from models.tasks.digits import SIDE, digit_images, digit_masks, handwriting
+from models.tasks.pictures import COLOURS, paint
 
 SECONDS_PER_SHOT = 12
 # Photograph, then the square that is seen at the start and at the end of the shot: centre x and y, and side, as shares
@@ -53,7 +54,7 @@ def frames() -> np.ndarray:
     for place, (colour, digit) in zip(CARD_PLACES, DEMO_ANSWERS.items(), strict=True):
         image = digit_images(int(digit), is_held_out=True)[0]
         marks[place : place + CARD_FRAMES] = tuple(COLOURS).index(colour), image
-    return paint(np.stack(seen), marks, digit_masks())
+    return paint(np.stack(seen), marks, digit_masks(*handwriting(np.maximum(marks[:, 1], 0))))
 
 
 def main(path: str) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from models.small.config import small_processor
-from models.tasks.pictures import PERMUTATIONS, SIDE, atlas, digit_masks, paint, photo_shapes
+from models.tasks.digits import SIDE, digit_labels, digit_masks, handwriting
+from models.tasks.pictures import PERMUTATIONS, atlas, paint, photo_shapes
+from models.tasks.script import DIGIT, NUM_BASE
 from pallas_kernels.pytree import pytree
 
 
@@ -18,18 +20,21 @@ class Bank:
 
     Fields:
         pages: the atlas in every order of channels, as it is and mirrored; 2 x 6 times its pages.
-        masks: the handwritten digits.
+        ink: of every handwritten digit and its distorted copies.
+        corners: of the white squares they are written in, in pixels.
     """
 
     pages: UInt8[Array, "looks rows columns 3"]
-    masks: UInt8[Array, "n 112 112"]
+    ink: UInt8[Array, "n 8 8"]
+    corners: Int[Array, "n 2"]
 
 
 def make_bank() -> Bank:
     """The bank of the generated haystack."""
     looks = np.stack([atlas()[..., list(channels)] for channels in PERMUTATIONS], axis=1)
     both = np.stack([looks, looks[..., ::-1, :]], axis=2)
-    return Bank(pages=jnp.asarray(both.reshape(-1, *both.shape[3:])), masks=jnp.asarray(digit_masks()))
+    ink, corners = handwriting(np.arange(len(digit_labels())))
+    return Bank(pages=jnp.asarray(both.reshape(-1, *both.shape[3:])), ink=jnp.asarray(ink), corners=jnp.asarray(corners))
 
 
 def draw(bank: Bank, frames: Int[Array, "n 7"]) -> UInt8[Array, "n 112 112 3"]:
@@ -42,7 +47,9 @@ def draw(bank: Bank, frames: Int[Array, "n 7"]) -> UInt8[Array, "n 112 112 3"]:
     def cut(look, row, column):
         return jax.lax.dynamic_slice(bank.pages, (look, row, column, 0), (1, SIDE, SIDE, 3))[0]
 
-    return paint(jax.vmap(cut)(look, frames[:, 1], column), frames[:, 5:], bank.masks, xp=jnp)
+    number = jnp.maximum(frames[:, DIGIT], 0)
+    masks = digit_masks(bank.ink[number], bank.corners[number], xp=jnp)
+    return paint(jax.vmap(cut)(look, frames[:, 1], column), frames[:, NUM_BASE:], masks, xp=jnp)
 
 
 def patches(bank: Bank, frames: Int[Array, "f 7"], dtype: Any) -> Float[Array, "n p c"]:

@@ -7,9 +7,10 @@ from models.demo import CHAT_TEMPLATE, DEMO_TEXT, SPECIAL_TOKENS, train_tokenize
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.preprocess import Preprocess
 from models.qwen2_5_vl.processor import Processor
+from models.tasks.digits import SIDE
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.measure import Measure
-from models.tasks.pictures import COLOURS, SIDE
+from models.tasks.pictures import COLOURS
 from models.tasks.text import MATCHING_QUESTION, card_question, options
 from models.tokenizer import Tokenizer
 

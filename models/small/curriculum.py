@@ -7,9 +7,10 @@ import numpy as np
 from models.small.config import GRID_TOKENS, small_measure, small_processor
 from models.small.stream import Batch, stack_streams, stream
 from models.tasks.cards import Card, draw_cards, draw_digits, show, still
+from models.tasks.digits import digit_labels, distorted
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.niah import choose
-from models.tasks.pictures import COLOURS, digit_labels
+from models.tasks.pictures import COLOURS
 from models.tasks.sample import Question
 from models.tasks.script import DIGIT, NUM_BASE, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
@@ -116,9 +117,11 @@ class _Builder:
         self.num_asked_at_end = round(_log_uniform(1.0, float(np.clip(num_tokens / 100, 6, 64)), rng))
         self.reserve = min(24 * self.num_asked_at_end + 48, num_tokens // 4)
         most = int(min(48, max(2, num_grids * 0.4)))
-        self.cards = draw_cards(min(most, len(COLOURS)), rng, is_held_out=False)
+        cards = draw_cards(min(most, len(COLOURS)), rng, is_held_out=False)
+        images = distorted(np.array([card.image for card in cards]), rng)
+        self.cards = [dataclasses.replace(c, image=int(i)) for c, i in zip(cards, images, strict=True)]
         self.pictures = unmarked(self.haystack.stills(most, rng))
-        self.images = draw_digits(rng.integers(0, 10, most), rng, is_held_out=False)
+        self.images = distorted(draw_digits(rng.integers(0, 10, most), rng, is_held_out=False), rng)
         self.pictures[:, DIGIT] = self.images
         self.num_cards = self.num_pictures = 0
         self.text_debt = 0.0

@@ -9,7 +9,7 @@ from mmi_jax.layout import VISION, concatenate, text_tokens
 from models.media import Image, Video
 from models.qwen2_5_vl.processor import Processor, Row
 from models.small.config import GRID_TOKENS, colour_tokens
-from models.tasks.pictures import SIDE, digit_labels
+from models.tasks.digits import SIDE, digit_labels
 from models.tasks.rows import part_ends
 from models.tasks.sample import Question
 from models.tasks.script import COLOUR, NUM_BASE, Clip, Frames, Script, ScriptPart

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from models.tasks.pictures import COLOURS, digit_images, digit_labels
+from models.tasks.digits import digit_images, digit_labels
+from models.tasks.pictures import COLOURS
 from models.tasks.sample import Question
 from models.tasks.script import NUM_BASE, Clip, Frames, ScriptPart, Still, unmarked
 from models.tasks.text import DIGITS, card_question

@@ -12,7 +12,8 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from models.media import Frame, read_video
-from models.tasks.pictures import PERMUTATIONS, SIDE, atlas, photo_shapes
+from models.tasks.digits import SIDE
+from models.tasks.pictures import PERMUTATIONS, atlas, photo_shapes
 
 Base = Int32[np.ndarray, "n 5"]
 """Which picture a frame shows, in numbers that only its haystack reads."""

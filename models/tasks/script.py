@@ -7,7 +7,8 @@ from jaxtyping import Int32
 
 from models.media import Image, Video
 from models.tasks.haystack import Haystack
-from models.tasks.pictures import digit_masks, paint
+from models.tasks.digits import digit_masks, handwriting
+from models.tasks.pictures import paint
 from models.tasks.sample import Question, Sample, check_questions
 
 NUM_BASE = 5
@@ -79,7 +80,8 @@ def _render(part: ScriptPart, haystack: Haystack) -> str | Image | Video:
 
 def pixels(frames: Frames, haystack: Haystack) -> np.ndarray:
     """The frames `[n, rows, columns, 3]`, painted."""
-    return paint(haystack.pixels(frames[:, :NUM_BASE]), frames[:, NUM_BASE:], digit_masks())
+    masks = digit_masks(*handwriting(np.maximum(frames[:, DIGIT], 0)))
+    return paint(haystack.pixels(frames[:, :NUM_BASE]), frames[:, NUM_BASE:], masks)
 
 
 def unmarked(base: np.ndarray) -> Frames:

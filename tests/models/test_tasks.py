@@ -24,7 +24,8 @@ from models.tasks import (
     question_rows,
     v_niah,
 )
-from models.tasks.pictures import COLOURS, digit_labels
+from models.tasks.digits import digit_labels
+from models.tasks.pictures import COLOURS
 from models.tasks.script import COLOUR, DIGIT, Clip
 from models.tasks.text import DIGITS, LETTERS
 

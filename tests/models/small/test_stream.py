@@ -13,6 +13,7 @@ from models.small.curriculum import training_script
 from models.small.forward import Compute, _spread, row_logits
 from models.small.stream import CAPTION, stack_streams, stream
 from models.tasks import TASKS, GeneratedHaystack, question_rows
+from models.tasks.digits import digit_labels
 from models.tasks.pictures import COLOURS
 from models.tasks.script import pixels
 from models.tasks.text import MATCHING_QUESTION
@@ -51,7 +52,7 @@ def test_a_stream_is_the_processors_prompt(name, bank):
 
 def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
     frames = np.concatenate([HAYSTACK.shots(40, rng), np.full((40, 2), -1, np.int32)], axis=1)
-    frames[::3, 5:] = np.stack([rng.integers(-1, n, len(frames[::3])) for n in (16, 1797)], axis=1)
+    frames[::3, 5:] = np.stack([rng.integers(-1, n, len(frames[::3])) for n in (16, len(digit_labels()))], axis=1)
     np.testing.assert_array_equal(draw(bank, jnp.asarray(frames)), pixels(frames, HAYSTACK))
 
 
