@@ -1,7 +1,8 @@
 """Accuracy of the small model, dense, by task, length and depth; a table, and a JSON line per cell.
 
-python scripts/evaluate_small.py out/accuracy.jsonl --lengths 2048,8192,32768,65536    # on a GPU: about 2 minutes
-python scripts/evaluate_small.py out/accuracy.jsonl --lengths 2048 --samples 4         # on a CPU
+python scripts/evaluate_small.py out/accuracy.jsonl                        # all lengths, on a GPU
+python scripts/evaluate_small.py out/accuracy.jsonl --lengths 2048:4       # on a CPU, 4 samples per cell
+python scripts/evaluate_small.py out/accuracy.jsonl --lengths "32768:8 65536:6:v_niah,mm_niah"
 """
 
 import collections
@@ -28,9 +29,10 @@ BATCH_TOKENS = 131_072
 def main(
     path: Annotated[Path, typer.Argument(help="File of results, a JSON line per batch of samples.")],
     model: Annotated[Path, typer.Option(help="Checkpoint of the small model.")] = DEMO_MODEL,
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2048,8192,32768,65536",
+    lengths: Annotated[
+        str, typer.Option(help="TOKENS:SAMPLES[:TASKS] of the prompts, first things first; samples per task and depth.")
+    ] = "2048:16 8192:16 32768:16 65536:16",
     depths: Annotated[str, typer.Option(help="Places of the needle.")] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(help="Prompts per task, length and depth.")] = 16,
     fps: Annotated[float, typer.Option(help="Frames per second of the videos.")] = 2.0,
     held_out: Annotated[bool, typer.Option(help="Also with digits of writers the model never saw.")] = True,
     num_workers: Annotated[int, typer.Option(help="Processes that make prompts.")] = 2,
@@ -40,12 +42,13 @@ def main(
     compute = Compute() if is_gpu else Compute(dtype="float32", attention="xla")
     cells = [
         Cell(task=task, num_tokens=n, depth=depth, first_seed=seed, num_samples=count, is_held_out=is_held_out, fps=fps)
-        for n in map(int, lengths.split(","))
+        for n, samples, tasks in map(_length, lengths.split())
         for is_held_out in ([False, True] if held_out else [False])
-        for task in TASKS
+        for task in tasks
         for depth in map(float, depths.split(","))
         for seed, count in _pieces(samples, max(1, BATCH_TOKENS // n) if is_gpu else 1)
     ]
+    left = collections.Counter((cell.num_tokens, cell.is_held_out, cell.task) for cell in cells)
     found = collections.defaultdict(lambda: [0, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -53,21 +56,33 @@ def main(
             load(model, dtype=jnp.dtype(compute.dtype)), cells, compute=compute, num_workers=num_workers
         ):
             print(json.dumps(result), file=file, flush=True)
-            cell = found[result["num_tokens"], result["is_held_out"], result["task"]]
-            cell[0] += result["num_right"]
-            cell[1] += result["num_questions"]
+            key = result["num_tokens"], result["is_held_out"], result["task"]
+            found[key][0] += result["num_right"]
+            found[key][1] += result["num_questions"]
+            left[key] -= 1
+            if not left[key]:
+                print(f"{key[0]:6d} tokens, held out {key[1]!s:5}  {key[2]:8} {found[key][0]} of {found[key][1]}", flush=True)
     table = Table("tokens", "digits", *TASKS)
     for num_tokens, is_held_out in dict.fromkeys(key[:2] for key in found):
         rows = [found[num_tokens, is_held_out, task] for task in TASKS]
-        shares = [f"{right / asked:.1%} of {asked}" for right, asked in rows]
+        shares = [f"{right / asked:.1%} of {asked}" if asked else "" for right, asked in rows]
         table.add_row(f"{num_tokens:,}", "held out" if is_held_out else "trained on", *shares)
     Console().print(table)
 
 
+def _length(text: str) -> tuple[int, int, list[str]]:
+    """Tokens, samples and tasks of `TOKENS:SAMPLES[:TASKS]`."""
+    num_tokens, samples, *tasks = text.split(":")
+    names = tasks[0].split(",") if tasks else list(TASKS)
+    if unknown := set(names) - set(TASKS):
+        raise typer.BadParameter(f"tasks must be some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+    return int(num_tokens), int(samples), names
+
+
 def _pieces(num_samples: int, most: int) -> list[tuple[int, int]]:
-    """(first seed, samples) of equal batches; seeds beyond any step of the training."""
-    count = min(num_samples, most)
-    return [(10**6 + start, count) for start in range(0, num_samples - count + 1, count)]
+    """(first seed, samples) of equal batches of at most `most`; seeds beyond any step of the training."""
+    count = max(n for n in range(1, min(num_samples, most) + 1) if num_samples % n == 0)
+    return [(10**6 + start, count) for start in range(0, num_samples, count)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Trains the small model of models/assets/small, or goes on where an earlier run was stopped; needs the extra `dev`.
 
-python scripts/train_small.py out/small                    # the shipped recipe: about 20 minutes of an H200
+python scripts/train_small.py out/small                    # the recipe: about 8 minutes of an H200 and 16 cores
 python scripts/train_small.py out/small --until-step 200   # stop early; the same command without it goes on
 python scripts/train_small.py out/tiny --tiny              # a few steps of a toy on a CPU
 """
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,11 @@ from models.small.optimizer import OptimizerSettings
 from models.small.plots import plot_training
 from models.small.recipe import RECIPE, with_stages
 from models.small.release import release
+from models.small.stream import KINDS
 from models.small.train import Recipe, Trainer, train
+
+PRINT_SECONDS = 10.0
+"""Seconds between lines where no progress bar can be shown."""
 
 
 def main(
@@ -32,20 +37,34 @@ def main(
     until_step: Annotated[int | None, typer.Option(help="Step to stop after.")] = None,
     until_seconds: Annotated[float, typer.Option(help="Seconds to stop after.")] = float("inf"),
     save_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    stop_below: Annotated[
+        float, typer.Option(help="Share of digits right at the end of a length below which to stop, with exit code 1.")
+    ] = 0.0,
     tiny: Annotated[bool, typer.Option(help="A toy recipe, to see the script work.")] = False,
 ) -> None:
-    """Trains; Ctrl-C loses at most the steps since the last checkpoint."""
+    """Trains; Ctrl-C loses at most the steps since the last checkpoint. The model is written however far it came."""
     recipe = tiny_recipe() if tiny else RECIPE
     if jax.default_backend() != "gpu":
         recipe = dataclasses.replace(recipe, compute=Compute(dtype="float32", attention="xla", remats=True))
     trainer = Trainer(recipe)
+    unlearnt: list[str] = []
+    printed = [-PRINT_SECONDS]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("compiling", total=recipe.curriculum.num_steps)
 
         def on_step(step: int, line: dict) -> None:
-            text = f"loss {line['question_loss']:.3f}, digits {line['digit_accuracy']:.0%}, {line['num_tokens']} tokens"
+            shares = ", ".join(f"{kind} {line[f'{kind}_accuracy']:.0%}" for kind in KINDS)
+            text = f"{line['num_tokens']} tokens, loss {line['question_loss']:.3f}, {shares}"
             progress.update(bar, completed=step + 1, description=text)
+            if not progress.console.is_terminal and line["seconds"] > printed[-1] + PRINT_SECONDS:
+                printed.append(line["seconds"])
+                print(f"{line['seconds']:6.1f} s  step {step + 1:5d}  {text}", flush=True)
+
+        def on_stage_end(stage: Stage, digit_accuracy: float) -> bool:
+            if digit_accuracy < stop_below:
+                unlearnt.append(f"{digit_accuracy:.0%} of digits right after {stage.num_tokens} tokens")
+            return not unlearnt
 
         state = train(
             trainer,
@@ -56,13 +75,17 @@ def main(
             save_seconds=save_seconds,
             log_steps=2 if tiny else 10,
             on_step=on_step,
+            on_stage_end=on_stage_end,
         )
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     plot_training(lines, directory / "training.png")
     print(f"{int(state.step)} of {recipe.curriculum.num_steps} steps done; curves in {directory / 'training.png'}")
-    if int(state.step) == recipe.curriculum.num_steps:
-        release(in_bfloat16(recipe, state.params), directory / "model")
-        print(f"the model is in {directory / 'model'}")
+    shutil.rmtree(directory / "model", ignore_errors=True)  # of an earlier stop
+    release(in_bfloat16(recipe, state.params), directory / "model")
+    print(f"the model is in {directory / 'model'}")
+    if unlearnt:
+        print(f"stopped: {unlearnt[0]}, less than --stop-below {stop_below:.0%}; the same command goes on anyway")
+        raise typer.Exit(1)
 
 
 def in_bfloat16(recipe: Recipe, params) -> Qwen2_5_VL:

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 
 from models.small.config import GRID_TOKENS, small_measure, small_processor
-from models.small.stream import Batch, stack_streams, stream
+from models.small.stream import Batch, empty_batch, stack_streams, stream
 from models.tasks.cards import Card, draw_cards, draw_digits, show, still
 from models.tasks.digits import digit_labels, distorted
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.niah import choose
 from models.tasks.pictures import COLOURS
 from models.tasks.sample import Question
-from models.tasks.script import DIGIT, NUM_BASE, Clip, Frames, Script, ScriptPart, unmarked
+from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
@@ -37,17 +37,7 @@ class Stage:
 
     def empty_batch(self) -> Batch:
         """A batch of this stage's shapes."""
-        shape, labels = (self.batch, self.num_tokens), (self.batch, self.num_rows)
-        return Batch(
-            tokens=np.zeros(shape, np.int32),
-            rope_pos=np.zeros((3, *shape), np.int32),
-            is_vision=np.zeros(shape, bool),
-            frames=np.zeros((self.batch, 2 * (self.num_tokens // GRID_TOKENS), NUM_BASE + 2), np.int32),
-            rows=np.zeros(labels, np.int32),
-            labels=np.zeros(labels, np.int32),
-            weights=np.zeros(labels, np.float32),
-            kind=np.zeros(labels, np.int32),
-        )
+        return empty_batch(self.batch, self.num_tokens, self.num_rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +57,10 @@ class Curriculum:
         for stage in self.stages_from(step):
             return stage
         raise ValueError(f"the curriculum has {self.num_steps} steps, step {step} lies behind them")
+
+    def ends_stage(self, step: int) -> bool:
+        """Whether the step is the last of a stage that another follows."""
+        return step + 1 < self.num_steps and len(self.stages_from(step + 1)) < len(self.stages_from(step))
 
     def batch(self, step: int) -> Batch:
         """The streams of a step."""

@@ -1,8 +1,8 @@
 """Accuracy of the small model by task, length and depth, dense, many samples at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Int32
 
 from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.small.bank import make_bank
+from models.small.bank import Bank, make_bank
 from models.small.config import small_measure, small_processor
 from models.small.forward import Compute, row_logits
 from models.small.loader import Loader
-from models.small.stream import Batch, stack_streams, stream
+from models.small.stream import Batch, empty_batch, stack_streams, stream
 from models.tasks import TASKS, GeneratedHaystack
 from models.tasks.rows import choice_ids
 from pallas_kernels.pytree import pytree
@@ -76,24 +76,41 @@ def cell_batch(cell: Cell) -> CellBatch:
     return CellBatch(batch=batch, choices=choices, answer=answer)
 
 
+def _empty_cell(num_samples: int, num_tokens: int) -> CellBatch:
+    """A cell's batch of this shape, nothing in it."""
+    return CellBatch(
+        batch=empty_batch(num_samples, num_tokens, MOST_QUESTIONS),
+        choices=np.zeros((num_samples, MOST_QUESTIONS, MOST_CHOICES), np.int32),
+        answer=np.zeros((num_samples, MOST_QUESTIONS), np.int32),
+    )
+
+
 def evaluate(
     model: Qwen2_5_VL, cells: Iterable[Cell], *, compute: Compute, num_workers: int = 0,
     on_cell: Callable[[dict], None] = lambda result: None,
 ) -> Iterator[dict]:  # fmt: skip
-    """For each cell its fields, the number of questions, and how many were answered rightly."""
+    """For each cell its fields, the number of questions, and how many were answered rightly.
+
+    Every shape of cell is a program; all are compiled at once in threads, in the order of the cells.
+    """
     bank = make_bank()
     graphdef, params = nnx.split(model)
     cells = list(cells)
 
-    @functools.partial(jax.jit)
-    def num_right(params, made: CellBatch):
+    def num_right(params, made: CellBatch, bank: Bank):
         logits = row_logits(nnx.merge(graphdef, params), made.batch, bank, compute)
         chosen = jnp.argmax(jnp.take_along_axis(logits, made.choices, axis=-1), axis=-1)
         return jnp.sum((chosen == made.answer) & (made.answer >= 0)), jnp.sum(made.answer >= 0)
 
-    with Loader(cell_batch, cells, num_workers) as batches:
+    def compiled(shape: tuple[int, int]):
+        return jax.jit(num_right).lower(*jax.eval_shape(lambda *x: x, params, _empty_cell(*shape), bank)).compile()
+
+    with ThreadPoolExecutor(4) as compiler, Loader(cell_batch, cells, num_workers) as batches:
+        shapes = dict.fromkeys((cell.num_samples, cell.num_tokens) for cell in cells)
+        programs = {shape: compiler.submit(compiled, shape) for shape in shapes}
         for cell, made in zip(cells, batches, strict=True):
-            right, asked = num_right(params, jax.tree.map(jnp.asarray, made))
+            program = programs[cell.num_samples, cell.num_tokens].result()
+            right, asked = program(params, jax.tree.map(jnp.asarray, made), bank)
             result = dataclasses.asdict(cell) | {"num_questions": int(asked), "num_right": int(right)}
             on_cell(result)
             yield result

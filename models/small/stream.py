@@ -127,6 +127,21 @@ def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> B
     )
 
 
+def empty_batch(num_streams: int, num_tokens: int, num_rows: int) -> Batch:
+    """A batch of nothing but padding."""
+    shape, labels = (num_streams, num_tokens), (num_streams, num_rows)
+    return Batch(
+        tokens=np.zeros(shape, np.int32),
+        rope_pos=np.zeros((3, *shape), np.int32),
+        is_vision=np.zeros(shape, bool),
+        frames=np.zeros((num_streams, 2 * (num_tokens // GRID_TOKENS), NUM_BASE + 2), np.int32),
+        rows=np.zeros(labels, np.int32),
+        labels=np.zeros(labels, np.int32),
+        weights=np.zeros(labels, np.float32),
+        kind=np.zeros(labels, np.int32),
+    )
+
+
 def _stand_in(part: ScriptPart) -> str | Image | Video:
     """The part with one pixel shown everywhere, so that a processor can read its size."""
     if isinstance(part, str):

@@ -27,6 +27,10 @@ from models.small.optimizer import OptimizerSettings, make_optimizer
 from pallas_kernels.pytree import pytree
 
 
+STAGE_LINES = 8
+"""Measurements, of a stage's last ones, that tell how well it went."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that a run's result depends on."""
@@ -107,6 +111,7 @@ def train(
     until_step: int | None = None,
     until_seconds: float = float("inf"),
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    on_stage_end: Callable[[Stage, float], bool] = lambda stage, digit_accuracy: True,
 ) -> TrainState:
     """Runs the trainer's recipe from its last checkpoint in `directory`, or from the start, and leaves a checkpoint.
 
@@ -121,6 +126,8 @@ def train(
         until_step: step to stop after, the recipe's last when None.
         until_seconds: seconds after which to stop, measured from the call.
         on_step: called with each measured step.
+        on_stage_end: called where the length changes, with the stage that is over and the share of its digits that was
+            right, the mean of its last `STAGE_LINES` measurements; the run stops if it returns False.
     """
     start = last_save = time.perf_counter()
     recipe = trainer.recipe
@@ -144,7 +151,7 @@ def train(
                     line = _line(step, batch.tokens.shape[1], metrics, seconds)
                     print(json.dumps(line), file=log, flush=True)
                     on_step(step, line)
-                if seconds > until_seconds:
+                if seconds > until_seconds or not _goes_on(recipe.curriculum, step, metrics_path, on_stage_end):
                     break
                 if time.perf_counter() - last_save > save_seconds:
                     saved.save(step + 1, args=ocp.args.StandardSave(_as_arrays(state)))
@@ -172,6 +179,16 @@ def _cut_metrics(path: Path, first_step: int) -> None:
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
         path.write_text("".join(line + "\n" for line in lines))
+
+
+def _goes_on(curriculum: Curriculum, step: int, path: Path, on_stage_end: Callable[[Stage, float], bool]) -> bool:
+    """Whether training goes on behind the step; `on_stage_end` is asked where a stage ends, NaN if none measured it."""
+    if not curriculum.ends_stage(step):
+        return True
+    stage = curriculum.stage(step)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    shares = [line["digit_accuracy"] for line in lines if line["num_tokens"] == stage.num_tokens]
+    return on_stage_end(stage, float(np.mean(shares[-STAGE_LINES:])) if shares else float("nan"))
 
 
 def _line(step: int, num_tokens: int, metrics: dict[str, Array], seconds: float) -> dict[str, Any]:
