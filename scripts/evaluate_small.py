@@ -61,7 +61,10 @@ def main(
             found[key][1] += result["num_questions"]
             left[key] -= 1
             if not left[key]:
-                print(f"{key[0]:6d} tokens, held out {key[1]!s:5}  {key[2]:8} {found[key][0]} of {found[key][1]}", flush=True)
+                print(
+                    f"{key[0]:6d} tokens, held out {key[1]!s:5}  {key[2]:8} {found[key][0]} of {found[key][1]}",
+                    flush=True,
+                )
     table = Table("tokens", "digits", *TASKS)
     for num_tokens, is_held_out in dict.fromkeys(key[:2] for key in found):
         rows = [found[num_tokens, is_held_out, task] for task in TASKS]

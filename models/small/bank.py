@@ -34,7 +34,9 @@ def make_bank() -> Bank:
     looks = np.stack([atlas()[..., list(channels)] for channels in PERMUTATIONS], axis=1)
     both = np.stack([looks, looks[..., ::-1, :]], axis=2)
     ink, corners = handwriting(np.arange(len(digit_labels())))
-    return Bank(pages=jnp.asarray(both.reshape(-1, *both.shape[3:])), ink=jnp.asarray(ink), corners=jnp.asarray(corners))
+    return Bank(
+        pages=jnp.asarray(both.reshape(-1, *both.shape[3:])), ink=jnp.asarray(ink), corners=jnp.asarray(corners)
+    )
 
 
 def draw(bank: Bank, frames: Int[Array, "n 7"]) -> UInt8[Array, "n 112 112 3"]:

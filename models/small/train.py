@@ -26,7 +26,6 @@ from models.small.loader import Loader
 from models.small.optimizer import OptimizerSettings, make_optimizer
 from pallas_kernels.pytree import pytree
 
-
 STAGE_LINES = 8
 """Measurements, of a stage's last ones, that tell how well it went."""
 

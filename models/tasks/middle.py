@@ -3,9 +3,9 @@
 import numpy as np
 
 from models.tasks.cards import blank_video, draw_cards, draw_digits, free_grid, interleave, show, still
+from models.tasks.digits import digit_labels
 from models.tasks.haystack import Haystack
 from models.tasks.measure import Measure
-from models.tasks.digits import digit_labels
 from models.tasks.sample import Question
 from models.tasks.script import DIGIT, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from models.media import Image, Video
-from models.tasks.haystack import Haystack
 from models.tasks.digits import digit_masks, handwriting
+from models.tasks.haystack import Haystack
 from models.tasks.pictures import paint
 from models.tasks.sample import Question, Sample, check_questions
 

@@ -1,10 +1,11 @@
-"""Distorted handwriting: the same for the same number, still the digit it was, and never that of the writers held out."""
+"""Distorted handwriting: the same for the same number, still the digit it was, and never of the writers held out."""
 
 import warnings
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 
 from models.tasks.digits import (
     CELLS,
@@ -54,7 +55,7 @@ def test_a_mask_is_ink_in_its_square():
 
 
 def test_what_is_learnt_from_copies_holds_for_other_writers():
-    copies = np.arange(NUM_DIGITS, NUM_DIGITS + 12 * NUM_TRAINING_DIGITS)
+    copies = np.arange(NUM_DIGITS, NUM_DIGITS + 20 * NUM_TRAINING_DIGITS)
     ink = handwriting(np.arange(copies[-1] + 1))[0].reshape(-1, CELLS**2) / 16
     seen, unseen = np.arange(NUM_TRAINING_DIGITS), np.arange(NUM_TRAINING_DIGITS, NUM_DIGITS)
     assert (ink[copies[:NUM_TRAINING_DIGITS]] != ink[seen]).any(axis=1).all()
@@ -65,4 +66,5 @@ def test_what_is_learnt_from_copies_holds_for_other_writers():
             reader.fit(ink[learnt], digit_labels()[learnt])
         return reader.score(ink[unseen], digit_labels()[unseen])
 
-    assert share_right(copies, 15) > 0.94 > share_right(seen, 15 * 12)  # as many updates of both
+    with threadpool_limits(1):  # threads wait for each other more than they work on matrices this small
+        assert share_right(copies, 10) > share_right(seen, 10 * 20) + 0.01  # as many updates of both

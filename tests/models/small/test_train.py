@@ -11,7 +11,7 @@ from models.small.curriculum import Curriculum, Stage
 from models.small.forward import Compute
 from models.small.loader import Loader
 from models.small.optimizer import OptimizerSettings
-from models.small.train import Recipe, Trainer, train
+from models.small.train import STAGE_LINES, Recipe, Trainer, _goes_on, train
 
 STAGES = (Stage(num_tokens=128, batch=2, num_steps=6), Stage(num_tokens=192, batch=1, num_steps=4))
 
@@ -45,6 +45,26 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     assert sorted(losses(tmp_path / "whole")) == list(range(6))
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+
+
+def test_whether_to_go_on_is_asked_where_a_length_ends_and_tells_how_its_digits_went(tmp_path):
+    asked = []
+
+    def on_stage_end(stage, digit_accuracy):
+        asked.append((stage, digit_accuracy))
+        return False
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    curriculum = Curriculum(stages=STAGES, seed=3)
+    assert not _goes_on(curriculum, 5, path, on_stage_end)
+    assert asked.pop()[0] == STAGES[0]
+    lines = [{"num_tokens": 64, "digit_accuracy": 1.0}]
+    lines += [{"num_tokens": 128, "digit_accuracy": 0.1 * n} for n in range(STAGE_LINES + 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [_goes_on(curriculum, step, path, on_stage_end) for step in range(10)] == [True] * 5 + [False] + [True] * 4
+    ((stage, share),) = asked
+    assert stage == STAGES[0] and share == pytest.approx(0.1 * (2 + (STAGE_LINES - 1) / 2))
 
 
 def test_other_processes_make_the_same_batches():
