@@ -105,7 +105,7 @@ def distort(ink: UInt8[np.ndarray, "n 8 8"], rng: np.random.Generator) -> UInt8[
     see docs/log.md.
     """
     count = len(ink)
-    angle, slant = np.deg2rad(rng.uniform(-15, 15, (count, 1))), rng.uniform(-0.2, 0.2, (count, 1))
+    angle, slant = np.deg2rad(rng.uniform(-10, 10, (count, 1))), rng.uniform(-0.15, 0.15, (count, 1))
     scale, shift = rng.uniform(0.9, 1.1, (2, count, 1)), rng.uniform(-0.5, 0.5, (2, count, 1))
     level = rng.uniform(5, 8.5, (count, 1))
     points = (np.arange(2 * CELLS) + 0.5) / 2 - CELLS / 2
