@@ -78,8 +78,11 @@ def _render(part: ScriptPart, haystack: Haystack) -> str | Image | Video:
 
 
 def pixels(frames: Frames, haystack: Haystack) -> np.ndarray:
-    """The frames `[n, rows, columns, 3]`, painted."""
-    return paint(haystack.pixels(frames[:, :NUM_BASE]), frames[:, NUM_BASE:], digit_masks())
+    """The frames `[n, rows, columns, 3]`, painted where there is something to paint."""
+    found = haystack.pixels(frames[:, :NUM_BASE])
+    marked = np.flatnonzero((frames[:, NUM_BASE:] >= 0).any(axis=1))
+    found[marked] = paint(found[marked], frames[marked, NUM_BASE:], digit_masks())
+    return found
 
 
 def unmarked(base: np.ndarray) -> Frames:
