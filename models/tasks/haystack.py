@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -73,18 +72,15 @@ class GeneratedHaystack:
         return pictures[rng.permutation(len(pictures))[:count]]
 
     def pixels(self, base: Base) -> UInt8[np.ndarray, "n rows columns 3"]:
-        """The frames that were described."""
-        return crop(atlas(), base)
-
-
-def crop(pages: Any, base: Any, *, xp: ModuleType = np) -> Any:
-    """The frames `[n, SIDE, SIDE, 3]` that `base [n, 5]` describes; numpy or jax.numpy give the same pixels."""
-    rows = base[:, 1, None] + xp.arange(SIDE)
-    columns = base[:, 2, None] + xp.where(base[:, 4, None] == 1, SIDE - 1 - xp.arange(SIDE), xp.arange(SIDE))
-    channels = xp.asarray(np.array(PERMUTATIONS))[base[:, 3]]
-    return pages[
-        base[:, 0, None, None, None], rows[:, :, None, None], columns[:, None, :, None], channels[:, None, None]
-    ]
+        """The frames that were described, each one copy of a view of its page."""
+        pages = atlas()
+        frames = np.empty((len(base), SIDE, SIDE, 3), np.uint8)
+        for frame, (page, row, column, order, is_mirrored) in zip(frames, base, strict=True):
+            view = pages[page, row : row + SIDE, column : column + SIDE]
+            view = view[:, ::-1] if is_mirrored else view
+            for channel, source in enumerate(PERMUTATIONS[order]):
+                frame[..., channel] = view[..., source]
+        return frames
 
 
 @functools.lru_cache(maxsize=1)

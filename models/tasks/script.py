@@ -79,9 +79,12 @@ def _render(part: ScriptPart, haystack: Haystack) -> str | Image | Video:
 
 
 def pixels(frames: Frames, haystack: Haystack) -> np.ndarray:
-    """The frames `[n, rows, columns, 3]`, painted."""
-    masks = digit_masks(*handwriting(np.maximum(frames[:, DIGIT], 0)))
-    return paint(haystack.pixels(frames[:, :NUM_BASE]), frames[:, NUM_BASE:], masks)
+    """The frames `[n, rows, columns, 3]`, painted where there is something to paint."""
+    found = haystack.pixels(frames[:, :NUM_BASE])
+    marked = np.flatnonzero((frames[:, NUM_BASE:] >= 0).any(axis=1))
+    masks = digit_masks(*handwriting(np.maximum(frames[marked, DIGIT], 0)))
+    found[marked] = paint(found[marked], frames[marked, NUM_BASE:], masks)
+    return found
 
 
 def unmarked(base: np.ndarray) -> Frames:
