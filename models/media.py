@@ -26,7 +26,7 @@ MIN_FRAMES = 4
 TEMPORAL_PATCH_LEN = 2
 """Frames that share one vision token; the number of sampled frames is a multiple of it."""
 
-CONVERTING_THREADS = 8
+CONVERTING_THREADS = 4
 """Threads that turn decoded frames into RGB and resize them."""
 
 Frame = UInt8[np.ndarray, "rows columns 3"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
@@ -11,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from models.media import Image, Video
 from models.qwen2_5_vl.placeholders import Grid
-from models.qwen2_5_vl.preprocess import Preprocess, normalised_levels, patchify
+from models.qwen2_5_vl.preprocess import Preprocess, frame_grid, normalised_levels, patchify, resize_all
+from models.video_stream import VideoStream
+
+type Medium = Image | Video | VideoStream
+"""What becomes vision tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +43,34 @@ class PixelSource:
         return np.concatenate([frames, *[frames[-1:]] * missing]) if missing else frames
 
 
+def num_and_shape(part: Medium) -> tuple[int, tuple[int, ...]]:
+    """Frames of an image or a video, and the shape of each as it was decoded."""
+    match part:
+        case Image():
+            return 1, part.pixels.shape
+        case Video():
+            return part.num_frames, part.frames.shape[1:]
+        case VideoStream():
+            return part.num_frames, part.frame_shape
+
+
+def pixel_source(part: Medium, config: Preprocess) -> PixelSource:
+    """The frames of an image or video, resized when they are asked for where they have not the size the model sees."""
+    num_frames, shape = num_and_shape(part)
+
+    def frames(start: int, stop: int) -> np.ndarray:
+        match part:
+            case Image():
+                return resize_all(part.pixels[None], config)
+            case Video():
+                return resize_all(part.frames[start:stop], config)
+            case VideoStream():
+                return resize_all(part.frames(start, stop), config)
+
+    grid = frame_grid(num_frames, shape, config)
+    return PixelSource(frames=frames, num_frames=num_frames, grid=grid, config=config)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PixelPatches:
     """The patches of a prompt's images and videos, in order, bit for bit those of `patchify`."""
@@ -59,8 +91,9 @@ class PixelPatches:
         places = (first - starts[numbers]) // width
         # Runs of one source, whose temporal patches follow one another: one run, save where a batch has several videos.
         breaks = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(places) != 1)) + 1
-        runs = list(itertools.pairwise([0, *breaks.tolist(), len(first)]))
-        pieces = [self.sources[numbers[a]].temporal_patches(places[a], places[b - 1] + 1) for a, b in runs]
+        pieces = []
+        for run, number in zip(np.split(places, breaks), numbers[[0, *breaks]], strict=True):
+            pieces.append(self.sources[number].temporal_patches(int(run[0]), int(run[-1]) + 1))
         levels = np.stack([normalised_levels(self.sources[n].config) for n in numbers])
         config = self.sources[numbers[0]].config
         cut = (config.temporal_patch_size, config.merge_size, config.patch_size)

@@ -11,8 +11,6 @@ from PIL import Image as PillowImage
 from models.media import TEMPORAL_PATCH_LEN, Frame
 from pallas_kernels.notation import Float
 
-Frames = UInt8[np.ndarray, "m rows columns 3"]
-
 MAX_ASPECT_RATIO = 200
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -112,7 +110,9 @@ def resize(frame: Frame, config: Preprocess) -> UInt8[np.ndarray, "new_rows new_
     return np.asarray(PillowImage.fromarray(frame).resize((columns, rows), PillowImage.Resampling.BICUBIC))
 
 
-def resize_all(frames: Frames, config: Preprocess) -> Frames:
+def resize_all(
+    frames: UInt8[np.ndarray, "m rows columns 3"], config: Preprocess
+) -> UInt8[np.ndarray, "m new_rows new_columns 3"]:
     """Every frame as `resize` makes it; the array itself if they have that size."""
     first = resize(frames[0], config)
     return frames if first.shape == frames.shape[1:] else np.stack([resize(frame, config) for frame in frames])

@@ -15,7 +15,7 @@ from models.media import Frame, Image, Video
 from models.prompt import LazyPatches, Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
-from models.qwen2_5_vl.pixels import PixelPatches, PixelSource
+from models.qwen2_5_vl.pixels import Medium, PixelPatches, num_and_shape, pixel_source
 from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
 from models.qwen2_5_vl.preprocess import Preprocess, capped, frame_grid, patchify, resize, resize_all
 from models.qwen2_5_vl.preprocess_config import read_preprocess
@@ -24,9 +24,6 @@ from models.tokenizer import Tokenizer, read_json
 from models.video_stream import VideoStream
 
 type Part = str | Medium
-
-Medium = Image | Video | VideoStream
-"""What becomes vision tokens."""
 
 MARK = "\ue000"
 """Stands, while a chat template is rendered, where a prompt is cut; of a range that no text uses."""
@@ -155,7 +152,9 @@ class Processor:
         rows = [self._row(messages, render(messages)) for messages in chats]
         media = [part for messages in chats for part in _media(messages)]
         if any(isinstance(part, VideoStream) for part in media):
-            return self._batch(rows, PixelPatches(sources=tuple(self.pixels(part) for part in media)))
+            return self._batch(
+                rows, PixelPatches(sources=tuple(pixel_source(part, self._preprocess(part)) for part in media))
+            )
         patches = [self._patches(part) for part in media]
         # One video is not copied: its patches may be most of the host's memory.
         none = np.zeros((0, self.config.vision.patch_dim), np.float32)
@@ -190,13 +189,7 @@ class Processor:
 
     def grid(self, part: Medium) -> Grid:
         """Frames, rows and columns of an image or video in patches."""
-        match part:
-            case Image():
-                return frame_grid(1, part.pixels.shape, self.image)
-            case Video():
-                return frame_grid(part.num_frames, part.frames.shape[1:], self._video_preprocess(part.num_frames))
-            case VideoStream():
-                return frame_grid(part.num_frames, part.frame_shape, self._video_preprocess(part.num_frames))
+        return frame_grid(*num_and_shape(part), self._preprocess(part))
 
     def num_tokens(self, part: Medium) -> int:
         """Tokens of an image or video, without the marks around it."""
@@ -205,6 +198,9 @@ class Processor:
     def fit_frame(self, frame: Frame, num_frames: int) -> np.ndarray:
         """A video frame at the size the model sees, given how many are sampled: the `resize` of `read_video`."""
         return resize(frame, self._video_preprocess(num_frames))
+
+    def _preprocess(self, part: Medium) -> Preprocess:
+        return self.image if isinstance(part, Image) else self._video_preprocess(part.num_frames)
 
     def _video_preprocess(self, num_frames: int) -> Preprocess:
         return capped(self.video, num_frames) if self.cap_pixels_per_frame else self.video
@@ -227,23 +223,6 @@ class Processor:
             {"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages
         ]
         return self.tokenizer.render(rendered, add_generation_prompt=add_generation_prompt)
-
-    def pixels(self, part: Medium) -> PixelSource:
-        """The frames of an image or video at the size the model sees."""
-        config = self.image if isinstance(part, Image) else self._video_preprocess(part.num_frames)
-        num_frames = 1 if isinstance(part, Image) else part.num_frames
-
-        def frames(start: int, stop: int) -> np.ndarray:
-            match part:
-                case Image():
-                    found = part.pixels[None]
-                case Video():
-                    found = part.frames[start:stop]
-                case VideoStream():
-                    found = part.frames(start, stop)
-            return resize_all(found, config)
-
-        return PixelSource(frames=frames, num_frames=num_frames, grid=self.grid(part), config=config)
 
     def _patches(self, part: Image | Video) -> np.ndarray:
         if isinstance(part, Image):
