@@ -122,8 +122,8 @@ def first_token_table(result: dict[str, Any]) -> Table:
     """The whole time of each length, its parts in order, and decoding and the tower each alone; dense as elsewhere."""
     parts = ("prompt", "vision", "prefill", "rest")
     table = _table(
-        result, "", "tokens", "pictures", "first token, s (fastest, slowest)", *parts, "waited for decoding",
-        "decoding alone", "tower alone", "dense prefill", "dense first token", "speed-up", "compile s", "peak GiB",
+        result, "", "tokens", "pictures", "whole, s", *parts, "waited", "decoding alone", "tower alone",
+        "dense prefill", "dense whole", "speed-up", "compile s", "peak GiB",
     )  # fmt: skip
     for case in _measured_cases(result):
         sign = "~" if case.get("is_dense_extrapolated") else ""
@@ -132,7 +132,7 @@ def first_token_table(result: dict[str, Any]) -> Table:
             case["case"],
             f"{case['tokens']:,}",
             f"{case['pictures']:,}",
-            f"{case['seconds']:.4g} ({case['fastest_seconds']:.4g}, {case['slowest_seconds']:.4g})",
+            f"{case['seconds']:.4g}",
             *(f"{case['parts'][name]:.4g}" for name in (*parts, "waited")),
             f"{case['decoding_alone']:.4g}",
             f"{case['tower_alone']:.4g}",

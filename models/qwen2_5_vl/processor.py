@@ -155,7 +155,7 @@ class Processor:
             return self._batch(
                 rows, PixelPatches(sources=tuple(pixel_source(part, self._preprocess(part)) for part in media))
             )
-        patches = [self._patches(part) for part in media]
+        patches = [self._patches(part) for part in media if not isinstance(part, VideoStream)]
         # One video is not copied: its patches may be most of the host's memory.
         none = np.zeros((0, self.config.vision.patch_dim), np.float32)
         return self._batch(rows, patches[0] if len(patches) == 1 else np.concatenate([none, *patches]))
