@@ -25,6 +25,7 @@ from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, head_shapes, own_pr
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.made_prompts import made_prompt, video_pieces, video_prompt
+from mmi_jax.cli.plan import vision_bytes
 from mmi_jax.engine import prefill
 from mmi_jax.table import PatternTable
 
@@ -111,7 +112,7 @@ class _Suite:
                 "slowest_seconds": runs[-1]["seconds"],
                 "compile_seconds": round(first["seconds"] - runs[0]["seconds"], 3),
                 **self.alone(num_tokens, path),
-                **memory_figures(self.model, self.table, num_tokens),
+                **memory_figures(self.model, self.table, num_tokens, embed_bytes=vision_bytes(self.config, num_tokens)),
                 "others": [],
             }
             if num_tokens <= self.host_limit:

@@ -48,6 +48,10 @@ class Decoder(nnx.Module):
         """Embeddings of the tokens by their ids."""
         return self.embedding(jnp.asarray(prompt.tokens))
 
+    def embed_bytes(self, prompt: Prompt) -> int:
+        """None: there is no vision tower."""
+        return 0
+
     def rotary(self, rope_pos: Int32[Array, "3 b t"]) -> Rotary:
         """As `Qwen2_5_VL.rotary`."""
         return text_rotary(jnp.asarray(rope_pos), self.config)
