@@ -102,7 +102,7 @@ class _Suite:
 
     @functools.cached_property
     def model(self) -> Any:
-        return _decoder(self.config, self.dtype)
+        return random_weights(self.config, self.dtype)
 
     def measure(self, num_tokens: int) -> dict[str, Any]:
         """The figures of one length."""
@@ -134,10 +134,12 @@ class _Suite:
         """One layer against plain XLA."""
         config = dataclasses.replace(self.config, num_layers=1)
         first = dataclasses.replace(self.table, layers=self.table.layers[:1])
-        return check_kernel(_decoder(config, self.dtype), video_prompt(config, num_tokens), first, dtype=self.dtype)
+        return check_kernel(
+            random_weights(config, self.dtype), video_prompt(config, num_tokens), first, dtype=self.dtype
+        )
 
 
-def _decoder(config: Any, dtype: str) -> Any:
+def random_weights(config: Any, dtype: str) -> Any:
     """Random weights, heads of `head_shapes`; no vision tower."""
     from models.qwen2_5_vl.random_decoder import random_decoder
 

@@ -150,6 +150,31 @@ def first_token_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def batch_table(result: dict[str, Any]) -> Table:
+    """`prefill_many`, then the other ways: speed-up is ours over the other."""
+    table = _table(
+        result, "", "prompts", "tokens", "padded to", "logits differ", "s (fastest, slowest)", "tokens/s", "speed-up"
+    )
+
+    def times(figures: dict[str, Any], tokens: int) -> tuple[str, str]:
+        spread = f"{figures['seconds']:.4g} ({figures['fastest_seconds']:.4g}, {figures['slowest_seconds']:.4g})"
+        return spread, f"{tokens / figures['seconds']:,.0f}"
+
+    for case in _measured_cases(result):
+        prompts = f"{len(case['lengths'])} in {len(case['batches'])} batches"
+        sizes = (f"{case[name]:,}" for name in ("tokens", "padded_tokens"))
+        table.add_row(case["case"], prompts, *sizes, "", *times(case, case["tokens"]))
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+                continue
+            figures = (f"{other['padded_tokens']:,}", f"{other['logits_difference']:.1e}")
+            table.add_row(
+                f"  {other['name']}", "", "", *figures, *times(other, case["tokens"]), f"{other['speedup']:.2f} x"
+            )
+    return table
+
+
 def decode_table(result: dict[str, Any]) -> Table:
     """Time of a token and the rate of reading, then what was measured beside it."""
     table = _table(
