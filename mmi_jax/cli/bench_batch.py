@@ -21,7 +21,7 @@ from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.engine import prefill
 from mmi_jax.many import BATCH_TOKENS, batches, prefill_many
 
-ON_GPU = (2048, 2048, 3072, 4096, 6144, 8192, 16384, 32768)
+ON_GPU = (2000, 2010, 2030, 2048, 8000, 8192, 32000, 32768)
 ELSEWHERE = (1024, 1024, 1024, 2048)
 """Tokens of the prompts unless they are given."""
 
