@@ -40,7 +40,8 @@ class VideoStream:
         self.num_frames, self.fps = len(sampling.indices), sampling.fps
         self._arrival = arrival = _Arrival()
         weakref.finalize(self, arrival.stop)
-        threading.Thread(target=_decode, args=(arrival, sampling, resize, on_frame), daemon=True).start()
+        arguments = arrival, sampling, resize, on_frame
+        threading.Thread(target=_decode, args=arguments, name=f"decoding {path}", daemon=True).start()
         self.frame_shape = arrival.wait_for(1).shape[1:]
 
     def frames(self, start: int, stop: int) -> UInt8[np.ndarray, "n rows columns 3"]:

@@ -1,6 +1,6 @@
 """A video that a thread decodes: the frames, the patches and the errors are those of the whole video."""
 
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -37,13 +37,16 @@ def test_its_frames_are_those_of_the_whole_video(path):
 
 
 def test_frames_are_there_before_the_last_one_is_decoded(path):
-    def slow_at_the_end(decoded: int, _: int) -> None:
-        time.sleep(0.5 if decoded == 16 else 0)
+    gate, too_late = threading.Event(), []
 
-    arriving = stream(path, on_frame=slow_at_the_end)
-    assert arriving.frames(0, 2).shape == (2, 84, 84, 3) and arriving.waited_seconds < 0.4
-    arriving.frames(14, 16)
-    assert arriving.waited_seconds > 0.2
+    def held_up(decoded: int, _: int) -> None:
+        if decoded == 15 and not gate.wait(60):
+            too_late.append(decoded)
+
+    arriving = stream(path, on_frame=held_up)
+    assert arriving.frames(0, 2).shape == (2, 84, 84, 3) and not too_late
+    gate.set()
+    assert len(arriving.frames(14, 16)) == 2 and arriving.waited_seconds > 0
 
 
 def test_a_file_that_is_cut_off_fails_where_its_end_is_asked_for(path, tmp_path):
@@ -58,11 +61,19 @@ def test_a_file_that_is_cut_off_fails_where_its_end_is_asked_for(path, tmp_path)
 
 
 def test_decoding_stops_when_nobody_refers_to_the_stream(path):
-    decoded = []
-    arriving = stream(path, on_frame=lambda n, _: (decoded.append(n), time.sleep(0.02)))
+    gate, decoded = threading.Event(), []
+
+    def held_up(number: int, _: int) -> None:
+        decoded.append(number)
+        if number == 11:
+            gate.wait(60)
+
+    arriving = stream(path, on_frame=held_up)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == f"decoding {path}")
     del arriving
-    time.sleep(0.6)
-    assert decoded[-1] < 17
+    gate.set()
+    thread.join(60)
+    assert not thread.is_alive() and decoded[-1] < 15
 
 
 @pytest.mark.parametrize("num_frames", [2, 6, 16])
