@@ -26,10 +26,12 @@ def stop_within(path, content):
         print("half", path, file=sys.stderr, flush=True)
         time.sleep(600)
 
-savefig = Figure.savefig
+put, savefig = LRUCache.put, Figure.savefig
 
 def half_an_entry(cache, key, content):
-    stop_within(cache.path / f"{key}-cache", content)
+    if key.startswith("jit_run-"):  # all layers, which take seconds to compile
+        stop_within(cache.path / f"{key}-cache", content)
+    put(cache, key, content)
 
 def half_a_picture(figure, path, **options):
     savefig(figure, path, **options)
