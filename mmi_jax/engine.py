@@ -64,6 +64,10 @@ class VisionLanguageModel(Protocol):
         """Embeddings `[b, t, e]` of the tokens, vision included."""
         ...
 
+    def embed_bytes(self, prompt: Any) -> int:
+        """Bytes that `embed` holds on the device at a time, besides weights and the embeddings; for the planner."""
+        ...
+
     def rotary(self, rope_pos: Any) -> Any:
         """Whatever the layers need to rotate by positions `[3, b, t]`."""
         ...
@@ -184,6 +188,7 @@ def prefill(
         chunk_tokens=chunk_tokens,
         held=sizes.held,
         capacity=0 if before is None else before.capacity,
+        embed_bytes=model.embed_bytes(prompt),
     )
     takes_over = before is not None and donates_cache and before.capacity == sizes.capacity
     check_room(memory, bytes_of((before.k, before.v)) if before is not None and takes_over else 0)

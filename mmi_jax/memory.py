@@ -86,6 +86,7 @@ class MemoryTask:
       num_tokens: of the longest.
       max_new_tokens, chunk_tokens: as for `prefill`.
       held, capacity: of a cache that is continued, which is counted by its new capacity alone.
+      embed_bytes: what the model holds while it embeds images and videos, besides weights and embeddings.
     """
 
     config: Any
@@ -100,6 +101,7 @@ class MemoryTask:
     chunk_tokens: int | None = None
     held: int = 0
     capacity: int = 0
+    embed_bytes: int = 0
 
     @property
     def sizes(self) -> Sizes:
@@ -141,6 +143,7 @@ def _buffers(task: MemoryTask, sizes: Sizes, row: tuple[Pattern, ...]) -> Iterat
         return Buffer(name=name, shape=shape, num_bytes=item * math.prod(shape), alive=alive)
 
     yield Buffer(name="weights", shape=(), num_bytes=task.weight_bytes, alive=STAGES)
+    yield Buffer(name="vision tower's batches", shape=(), num_bytes=task.embed_bytes, alive=STAGES[:1])
     yield array("cache: keys and values", STAGES[1:], 2, config.num_layers, b, s, g, d)
     if t < sizes.padded:
         yield array("embeddings of all chunks", STAGES[:-1], b, sizes.padded, e)

@@ -1,10 +1,14 @@
 """Images and videos read from files: Pillow for images, PyAV (FFmpeg) for videos."""
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,6 +25,9 @@ MIN_FRAMES = 4
 
 TEMPORAL_PATCH_LEN = 2
 """Frames that share one vision token; the number of sampled frames is a multiple of it."""
+
+CONVERTING_THREADS = 4
+"""Threads that turn decoded frames into RGB and resize them."""
 
 Frame = UInt8[np.ndarray, "rows columns 3"]
 type FrameResize = Callable[[np.ndarray, int], np.ndarray]
@@ -103,6 +110,28 @@ def sample_indices(
     return np.arange(num_sampled, dtype=np.int64) * num_frames // num_sampled
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sampling:
+    """Which frames of a video file are looked at.
+
+    Args:
+        path: of the file.
+        indices: their numbers, ascending.
+        num_frames: in the file.
+        source_fps: frames of the file per second.
+    """
+
+    path: str | os.PathLike
+    indices: Int64[np.ndarray, " n"]
+    num_frames: int
+    source_fps: float
+
+    @property
+    def fps(self) -> float:
+        """Sampled frames per second."""
+        return len(self.indices) / self.num_frames * self.source_fps
+
+
 def read_video(
     path: str | os.PathLike,
     *,
@@ -120,32 +149,80 @@ def read_video(
         path: any file with a video stream that FFmpeg reads.
         fps: sampled frames per second; positive.
         max_frames: sampled frames at most.
-        resize: called with each sampled frame and the number of sampled frames, gives the frame to keep. With it an
-            hour of 1080p needs memory for the small frames only.
+        resize: called with each sampled frame and the number of sampled frames, gives the frame to keep; from several
+            threads. With it an hour of 1080p needs memory for the small frames only.
         on_frame: called after each decoded frame with the frames decoded so far and the frames to decode.
 
     Raises:
         ValueError: the file is missing, empty, corrupt or without video frames, or a rate is not positive.
     """
+    sampling = sample_file(path, fps=fps, max_frames=max_frames)
+    kept = np.empty((0, 1, 1, 3), np.uint8)
+    for index, frame in enumerate(sampled_frames(sampling, resize, on_frame)):
+        if index == 0:
+            kept = np.empty((len(sampling.indices), *frame.shape), np.uint8)
+        kept[index] = frame
+    return Video(frames=kept, fps=sampling.fps)
+
+
+def sample_file(path: str | os.PathLike, *, fps: float, max_frames: int = MAX_FRAMES) -> Sampling:
+    """What `read_video` would read of a file, of which nothing is decoded.
+
+    Raises:
+        ValueError: as `read_video`, as far as a header tells.
+    """
     _check_fps(fps)
     _check_file(path)
-    try:
+    with _readable(path):
         num_frames, source_fps = _probe(path)
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            indices = sample_indices(num_frames, source_fps=source_fps, fps=fps, max_frames=max_frames)
-            stream.thread_type = "AUTO"
-            decoded = _decode(container.decode(stream), indices, on_frame)
-            frames = _collect(decoded, len(indices), resize, path)
+    indices = sample_indices(num_frames, source_fps=source_fps, fps=fps, max_frames=max_frames)
+    return Sampling(path=path, indices=indices, num_frames=num_frames, source_fps=source_fps)
+
+
+def sampled_frames(
+    sampling: Sampling, resize: FrameResize | None = None, on_frame: Callable[[int, int], None] | None = None
+) -> Iterator[Frame]:
+    """The sampled frames in order, all of one size; each is converted and resized while the next ones are decoded.
+
+    Args:
+        sampling: of `sample_file`.
+        resize, on_frame: as for `read_video`.
+
+    Raises:
+        ValueError: the file is corrupt or ends early, or its frames have several sizes.
+    """
+    path, num_sampled, size, count = sampling.path, len(sampling.indices), None, 0
+
+    def finished(source) -> np.ndarray:
+        # The display matrix of a phone's video: rotation counts degrees counterclockwise, as rot90 does.
+        frame = np.ascontiguousarray(np.rot90(source.to_ndarray(format="rgb24"), k=round(source.rotation / 90)))
+        return frame if resize is None else resize(frame, num_sampled)
+
+    with _readable(path), av.open(os.fspath(path)) as container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"
+        for frame in _in_threads(finished, _wanted(container.decode(stream), sampling.indices, on_frame)):
+            size, count = size or frame.shape, count + 1
+            if frame.shape != size:
+                raise ValueError(
+                    f"every frame of a video must have one size: expected {size[:2]}, got {frame.shape[:2]} rows x "
+                    f"columns at sampled frame {count - 1} of path={str(path)!r}"
+                )
+            yield frame
+    if count < num_sampled:
+        raise ValueError(
+            f"a video must decode to the frames that its container announces: num_frames={sampling.num_frames}, frame "
+            f"{sampling.indices[-1]} was to be sampled, and path={str(path)!r} ends before it"
+        )
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[None]:
+    """Says of an error of FFmpeg's which file it was."""
+    try:
+        yield
     except FFmpegError as error:
         raise ValueError(f"a video file must decode without errors, got path={str(path)!r}: {error}") from error
-    if len(frames) < len(indices):
-        last = int(indices[-1])
-        raise ValueError(
-            f"a video must decode to the frames that its container announces: {num_frames=}, frame {last} was to be "
-            f"sampled, and path={str(path)!r} ends before it"
-        )
-    return Video(frames=frames, fps=len(indices) / num_frames * source_fps)
 
 
 def _probe(path: str | os.PathLike) -> tuple[int, float]:
@@ -192,33 +269,28 @@ def _video_stream(container, path: str | os.PathLike):
     return container.streams.video[0]
 
 
-def _decode(decoded, indices: np.ndarray, on_frame: Callable[[int, int], None] | None) -> Iterator[np.ndarray]:
-    """The pixels of the frames numbered `indices`, in order; decoding stops after the last of them."""
+def _wanted(decoded: Iterable[Any], indices: np.ndarray, on_frame: Callable[[int, int], None] | None) -> Iterator[Any]:
+    """The frames numbered `indices`, in order; decoding stops after the last of them."""
     wanted, last = set(indices.tolist()), int(indices[-1])
     for index, frame in enumerate(decoded):
         if on_frame is not None:
             on_frame(index + 1, last + 1)
         if index in wanted:
-            # The display matrix of a phone's video: rotation counts degrees counterclockwise, as rot90 does.
-            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+            yield frame
         if index == last:
             return
 
 
-def _collect(frames: Iterator[np.ndarray], num_frames: int, resize: FrameResize | None, path) -> np.ndarray:
-    """The frames in one array, each resized as it comes; shorter than `num_frames` if the source ends early."""
-    kept, count = np.empty((0, 1, 1, 3), np.uint8), 0
-    for count, source in enumerate(frames, start=1):
-        frame = source if resize is None else resize(source, num_frames)
-        if count == 1:
-            kept = np.empty((num_frames, *frame.shape), np.uint8)
-        if frame.shape != kept.shape[1:]:
-            raise ValueError(
-                f"every frame of a video must have one size: expected {kept.shape[1:3]}, got {frame.shape[:2]} rows x "
-                f"columns at sampled frame {count - 1} of path={str(path)!r}"
-            )
-        kept[count - 1] = frame
-    return kept[:count]
+def _in_threads(work: Callable[[Any], np.ndarray], items: Iterable[Any]) -> Iterator[np.ndarray]:
+    """What `work` makes of every item, in order, a few items ahead: FFmpeg and Pillow let other threads run."""
+    with ThreadPoolExecutor(CONVERTING_THREADS) as pool:
+        waiting: deque[Future] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * CONVERTING_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _check_fps(fps: float) -> None:

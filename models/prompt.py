@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,6 +11,24 @@ from jaxtyping import Float, Int32
 from mmi_jax.layout import TokenLayout
 from pallas_kernels.notation import AnyArray
 from pallas_kernels.pytree import pytree, static_field
+
+
+@runtime_checkable
+class LazyPatches(Protocol):
+    """Patches that are made where they are needed; `numpy.asarray` gives all of them."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Patches, and numbers in each."""
+        ...
+
+    def rows(self, first: np.ndarray, width: int) -> Float[jax.Array, "p c"]:
+        """On the device, `width` patches from each of `first` on."""
+        ...
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Float[np.ndarray, "p c"]:
+        """On the host."""
+        ...
 
 
 @pytree
@@ -29,7 +48,7 @@ class Prompt:
     tokens: Int32[AnyArray, "b t"]
     rope_pos: Int32[AnyArray, "3 b t"]
     layout: TokenLayout
-    patches: Float[AnyArray, "p c"]
+    patches: Float[AnyArray, "p c"] | LazyPatches
     grids: tuple[tuple[int, int, int], ...] = static_field()
 
     @staticmethod

@@ -10,7 +10,7 @@ from mmi_jax import AShape, Dense, PatternTable
 from mmi_jax.bench.prefill import DenseBaseline, mixed_table, prefill_program, projection_flops
 from mmi_jax.bench.torch_model import _rows
 from mmi_jax.cli import main
-from mmi_jax.cli.bench_prefill import video_prompt
+from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.layout import VISION
 from models.qwen2_5_vl import presets
 from models.qwen2_5_vl.random_decoder import HeadShape, abstract_decoder, random_decoder

@@ -90,6 +90,8 @@ def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
     assert main(["doctor", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "padded to 1,048,576, hold at most" in printed and "of 132.7 GiB: it fits" in printed
+    (tower,) = [line for line in printed.splitlines() if "vision tower's batches" in line]
+    assert "0.6 GiB" in tower and "embed" in tower
     (cache,) = [line for line in printed.splitlines() if "cache: keys and values" in line]
     assert "2 x 28 x 1 x 1048576 x 4 x 128" in cache and "56.0 GiB" in cache
 

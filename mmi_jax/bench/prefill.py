@@ -139,7 +139,7 @@ def _densities(report: PrefillReport) -> dict[str, Any]:
     return {"density": round(float(report.density.mean()), 5), "density_by_pattern": by_pattern}
 
 
-def memory_figures(model: Any, table: PatternTable, num_tokens: int) -> dict[str, int]:
+def memory_figures(model: Any, table: PatternTable, num_tokens: int, *, embed_bytes: int = 0) -> dict[str, int]:
     """Bytes that the planner predicts, and the most that was allocated so far, where the device tells."""
     task = MemoryTask(
         config=model.config,
@@ -148,6 +148,7 @@ def memory_figures(model: Any, table: PatternTable, num_tokens: int) -> dict[str
         layers=table.layers,
         batch=1,
         num_tokens=num_tokens,
+        embed_bytes=embed_bytes,
         blocks=Blocks(),
         buckets=Buckets(),
     )

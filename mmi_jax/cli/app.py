@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmi_jax.cli import bench, bench_model, bench_prefill, bench_soak
+from mmi_jax.cli import bench, bench_batch, bench_first_token, bench_model, bench_prefill, bench_soak
 from mmi_jax.cli.aot import aot
 from mmi_jax.cli.doctor import doctor
 from mmi_jax.cli.niah import niah
@@ -31,6 +31,8 @@ app.command()(aot)
 bench.app.command()(bench_model.decode)
 bench.app.command()(bench_model.vision)
 bench.app.command()(bench_prefill.prefill)
+bench.app.command()(bench_batch.batch)
+bench.app.command()(bench_first_token.first_token)
 bench.app.command("soak")(bench_soak.run_soak)
 app.add_typer(bench.app)
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import typer
 
 from mmi_jax.bench.prefill import (
@@ -29,11 +28,9 @@ from mmi_jax.cli import bench_table, compiled
 from mmi_jax.cli.bench import DebugOption, JsonFileOption, check_known, take_memory
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.start_child import start_seconds
 from mmi_jax.table import PatternTable, as_table, load_table
-
-HEAD_TEXT, TAIL_TEXT, FRAME_SIDE = 64, 448, 16
-"""Text tokens before the video, at least as many behind it, and tokens along the side of a frame."""
 
 NEARLY_ALL = 0.96
 """Of a GPU's memory: a million tokens take 112 GiB of it."""
@@ -77,7 +74,7 @@ def prefill(
         rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
         task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
         started = row("start", lambda: start_seconds(task)) if start else None
-        with _own_programs():
+        with own_programs():
             runs = [Run(f"{preset} {n}", n) for n in lengths]
             suite = _Suite(
                 config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile, start=started
@@ -105,7 +102,7 @@ class _Suite:
 
     @functools.cached_property
     def model(self) -> Any:
-        return _decoder(self.config, self.dtype)
+        return random_weights(self.config, self.dtype)
 
     def measure(self, num_tokens: int) -> dict[str, Any]:
         """The figures of one length."""
@@ -137,53 +134,28 @@ class _Suite:
         """One layer against plain XLA."""
         config = dataclasses.replace(self.config, num_layers=1)
         first = dataclasses.replace(self.table, layers=self.table.layers[:1])
-        return check_kernel(_decoder(config, self.dtype), video_prompt(config, num_tokens), first, dtype=self.dtype)
+        return check_kernel(
+            random_weights(config, self.dtype), video_prompt(config, num_tokens), first, dtype=self.dtype
+        )
 
 
-def _decoder(config: Any, dtype: str) -> Any:
-    """Random weights: thirds of the heads look at the same place, at both, and at what is near."""
-    from models.qwen2_5_vl.random_decoder import HeadShape, random_decoder
+def random_weights(config: Any, dtype: str) -> Any:
+    """Random weights, heads of `head_shapes`; no vision tower."""
+    from models.qwen2_5_vl.random_decoder import random_decoder
+
+    return random_decoder(config, head_shapes(config), dtype=jnp.dtype(dtype))
+
+
+def head_shapes(config: Any) -> Any:
+    """Thirds of the heads look at the same place, at both, and at what is near."""
+    from models.qwen2_5_vl.random_decoder import HeadShape
 
     thirds = (
         HeadShape(place=PLANTED_NATS),
         HeadShape(near=PLANTED_NATS / 2, place=PLANTED_NATS / 2),
         HeadShape(near=PLANTED_NATS),
     )
-    shapes = tuple(thirds[n * 3 // config.num_heads] for n in range(config.num_heads))
-    return random_decoder(config, shapes, dtype=jnp.dtype(dtype))
-
-
-def video_prompt(config: Any, num_tokens: int) -> Any:
-    """A prompt of exactly `num_tokens`: text, a video of as many whole frames as fit, text. It has no patches.
-
-    Raises:
-      ValueError: not even one frame fits.
-    """
-    from mmi_jax.layout import stack
-    from models.prompt import Prompt
-    from models.qwen2_5_vl.rope import mrope_positions, token_layout
-
-    num_frames = (num_tokens - HEAD_TEXT - TAIL_TEXT - 2) // FRAME_SIDE**2
-    if num_frames < 1:
-        raise ValueError(f"--tokens must leave room for a frame of {FRAME_SIDE**2}, got {num_tokens}")
-    words = np.random.default_rng(0).integers(0, 0.9 * min(config.image_token, config.video_token), num_tokens)
-    ids = words.astype(np.int32)
-    end = HEAD_TEXT + 1 + num_frames * FRAME_SIDE**2
-    ids[HEAD_TEXT], ids[HEAD_TEXT + 1 : end], ids[end] = (
-        config.vision_start_token,
-        config.video_token,
-        config.vision_end_token,
-    )
-    side = FRAME_SIDE * config.vision.merge_size
-    grids = ((num_frames, side, side),)
-    rope_pos, layout = mrope_positions(ids, grids, [1.0], config), token_layout(ids, grids, config)
-    return Prompt(
-        tokens=words.astype(np.int32)[None],  # random ids also in the video, whose embeddings are looked up
-        rope_pos=rope_pos[:, None],
-        layout=stack([layout]),
-        patches=np.zeros((0, config.vision.patch_dim), np.float32),
-        grids=(),
-    )
+    return tuple(thirds[n * 3 // config.num_heads] for n in range(config.num_heads))
 
 
 def config_of(preset: str, layers: int | None) -> Any:
@@ -212,7 +184,7 @@ def table_of(name: str, config: Any) -> PatternTable:
 
 
 @contextmanager
-def _own_programs() -> Iterator[None]:
+def own_programs() -> Iterator[None]:
     """An empty persistent cache, so that cold is cold."""
     with tempfile.TemporaryDirectory() as directory, compiled.kept_programs(Path(directory)):
         yield

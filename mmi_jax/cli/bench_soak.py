@@ -1,6 +1,7 @@
 """`mmi bench soak`: random prompts through a random model in one process, watched for what grows."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from mmi_jax.cli.bench import DebugOption, JsonFileOption, take_memory
 from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.made_prompts import Medium, made_prompt
 from mmi_jax.engine import prefill
 
 FRAME_SIDES = (8, 16)
@@ -73,30 +75,17 @@ def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str,
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
     """A prompt of about `num_tokens`: text alone, or images and videos of random pixels with text between them."""
-    from mmi_jax.layout import stack
-    from models.prompt import Prompt
-    from models.qwen2_5_vl.rope import mrope_positions, token_layout
-
     rng = np.random.default_rng(seed)
-    words = lambda n: rng.integers(0, int(0.9 * config.image_token), n).astype(np.int32)  # noqa: E731
-    pieces, grids, left = [words(rng.integers(1, 64))], [], num_tokens
+    pieces: list[int | Medium] = [int(rng.integers(1, 64))]
+    left = num_tokens
     for _ in range(rng.integers(0, 4)):
-        side, is_image = FRAME_SIDES[rng.integers(2)], rng.integers(3) == 0
+        side, is_image = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0)
         frames = 1 if is_image else int(left * rng.uniform(0.2, 0.9)) // side**2
         if frames < 1:
             continue
-        token = config.image_token if is_image else config.video_token
-        pieces += [[config.vision_start_token], np.full(frames * side**2, token), [config.vision_end_token]]
-        pieces.append(words(rng.integers(1, 32)))
-        grids.append((frames, side * config.vision.merge_size, side * config.vision.merge_size))
+        patches = side * config.vision.merge_size
+        pieces += [Medium(grid=(frames, patches, patches), is_image=is_image), int(rng.integers(1, 32))]
         left -= frames * side**2
-    pieces.append(words(max(1, left if not grids else 16)))
-    ids = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-    num_patches = sum(int(np.prod(grid)) for grid in grids)
-    return Prompt(
-        tokens=ids[None],
-        rope_pos=mrope_positions(ids, grids, [1.0] * len(grids), config)[:, None],
-        layout=stack([token_layout(ids, grids, config)]),
-        patches=rng.standard_normal((num_patches, config.vision.patch_dim), np.float32),
-        grids=tuple(grids),
-    )
+    pieces.append(max(1, left if len(pieces) == 1 else 16))
+    num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, Medium))
+    return made_prompt(config, pieces, rng.standard_normal((num_patches, config.vision.patch_dim), np.float32), rng)

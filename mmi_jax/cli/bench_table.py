@@ -118,6 +118,63 @@ def _starts(start: dict[str, Any]) -> Iterator[str]:
         yield f"{name} {times['trace_seconds']} s tracing, {times['compile_seconds']} s compiling"
 
 
+def first_token_table(result: dict[str, Any]) -> Table:
+    """The whole time of each length, its parts in order, and decoding and the tower each alone; dense as elsewhere."""
+    parts = ("prompt", "vision", "prefill", "rest")
+    table = _table(
+        result, "", "tokens", "pictures", "whole, s", *parts, "waited", "decoding alone", "tower alone",
+        "dense prefill", "dense whole", "speed-up", "compile s", "peak GiB",
+    )  # fmt: skip
+    for case in _measured_cases(result):
+        sign = "~" if case.get("is_dense_extrapolated") else ""
+        dense = [f"{sign}{case[name]:.4g}" if name in case else "" for name in ("dense_seconds", "dense_first_token")]
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            f"{case['pictures']:,}",
+            f"{case['seconds']:.4g}",
+            *(f"{case['parts'][name]:.4g}" for name in (*parts, "waited")),
+            f"{case['decoding_alone']:.4g}",
+            f"{case['tower_alone']:.4g}",
+            *dense,
+            f"{case['speedup']:.2f} x" if "speedup" in case else case.get("dense_error", ""),
+            f"{case['compile_seconds']:.1f}",
+            f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
+        )
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+            else:
+                times = (f"{other['parts'][name]:.4g}" for name in parts)
+                table.add_row(f"  {other['name']}", "", "", f"{other['seconds']:.4g}", *times)
+    return table
+
+
+def batch_table(result: dict[str, Any]) -> Table:
+    """`prefill_many`, then the other ways: speed-up is ours over the other."""
+    table = _table(
+        result, "", "prompts", "tokens", "padded to", "logits differ", "s (fastest, slowest)", "tokens/s", "speed-up"
+    )
+
+    def times(figures: dict[str, Any], tokens: int) -> tuple[str, str]:
+        spread = f"{figures['seconds']:.4g} ({figures['fastest_seconds']:.4g}, {figures['slowest_seconds']:.4g})"
+        return spread, f"{tokens / figures['seconds']:,.0f}"
+
+    for case in _measured_cases(result):
+        prompts = f"{len(case['lengths'])} in {len(case['batches'])} batches"
+        sizes = (f"{case[name]:,}" for name in ("tokens", "padded_tokens"))
+        table.add_row(case["case"], prompts, *sizes, "", *times(case, case["tokens"]))
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+                continue
+            figures = (f"{other['padded_tokens']:,}", f"{other['logits_difference']:.1e}")
+            table.add_row(
+                f"  {other['name']}", "", "", *figures, *times(other, case["tokens"]), f"{other['speedup']:.2f} x"
+            )
+    return table
+
+
 def decode_table(result: dict[str, Any]) -> Table:
     """Time of a token and the rate of reading, then what was measured beside it."""
     table = _table(

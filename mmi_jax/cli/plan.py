@@ -69,7 +69,17 @@ class PlanRequest:
             buckets=Buckets(),
             max_new_tokens=self.max_new_tokens,
             chunk_tokens=self.chunk_tokens,
+            embed_bytes=vision_bytes(config, self.batch * self.tokens),
         )
+
+
+def vision_bytes(config: Any, num_tokens: int) -> int:
+    """What the vision tower holds while it encodes a prompt of nothing but frames."""
+    from models.qwen2_5_vl.vision import FRAME_BATCH_PATCHES
+    from models.qwen2_5_vl.vision_memory import encoding_bytes
+
+    num_patches = min(FRAME_BATCH_PATCHES, num_tokens * config.vision.block_len)
+    return encoding_bytes(config.vision, num_patches, jnp.bfloat16)
 
 
 def model_config(name: str) -> Any:

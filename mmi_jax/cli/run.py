@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,11 +26,12 @@ from mmi_jax.profile import profiled
 from mmi_jax.report import PrefillReport, agreement
 from mmi_jax.sharding import make_mesh
 from models.hub import locate
-from models.media import read_image, read_video
+from models.media import read_image
 from models.prompt import Prompt
 from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.processor import Processor, read_stop_tokens
 from models.qwen2_5_vl.weights import load
+from models.video_stream import VideoStream
 
 
 def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
@@ -43,21 +44,24 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
     directory = locate(task.model)
     processor = Processor.from_directory(directory)
     with _timed(seconds, "media decoding"):
-        prompt = _read_prompt(task, processor)
+        media = _Media(task, processor)
+        prompt = processor(arrange(task.text, videos=media.videos, images=media.images))
+    opened = media.waited_seconds
     mesh = make_mesh(num_kv_heads=read_config(directory).num_kv_heads) if task.uses_mesh else None
     with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
         model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor, mesh=mesh)
     outputs.check_layer(model.config.num_layers)
-    result = _prefill(model, prompt, task, task.table, mesh)
-    dense = _prefill(model, prompt, task, None, mesh) if task.compares_dense else None
+    result = _prefill(model, prompt, task, task.table, mesh, media)
+    waited = media.waited_seconds - opened
+    dense = _prefill(model, prompt, task, None, mesh, media) if task.compares_dense else None
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
         end_tokens = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
         new_tokens = _decode(model, result, task.sampling, end_tokens)
     stages = None
     if outputs.profile is not None:
-        run = functools.partial(_prefill, model, prompt, task, task.table, mesh)
+        run = functools.partial(_prefill, model, prompt, task, task.table, mesh, media)
         _, stages = profiled(lambda: run().logits, outputs.profile, program_texts)
-    report = _with_stages(result.report, seconds)
+    report = _with_stages(result.report, seconds, waited)
     pictures: tuple[Path, ...] = ()
     if outputs.plots is not None:
         with console.spinner("drawing"):
@@ -83,21 +87,43 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
     return found
 
 
-def _read_prompt(task: PrefillTask, processor: Processor) -> Prompt:
-    """Media decoded, text encoded."""
-    videos = []
-    for path in task.videos:
-        with console.progress_bar(f"decoding {path.name}", "frames") as on_frame:
-            videos.append(
-                read_video(
-                    path, fps=task.fps, max_frames=task.max_frames, resize=processor.fit_frame, on_frame=on_frame
-                )
+class _Media:
+    """The images and videos of a task; videos are decoded while weights are loaded and first frames are encoded.
+
+    Attributes:
+      videos, images: parts for a processor.
+      show: while set, told how far decoding is.
+    """
+
+    def __init__(self, task: PrefillTask, processor: Processor):
+        """Returns when each video's first frame is decoded; on a mesh, when all are."""
+        self.show: Callable[[str], None] | None = None
+        self.streams = [
+            VideoStream(
+                path,
+                fps=task.fps,
+                max_frames=task.max_frames,
+                resize=processor.fit_frame,
+                on_frame=functools.partial(self._tell, path.name),
             )
-    return processor(arrange(task.text, videos=videos, images=[read_image(path) for path in task.images]))
+            for path in task.videos
+        ]
+        self.videos = [stream.read() for stream in self.streams] if task.uses_mesh else self.streams
+        self.images = [read_image(path) for path in task.images]
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long frames have been waited for."""
+        return sum((stream.waited_seconds for stream in self.streams), 0.0)
+
+    def _tell(self, name: str, done: int, total: int) -> None:
+        """Called by the threads that decode."""
+        if show := self.show:
+            show(f"vision tower, {done:,} of {total:,} frames of {name} decoded")
 
 
 def _prefill(
-    model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None, mesh: Mesh | None
+    model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None, mesh: Mesh | None, media: "_Media"
 ) -> PrefillResult:
     """One prefill behind a spinner that names the stage; all layers are one program, which reports only its end."""
     stages = {"vision": "vision tower", "compile": "compiling", "prefill": f"{model.config.num_layers} layers"}
@@ -107,6 +133,7 @@ def _prefill(
         def on_stage(stage: str) -> None:
             chunk = f" of chunk {next(num_chunks)}" if task.chunk_tokens and stage == "prefill" else ""
             show(stages[stage] + chunk)
+            media.show = show if stage == "vision" else None
 
         return mmi_jax.prefill(
             model,
@@ -134,10 +161,17 @@ def _decode(model, prefilled: PrefillResult, sampling: Sampling, end_tokens: tup
     return np.asarray(tokens)[0].tolist()
 
 
-def _with_stages(report: PrefillReport, seconds: dict[str, float]) -> PrefillReport:
-    """The report with the time of the stages around the prefill, in the order they ran."""
-    new_tokens = seconds.pop("new tokens")
-    return dataclasses.replace(report, seconds={**seconds, **report.seconds, "new tokens": new_tokens})
+def _with_stages(report: PrefillReport, seconds: dict[str, float], waited: float) -> PrefillReport:
+    """The report with the time of the stages around the prefill, in the order they ran.
+
+    Args:
+      waited: seconds that the vision tower waited for frames, which count as decoding.
+    """
+    around, own, new_tokens = dict(seconds), dict(report.seconds), seconds["new tokens"]
+    del around["new tokens"]
+    around["media decoding"] += waited
+    own["vision"] -= waited
+    return dataclasses.replace(report, seconds={**around, **own, "new tokens": new_tokens})
 
 
 @contextlib.contextmanager

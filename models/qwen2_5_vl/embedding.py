@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from mmi_jax.layout import VISION
-from models.prompt import Prompt
+from models.prompt import LazyPatches, Prompt
 from models.qwen2_5_vl import vision
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.placeholders import Grid, num_tokens
@@ -33,7 +33,7 @@ class FrameBatch(NamedTuple):
     ranks: Int[np.ndarray, " t"]
 
 
-def frame_batches(patches: Float[AnyArray, "p c"], grids: tuple[Grid, ...], config: Qwen2_5_VLConfig):
+def frame_batches(patches: Float[AnyArray, "p c"] | LazyPatches, grids: tuple[Grid, ...], config: Qwen2_5_VLConfig):
     """All frames of all images and videos as `FrameBatch`es: a frame size has few shapes, however long the video.
 
     Raises:
@@ -72,8 +72,10 @@ def _batches(patches, grids: tuple[Grid, ...], first_patches, first_ranks) -> It
             )
 
 
-def _rows(patches: AnyArray, first: np.ndarray, width: int) -> AnyArray:
+def _rows(patches: AnyArray | LazyPatches, first: np.ndarray, width: int) -> AnyArray:
     """`width` rows from each of `first` on; not copied where they follow one another."""
+    if isinstance(patches, LazyPatches):
+        return patches.rows(first, width)
     if (np.diff(first) == width).all():
         return patches[first[0] : first[0] + width * len(first)]
     return patches[(first[:, None] + np.arange(width)).reshape(-1)]

@@ -17,6 +17,7 @@ from models.qwen2_5_vl.placeholders import num_tokens
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Attend, DecoderLayer, Rotary
 from models.qwen2_5_vl.vision import VisionTower
+from models.qwen2_5_vl.vision_memory import batch_patches, encoding_bytes
 
 
 class Qwen2_5_VL(nnx.Module):
@@ -54,6 +55,10 @@ class Qwen2_5_VL(nnx.Module):
             jax.block_until_ready(before)  # two batches of patches are on the device, no more
             before = rows
         return x
+
+    def embed_bytes(self, prompt: Prompt) -> int:
+        """Bytes that the vision tower's batches hold, of the frame size whose batches are largest."""
+        return max((encoding_bytes(self.config.vision, n, self.dtype) for n in batch_patches(prompt.grids)), default=0)
 
     def rotary(self, rope_pos: Int32[Array | np.ndarray, "3 b t"]) -> Rotary:
         """Cosine and sine of the rotary angles, float32 `[b, t, d]`."""

@@ -110,6 +110,20 @@ def resize(frame: Frame, config: Preprocess) -> UInt8[np.ndarray, "new_rows new_
     return np.asarray(PillowImage.fromarray(frame).resize((columns, rows), PillowImage.Resampling.BICUBIC))
 
 
+def resize_all(
+    frames: UInt8[np.ndarray, "m rows columns 3"], config: Preprocess
+) -> UInt8[np.ndarray, "m new_rows new_columns 3"]:
+    """Every frame as `resize` makes it; the array itself if they have that size."""
+    first = resize(frames[0], config)
+    return frames if first.shape == frames.shape[1:] else np.stack([resize(frame, config) for frame in frames])
+
+
+def frame_grid(num_frames: int, shape: tuple[int, ...], config: Preprocess) -> tuple[int, int, int]:
+    """The grid (temporal, rows, columns) in patches of frames of a shape, after `resize`."""
+    rows, columns = smart_resize(shape[0], shape[1], config)
+    return -(-num_frames // config.temporal_patch_size), rows // config.patch_size, columns // config.patch_size
+
+
 def patchify(frames: np.ndarray, config: Preprocess) -> tuple[Float[np.ndarray, "p c"], tuple[int, int, int]]:
     """Normalised patches of an image or a video, one row each, and its grid (temporal, rows, columns) in patches.
 
@@ -133,7 +147,7 @@ def patchify(frames: np.ndarray, config: Preprocess) -> tuple[Float[np.ndarray, 
     cut = (config.temporal_patch_size, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3)
     # One grid at a time into the result: an hour of video never exists twice.
     patches = np.empty((grid[0], grid[1] * grid[2], 3 * config.temporal_patch_size * patch**2), np.float32)
-    levels = _normalised_levels(config)
+    levels = normalised_levels(config)
     for index, out in enumerate(patches):
         times = np.minimum(np.arange(config.temporal_patch_size) + index * config.temporal_patch_size, num_frames - 1)
         pixels = levels[np.arange(3), frames[times]]
@@ -141,7 +155,7 @@ def patchify(frames: np.ndarray, config: Preprocess) -> tuple[Float[np.ndarray, 
     return patches.reshape(-1, patches.shape[-1]), grid
 
 
-def _normalised_levels(config: Preprocess) -> np.ndarray:
+def normalised_levels(config: Preprocess) -> np.ndarray:
     """The 256 values of a pixel, normalised, for each channel: float32 [3, 256]."""
     mean, std = np.array(config.mean)[:, None], np.array(config.std)[:, None]
     return ((np.arange(256) / 255 - mean) / std).astype(np.float32)

@@ -12,16 +12,18 @@ from jaxtyping import Int32
 from mmi_jax.layout import TokenLayout, stack
 from models.hub import locate
 from models.media import Frame, Image, Video
-from models.prompt import Prompt
+from models.prompt import LazyPatches, Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
+from models.qwen2_5_vl.pixels import Medium, PixelPatches, num_and_shape, pixel_source
 from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
-from models.qwen2_5_vl.preprocess import Preprocess, capped, patchify, resize, smart_resize
+from models.qwen2_5_vl.preprocess import Preprocess, capped, frame_grid, patchify, resize, resize_all
 from models.qwen2_5_vl.preprocess_config import read_preprocess
 from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
 from models.tokenizer import Tokenizer, read_json
+from models.video_stream import VideoStream
 
-type Part = str | Image | Video
+type Part = str | Medium
 
 MARK = "\ue000"
 """Stands, while a chat template is rendered, where a prompt is cut; of a range that no text uses."""
@@ -90,6 +92,8 @@ class Processor:
             processor(["Compare", Image(...), "with", video, "in a word."])
             processor([Message(role="system", parts=("Be brief.",)), Message(parts=(video, "What happens?"))])
 
+        With a `VideoStream` among them the patches are cut on the device, as frames arrive from its thread.
+
         Args:
             *prompts: text, images and videos in the order the model reads them; any number of each.
             add_generation_prompt: the rendered text ends where the assistant's answer begins.
@@ -144,12 +148,17 @@ class Processor:
         """A batch with one row per prompt, whose text is what `render` makes of its messages."""
         if not prompts:
             raise ValueError("a batch must hold one prompt or more, got none")
-        rows, patches = [], []
-        for prompt in prompts:
-            messages = _messages(prompt)
-            rows.append(self._row(messages, render(messages)))
-            patches += [self._patches(part) for part in _media(messages)]
-        return self._batch(rows, patches)
+        chats = [_messages(prompt) for prompt in prompts]
+        rows = [self._row(messages, render(messages)) for messages in chats]
+        media = [part for messages in chats for part in _media(messages)]
+        if any(isinstance(part, VideoStream) for part in media):
+            return self._batch(
+                rows, PixelPatches(sources=tuple(pixel_source(part, self._preprocess(part)) for part in media))
+            )
+        patches = [self._patches(part) for part in media if not isinstance(part, VideoStream)]
+        # One video is not copied: its patches may be most of the host's memory.
+        none = np.zeros((0, self.config.vision.patch_dim), np.float32)
+        return self._batch(rows, patches[0] if len(patches) == 1 else np.concatenate([none, *patches]))
 
     def lay_out(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> "Row":
         """One prompt without its patches: of images and videos only the sizes are read."""
@@ -178,22 +187,20 @@ class Processor:
             )
         return pieces
 
-    def grid(self, part: Image | Video) -> Grid:
+    def grid(self, part: Medium) -> Grid:
         """Frames, rows and columns of an image or video in patches."""
-        shape = part.pixels.shape if isinstance(part, Image) else part.frames.shape[1:]
-        num_frames = 1 if isinstance(part, Image) else part.num_frames
-        config = self.image if isinstance(part, Image) else self._video_preprocess(num_frames)
-        rows, columns = smart_resize(shape[0], shape[1], config)
-        grids = -(-num_frames // config.temporal_patch_size)
-        return grids, rows // config.patch_size, columns // config.patch_size
+        return frame_grid(*num_and_shape(part), self._preprocess(part))
 
-    def num_tokens(self, part: Image | Video) -> int:
+    def num_tokens(self, part: Medium) -> int:
         """Tokens of an image or video, without the marks around it."""
         return num_tokens(self.grid(part), self.config)
 
     def fit_frame(self, frame: Frame, num_frames: int) -> np.ndarray:
         """A video frame at the size the model sees, given how many are sampled: the `resize` of `read_video`."""
         return resize(frame, self._video_preprocess(num_frames))
+
+    def _preprocess(self, part: Medium) -> Preprocess:
+        return self.image if isinstance(part, Image) else self._video_preprocess(part.num_frames)
 
     def _video_preprocess(self, num_frames: int) -> Preprocess:
         return capped(self.video, num_frames) if self.cap_pixels_per_frame else self.video
@@ -221,24 +228,19 @@ class Processor:
         if isinstance(part, Image):
             return patchify(resize(part.pixels, self.image)[None], self.image)[0]
         config = self._video_preprocess(part.num_frames)
-        first = resize(part.frames[0], config)
-        if first.shape == part.frames.shape[1:]:
-            return patchify(part.frames, config)[0]
-        return patchify(np.stack([resize(frame, config) for frame in part.frames]), config)[0]
+        return patchify(resize_all(part.frames, config), config)[0]
 
-    def _batch(self, rows: Sequence["Row"], patches: Sequence[np.ndarray]) -> Prompt:
+    def _batch(self, rows: Sequence["Row"], patches: np.ndarray | LazyPatches) -> Prompt:
         """The rows padded at their end to the longest; token and position 0 in padding, modality -1."""
         longest = max(len(row.tokens) for row in rows)
         pads = [longest - len(row.tokens) for row in rows]
-        none = np.zeros((0, self.config.vision.patch_dim), np.float32)
         return Prompt(
             tokens=np.stack([np.pad(row.tokens, (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
             rope_pos=np.stack(
                 [np.pad(row.rope_pos, ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
             ),
             layout=stack([row.layout for row in rows]),
-            # One video is not copied: its patches may be most of the host's memory.
-            patches=patches[0] if len(patches) == 1 else np.concatenate([none, *patches]),
+            patches=patches,
             grids=tuple(grid for row in rows for grid in row.grids),
         )
 
@@ -254,7 +256,7 @@ class Row:
 
 
 def expand_placeholders(
-    tokens: Int32[np.ndarray, " t"], media: Sequence[Image | Video], grids: Sequence[Grid], config: Qwen2_5_VLConfig
+    tokens: Int32[np.ndarray, " t"], media: Sequence[Medium], grids: Sequence[Grid], config: Qwen2_5_VLConfig
 ) -> Int32[np.ndarray, " s"]:
     """The tokens with the one placeholder of each image and video repeated once per vision token.
 
@@ -301,7 +303,7 @@ def _messages(prompt: Sequence[Part] | Sequence[Message]) -> list[Message]:
     return chat or [Message(parts=parts)]
 
 
-def _media(messages: Sequence[Message]) -> list[Image | Video]:
+def _media(messages: Sequence[Message]) -> list[Medium]:
     """All images and videos in order."""
     return [part for message in messages for part in message.parts if not isinstance(part, str)]
 
@@ -319,13 +321,13 @@ def _content(part: Part) -> dict[str, str]:
             return {"type": "text", "text": part}
         case Image():
             return {"type": "image"}
-        case Video():
+        case Video() | VideoStream():
             return {"type": "video"}
 
 
-def _seconds_per_grid(part: Image | Video, config: Preprocess) -> float:
+def _seconds_per_grid(part: Medium, config: Preprocess) -> float:
     """Seconds of video in one temporal patch; an image has none."""
-    return config.temporal_patch_size / part.fps if isinstance(part, Video) else 0.0
+    return 0.0 if isinstance(part, Image) else config.temporal_patch_size / part.fps
 
 
 def _excerpt(text: str, found: str) -> str:

@@ -48,6 +48,10 @@ class Decoder(nnx.Module):
         """Embeddings of the tokens by their ids."""
         return self.embedding(jnp.asarray(prompt.tokens))
 
+    def embed_bytes(self, prompt: Prompt) -> int:
+        """None: there is no vision tower."""
+        return 0
+
     def rotary(self, rope_pos: Int32[Array, "3 b t"]) -> Rotary:
         """As `Qwen2_5_VL.rotary`."""
         return text_rotary(jnp.asarray(rope_pos), self.config)
@@ -71,14 +75,27 @@ def random_decoder(
         shapes: what each query head of every layer looks at.
         seed: of the weights.
     """
-    if len(shapes) != config.num_heads:
-        raise ValueError(f"shapes must name one for each of the {config.num_heads} query heads, got {len(shapes)}")
-    model = with_random_weights(abstract_decoder(config, dtype=dtype), seed)
-    q_bias, k_bias = shaped_biases(config, shapes)
+    return _drawn(abstract_decoder(config, dtype=dtype), shapes, seed)
+
+
+def random_model(
+    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...], *, dtype: Any = jnp.bfloat16, seed: int = 0
+) -> Qwen2_5_VL:
+    """As `random_decoder`, the vision tower with it."""
+    return _drawn(abstract_model(config, dtype=dtype), shapes, seed)
+
+
+def _drawn[M: (Decoder, Qwen2_5_VL)](abstract: M, shapes: tuple[HeadShape, ...], seed: int) -> M:
+    """The model with weights, its query and key biases those of the shapes."""
+    num_heads = abstract.config.num_heads
+    if len(shapes) != num_heads:
+        raise ValueError(f"shapes must name one for each of the {num_heads} query heads, got {len(shapes)}")
+    model = with_random_weights(abstract, seed)
+    q_bias, k_bias = shaped_biases(model.config, shapes)
     attention = model.layers.attention
     for projection, bias in ((attention.q, q_bias), (attention.k, k_bias)):
         assert projection.bias is not None
-        projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, dtype), projection.bias.shape)
+        projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, model.dtype), projection.bias.shape)
     return model
 
 

@@ -57,6 +57,20 @@ def test_a_cache_of_the_engine_is_the_cache_of_the_plan():
     assert planned.shape == (2, *result.cache.k.shape)
 
 
+def test_the_vision_tower_may_be_the_peak_of_a_short_prompt_and_is_nothing_beside_a_long_one():
+    short, long = (task(num_tokens=n, embed_bytes=1_500_000_000) for n in (2048, 2**20))
+    plan = plan_memory(short)
+    assert plan.peak_stage == "embed" and plan.peak == plan.held_before + 1_500_000_000 + 2 * 2048 * 3584
+    assert plan_memory(long).peak == plan_memory(dataclasses.replace(long, embed_bytes=0)).peak
+
+
+def test_the_plan_counts_the_tower_of_the_prompt(monkeypatch):
+    model, planned = tiny_model(), []
+    monkeypatch.setattr(engine, "check_room", lambda memory, _: planned.append(memory.embed_bytes))
+    prefill(measures_recall=False)
+    assert planned == [model.embed_bytes(ONE)] and planned[0] > 0 and model.embed_bytes(prompt(0, 9)) == 0
+
+
 def tiny_task(**changes: Any) -> MemoryTask:
     settings: dict[str, Any] = dict(
         config=CONFIG,

@@ -11,7 +11,10 @@ from flax import nnx
 from models.prompt import Prompt
 from models.qwen2_5_vl import vision, vision_attention
 from models.qwen2_5_vl.frames import windows
+from models.qwen2_5_vl.presets import PRESETS
 from models.qwen2_5_vl.rope import mrope_positions, token_layout
+from models.qwen2_5_vl.vision import VisionTower, encode_batch
+from models.qwen2_5_vl.vision_memory import activation_bytes, batch_patches
 
 ULP = 2.0**-23
 
@@ -172,3 +175,18 @@ def test_a_prompt_may_be_traced():
     model, prompt = oracle.model("gqa7"), oracle.prompt("gqa7")
     traced = jax.jit(lambda prompt: model(prompt))(prompt)
     assert_equal_up_to_rounding(oracle.unpad_right("gqa7", traced), oracle.unpad_right("gqa7", model(prompt)))
+
+
+@pytest.mark.parametrize(("num_frames", "dtype"), [(64, jnp.float32), (256, jnp.float32), (256, jnp.bfloat16)])
+def test_the_planned_activations_are_what_the_compiler_allocates(num_frames, dtype):
+    """Temporary bytes of the published tower's program, frames of one window, within 10 %."""
+    config = PRESETS["7b"].vision
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VisionTower(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    frames = jax.ShapeDtypeStruct((num_frames, 64, config.patch_dim), jnp.float32)
+    memory = encode_batch.lower(graphdef, state, frames, (8, 8), None).compile().memory_analysis()
+    planned = activation_bytes(config, num_frames * 64, dtype)
+    assert memory is not None and memory.temp_size_in_bytes == pytest.approx(planned, rel=0.1)
+
+
+def test_batches_are_those_of_each_frame_size():
+    assert list(batch_patches([(3, 8, 8), (1, 8, 8), (1000, 32, 32), (1, 4, 8)])) == [4 * 64, 16384, 32]
