@@ -43,7 +43,7 @@ def ask_in_batches(processor: Processor, samples: Sequence[Sample], *, batch: in
         group = samples[first : first + batch]
         rows = [np.resize(question_rows(sample, processor), num_rows) for sample in group]
         questions = tuple(tuple((q, choice_ids(q, processor.tokenizer)) for q in s.questions) for s in group)
-        prompt = processor(*(list(sample.parts) for sample in group))
+        prompt = processor(*(list(sample.parts) for sample in group), cuts_on_device=True)
         batches.append(Asked(samples=tuple(group), prompt=prompt, rows=np.stack(rows), questions=questions))
     return batches
 

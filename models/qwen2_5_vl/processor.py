@@ -84,7 +84,12 @@ class Processor:
         tokenizer = Tokenizer.from_directory(directory)
         return cls(config=config, tokenizer=tokenizer, image=image, video=video, **options)
 
-    def __call__(self, *prompts: Sequence[Part] | Sequence[Message], add_generation_prompt: bool = True) -> Prompt:
+    def __call__(
+        self,
+        *prompts: Sequence[Part] | Sequence[Message],
+        add_generation_prompt: bool = True,
+        cuts_on_device: bool = False,
+    ) -> Prompt:
         """A batch with one row per prompt, padded at the end to the longest.
 
         A prompt is the parts of one user's turn, or a chat:
@@ -97,12 +102,15 @@ class Processor:
         Args:
             *prompts: text, images and videos in the order the model reads them; any number of each.
             add_generation_prompt: the rendered text ends where the assistant's answer begins.
+            cuts_on_device: patches are cut where the model runs, whatever the media: the same values, no work here.
 
         Raises:
             ValueError: nothing to say, a placeholder written in the text, or a chat template that does not render each
                 image and video once and in order.
         """
-        return self._prompt(prompts, lambda messages: self._render(messages, add_generation_prompt))
+        return self._prompt(
+            prompts, lambda messages: self._render(messages, add_generation_prompt), cuts_on_device=cuts_on_device
+        )
 
     def opening(self, *prompts: Sequence[Part] | Sequence[Message]) -> Prompt:
         """The beginning of prompts whose last turn goes on: the cache of its prefill serves any `continuation`.
@@ -143,7 +151,11 @@ class Processor:
         return self._prompt(prompts, render)
 
     def _prompt(
-        self, prompts: Sequence[Sequence[Part] | Sequence[Message]], render: Callable[[Sequence[Message]], str]
+        self,
+        prompts: Sequence[Sequence[Part] | Sequence[Message]],
+        render: Callable[[Sequence[Message]], str],
+        *,
+        cuts_on_device: bool = False,
     ) -> Prompt:
         """A batch with one row per prompt, whose text is what `render` makes of its messages."""
         if not prompts:
@@ -151,7 +163,7 @@ class Processor:
         chats = [_messages(prompt) for prompt in prompts]
         rows = [self._row(messages, render(messages)) for messages in chats]
         media = [part for messages in chats for part in _media(messages)]
-        if any(isinstance(part, VideoStream) for part in media):
+        if media and (cuts_on_device or any(isinstance(part, VideoStream) for part in media)):
             return self._batch(
                 rows, PixelPatches(sources=tuple(pixel_source(part, self._preprocess(part)) for part in media))
             )

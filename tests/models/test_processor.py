@@ -6,6 +6,7 @@ import pytest
 from mmi_jax.layout import PADDING, TEXT, VISION
 from models.demo import CHAT_TEMPLATE, demo_config, train_tokenizer
 from models.media import Image, Video
+from models.qwen2_5_vl.pixels import PixelPatches
 from models.qwen2_5_vl.preprocess import Preprocess, patchify
 from models.qwen2_5_vl.processor import Message, Processor, expand_placeholders, read_stop_tokens
 from models.qwen2_5_vl.rope import TRANSFORMERS_4_57, TRANSFORMERS_5_23
@@ -132,6 +133,15 @@ def test_frames_fitted_while_reading_give_the_same_prompt(processor, rng):
     fitted = dataclasses.replace(large, frames=np.stack([processor.fit_frame(f, 4) for f in large.frames]))
     assert fitted.frames.shape == (4, 84, 84, 3)
     np.testing.assert_array_equal(processor([fitted]).patches, processor([large]).patches)
+
+
+def test_patches_cut_on_the_device_are_those_of_the_host(processor, image, odd_video):
+    parts = ["first", image, "then", odd_video, "what happens?"]
+    there, here = processor(parts, ["nothing"], cuts_on_device=True), processor(parts, ["nothing"])
+    assert isinstance(there.patches, PixelPatches) and isinstance(here.patches, np.ndarray)
+    np.testing.assert_array_equal(np.asarray(there.patches), here.patches)
+    np.testing.assert_array_equal(there.tokens, here.tokens)
+    assert processor(["what happens"], cuts_on_device=True).patches.shape == (0, 1176)
 
 
 def test_pixels_are_capped_only_when_asked(processor, rng):
