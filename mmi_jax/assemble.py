@@ -41,7 +41,7 @@ class HeadPlan:
 
 
 def assemble(
-    parts: Sequence[Part], variants: Sequence[int], q_pos: Int32[Array, " t"], kv_pos: Int32[Array, "n s"],
+    parts: Sequence[Part], variants: Sequence[int], q_pos: Int32[Array, " t"], kv_pos: Sequence[Int32[Array, " s"]],
     num_prompt_rows: int, blocks: Blocks,
 ) -> HeadPlan:  # fmt: skip
     """The head's plan.
@@ -163,14 +163,13 @@ def _select(is_own, own: RunsOfHead, others: RunsOfHead) -> RunsOfHead:
     return RunsOfHead(*(jnp.where(is_own, a, b) for a, b in zip(own, others, strict=True)))
 
 
-def _block_extents(kv_pos, blocks: Blocks):
+def _block_extents(kv_pos: Sequence[Array], blocks: Blocks):
     """Least and greatest position in the kv block that starts at each granule; int32 [n, granules]."""
-    granules = kv_pos.reshape(kv_pos.shape[0], -1, blocks.granule)
-    window = (1, blocks.kv // blocks.granule)
-    ends = ((0, 0), (0, window[1] - 1))
-    lowest = jax.lax.reduce_window(granules.min(axis=2), jnp.int32(PAD_KV_POS), jax.lax.min, window, (1, 1), ends)
-    highest = jax.lax.reduce_window(granules.max(axis=2), jnp.int32(-PAD_KV_POS), jax.lax.max, window, (1, 1), ends)
-    return lowest, highest
+    window, ends = (blocks.kv // blocks.granule,), ((0, blocks.kv // blocks.granule - 1),)
+    granules = [pos.reshape(-1, blocks.granule) for pos in kv_pos]
+    lowest = [jax.lax.reduce_window(x.min(axis=1), PAD_KV_POS, jax.lax.min, window, (1,), ends) for x in granules]
+    highest = [jax.lax.reduce_window(x.max(axis=1), -PAD_KV_POS, jax.lax.max, window, (1,), ends) for x in granules]
+    return jnp.stack(lowest), jnp.stack(highest)
 
 
 def _everything(q_blocks: QBlocks, extents, num_prompt_rows: int, blocks: Blocks):
