@@ -1,6 +1,7 @@
 """From the parts of a pattern to what a kernel reads: row order, positions and block lists of one head.
 
-Stages: rows -> runs -> entries (runs spelled out) -> lists (entries sorted into full and partial, dead ones dropped).
+Stages: rows -> runs -> entries (runs spelled out) -> lists (entries sorted into full and partial, dead ones dropped);
+the last two are in `entries.py`.
 All of it is a handful of cumulative sums and scatters over flat arrays; nothing is quadratic in the prompt.
 """
 
