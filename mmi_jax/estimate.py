@@ -48,8 +48,9 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     level = jnp.log1p(mass / (TYPICAL_FLOOR * typical))
     excess = level - jnp.where(is_counted, level, 0.0).sum() / number
     begins = (layout.frame != jnp.roll(layout.frame, 1)) | (layout.video != jnp.roll(layout.video, 1))
-    total, number = _segment_sums(begins, excess, is_counted)
-    excess -= jnp.where(number > 1, total / jnp.maximum(number, 1), 0.0)  # a lone token has no frame to stand out of
+    frame, _, total, number = _segment_sums(begins, excess, is_counted)
+    mean = jnp.where(number > 1, total / jnp.maximum(number, 1), 0.0)  # a lone token has no frame to stand out of
+    excess -= mean[frame]
     return jnp.where(is_counted, jnp.clip(excess, -MOST_SALIENCE, MOST_SALIENCE), 0.0)
 
 
@@ -72,10 +73,10 @@ def fold_score(
     """
     token = jnp.maximum(view.order, 0)
     counted = (view.key != NO_KEY) & is_counted[token]
-    total, number = _segment_sums(view.key != jnp.roll(view.key, 1), salience[token], counted)
+    _, last, total, number = _segment_sums(view.key != jnp.roll(view.key, 1), salience[token], counted)
     score = jnp.where(number > 0, total / jnp.sqrt(jnp.maximum(number, 1)), -jnp.inf)
     best = jnp.argmax(score)
-    return score[best], view.key[best]
+    return score[best], view.key[last[best]]
 
 
 def dense_lse(
@@ -90,14 +91,15 @@ def dense_lse(
 
 
 def _segment_sums(begins, values, is_counted):
-    """Sum and number of the counted values in each element's segment, which reaches from one `begins` to the next.
+    """The segment of each element; and for each segment its last element, and sum and number of the counted values.
 
     Differences of running totals: elements that add to one sum would take turns on a GPU. Values of mean 0 keep the
-    totals small, and so their rounding.
+    totals small, and so their rounding. Segments past the last one are empty.
     """
     n = len(begins)
     place = jnp.arange(n, dtype=jnp.int32)
-    first = jax.lax.cummax(jnp.where(begins, place, 0))
-    end = jax.lax.cummin(jnp.where(jnp.roll(begins, -1), place + 1, n), reverse=True)
+    begins &= place > 0
+    segment = jnp.cumsum(begins, dtype=jnp.int32)
+    last = jnp.full(n, n - 1, jnp.int32).at[jnp.where(begins, segment - 1, n)].set(place - 1, mode="drop")
     so_far = (jnp.cumsum(x) for x in (jnp.where(is_counted, values, 0.0), is_counted.astype(jnp.int32)))
-    return tuple(x[end - 1] - jnp.where(first > 0, x[jnp.maximum(first - 1, 0)], 0) for x in so_far)
+    return segment, last, *(jnp.diff(x[last], prepend=0) for x in so_far)
