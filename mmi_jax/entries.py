@@ -98,7 +98,7 @@ class Entries:
         entry, row = jnp.where(is_used, entry, 0), jnp.where(is_used, row, 0)
         place = entry // len(self.intervals)
         nearest, farthest = q_low[row] - kv_high[place], q_high[row] - kv_low[place]
-        least, limit = jnp.asarray(self.intervals, jnp.int32)[entry % len(self.intervals)].T
+        least, limit = (x[entry % len(self.intervals)] for x in jnp.asarray(self.intervals, jnp.int32).T)
         is_alive = is_used & (farthest >= jnp.maximum(least, 0)) & (nearest < limit)
         is_full = is_alive & (nearest >= jnp.maximum(least, 0)) & (farthest < limit)
         full_so_far, partial_so_far = (jnp.cumsum(x, dtype=jnp.int32) for x in (is_full, is_alive & ~is_full))
