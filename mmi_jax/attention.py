@@ -198,7 +198,7 @@ def _lay_out(x, order):
     """Keys or values `[s, g, d]` in the order of the kv view, head-major."""
     if len(order) == x.shape[0]:  # only the prompt's own view, and it needs no padding
         return x.transpose(1, 0, 2)
-    return jnp.take(x, jnp.maximum(order, 0), axis=0).transpose(1, 0, 2)
+    return x.at[jnp.maximum(order, 0)].get(mode="promise_in_bounds").transpose(1, 0, 2)
 
 
 def _gather_extra(x, order):

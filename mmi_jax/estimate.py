@@ -46,12 +46,11 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     # The geometric mean: an arithmetic one is made by the few tokens that this must not heed.
     typical = jnp.exp(jnp.where(is_counted, jnp.log(jnp.maximum(mass, floor)), 0.0).sum() / number)
     level = jnp.log1p(mass / (TYPICAL_FLOOR * typical))
+    excess = level - jnp.where(is_counted, level, 0.0).sum() / number
     begins = (layout.frame != jnp.roll(layout.frame, 1)) | (layout.video != jnp.roll(layout.video, 1))
-    frame = jnp.cumsum(begins & (jnp.arange(len(begins)) > 0))
-    total, number = _segment_sums(frame, level, is_counted)
-    overall = total.sum() / jnp.maximum(number.sum(), 1.0)
-    mean = jnp.where(number > 1, total / jnp.maximum(number, 1.0), overall)  # a lone token has no frame to stand out of
-    excess = level - mean[frame]
+    frame, _, total, number = _segment_sums(begins, excess, is_counted)
+    mean = jnp.where(number > 1, total / jnp.maximum(number, 1), 0.0)  # a lone token has no frame to stand out of
+    excess -= mean[frame]
     return jnp.where(is_counted, jnp.clip(excess, -MOST_SALIENCE, MOST_SALIENCE), 0.0)
 
 
@@ -74,12 +73,10 @@ def fold_score(
     """
     token = jnp.maximum(view.order, 0)
     counted = (view.key != NO_KEY) & is_counted[token]
-    begins = jnp.concatenate([jnp.ones(1, bool), view.key[1:] != view.key[:-1]])
-    segment = jnp.cumsum(begins) - 1
-    total, number = _segment_sums(segment, salience[token], counted)
-    score = jnp.where(number > 0, total / jnp.sqrt(jnp.maximum(number, 1.0)), -jnp.inf)
+    _, last, total, number = _segment_sums(view.key != jnp.roll(view.key, 1), salience[token], counted)
+    score = jnp.where(number > 0, total / jnp.sqrt(jnp.maximum(number, 1)), -jnp.inf)
     best = jnp.argmax(score)
-    return score[best], view.key[jnp.argmax(segment == best)]
+    return score[best], view.key[last[best]]
 
 
 def dense_lse(
@@ -93,9 +90,16 @@ def dense_lse(
     return jax.nn.logsumexp(scores, axis=1, where=kv_pos[None, :] <= q_pos[:, None])
 
 
-def _segment_sums(segment, values, is_counted):
-    """Sum of the counted values and their number, per segment; segments are ascending."""
-    return tuple(
-        jax.ops.segment_sum(jnp.where(is_counted, x, 0.0), segment, len(segment), indices_are_sorted=True)
-        for x in (values, jnp.ones_like(values))
-    )
+def _segment_sums(begins, values, is_counted):
+    """The segment of each element; and for each segment its last element, and sum and number of the counted values.
+
+    Differences of running totals: elements that add to one sum would take turns on a GPU. Values of mean 0 keep the
+    totals small, and so their rounding. Segments past the last one are empty.
+    """
+    n = len(begins)
+    place = jnp.arange(n, dtype=jnp.int32)
+    begins &= place > 0
+    segment = jnp.cumsum(begins, dtype=jnp.int32)
+    last = jnp.full(n, n - 1, jnp.int32).at[jnp.where(begins, segment - 1, n)].set(place - 1, mode="drop")
+    so_far = (jnp.cumsum(x) for x in (jnp.where(is_counted, values, 0.0), is_counted.astype(jnp.int32)))
+    return segment, last, *(jnp.diff(x[last], prepend=0) for x in so_far)

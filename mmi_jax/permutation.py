@@ -27,7 +27,7 @@ class Permutation:
 
     def apply(self, x: Float[Array, "h t d"]) -> Float[Array, "h r d"]:
         """Rows in permuted order; what an empty row holds is unspecified but finite where `x` is."""
-        return jnp.take_along_axis(x, jnp.maximum(self.order, 0)[..., None], axis=1)
+        return _taken(x, self.order)
 
     def undo(self, x: Float[Array, "h r d"]) -> Float[Array, "h t d"]:
         """Tokens back in their places, read from view 0; zeros for tokens it does not hold."""
@@ -58,8 +58,12 @@ class Permutation:
 
 
 def _rows(x, row):
-    taken = jnp.take_along_axis(x, jnp.maximum(row, 0)[..., None], axis=1)
-    return jnp.where(row[..., None] >= 0, taken, jnp.zeros((), x.dtype))
+    return jnp.where(row[..., None] >= 0, _taken(x, row), jnp.zeros((), x.dtype))
+
+
+def _taken(x, row):
+    """The rows, all of them in range: asking would cost a second select of every number."""
+    return jnp.take_along_axis(x, jnp.maximum(row, 0)[..., None], axis=1, mode="promise_in_bounds")
 
 
 def _lse_rows(lse, row):

@@ -125,7 +125,9 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         extra_order, kv_pos, pos_row = jnp.zeros((num_heads, 0), jnp.int32), geometry.kv_pos[None], planned.variant
     else:
         own_rows = jnp.arange(num_heads, dtype=jnp.int32)[:, None] * variants.shape[1]
-        kv_pos, pos_row = variants.reshape(-1, variants.shape[2]), planned.variant + own_rows
+        shared_row = jnp.pad(geometry.kv_pos, (0, extra_order.shape[1]), constant_values=PAD_KV_POS)
+        kv_pos = jnp.concatenate([shared_row[None], variants.reshape(-1, len(shared_row))])
+        pos_row = jnp.where(planned.variant > 0, planned.variant + own_rows, 0)
     intervals = jnp.asarray(planned.intervals, jnp.int32)
     return Plan(
         q_order=Permutation(order=planned.order, inverse=planned.inverse),
@@ -149,13 +151,13 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
 
 
 def _plan_head(parts: list[Part], scope: Scope) -> tuple[HeadPlan, Array | None, Array | None]:
-    """The head's plan, its gathered tokens [x] and its key positions [n, s + x]; None without columns."""
+    """The head's plan, its gathered tokens [x], and key positions of its own [n, s + x]; None without columns."""
     geometry, blocks = scope.geometry, scope.blocks
     columns = list({id(c): c for part in parts for c in part.columns}.values())
     num_rows = len(geometry.kv_pos)
     num_prompt_rows = len(geometry.view(AllKeys()).order)
     if not columns:
-        plan = assemble(parts, [0] * len(parts), geometry.q_pos, geometry.kv_pos[None], num_prompt_rows, blocks)
+        plan = assemble(parts, [0] * len(parts), geometry.q_pos, [geometry.kv_pos], num_prompt_rows, blocks)
         return plan, None, None
     begins = dict(
         zip(map(id, columns), np.cumsum([num_rows] + [len(c.tokens) for c in columns]).tolist(), strict=False)
@@ -164,14 +166,14 @@ def _plan_head(parts: list[Part], scope: Scope) -> tuple[HeadPlan, Array | None,
     extra_pos = jnp.where(extra >= 0, geometry.keys.pos[jnp.maximum(extra, 0)], PAD_KV_POS)
     hidden_sets = list(dict.fromkeys(tuple(map(id, part.columns)) for part in parts if part.columns))
     by_id = {id(c): c for c in columns}
-    variants = [geometry.kv_pos]
+    variants = [jnp.pad(geometry.kv_pos, (0, len(extra)), constant_values=PAD_KV_POS)]
     for ids in hidden_sets:
         is_hidden = jnp.stack([by_id[i].is_hidden for i in ids]).any(axis=0)
-        variants.append(jnp.where(is_hidden, PAD_KV_POS, geometry.kv_pos))
-    kv_pos = jnp.stack([jnp.concatenate([variant, extra_pos]) for variant in variants])
+        variants.append(jnp.concatenate([jnp.where(is_hidden, PAD_KV_POS, geometry.kv_pos), extra_pos]))
     numbers = [1 + hidden_sets.index(tuple(map(id, part.columns))) if part.columns else 0 for part in parts]
     with_columns = [_visit_columns(part, begins, scope) for part in parts]
-    return assemble(with_columns, numbers, geometry.q_pos, kv_pos, num_prompt_rows, blocks), extra, kv_pos
+    plan = assemble(with_columns, numbers, geometry.q_pos, variants, num_prompt_rows, blocks)
+    return plan, extra, jnp.stack(variants[1:])
 
 
 def _visit_columns(part: Part, begins: dict[int, int], scope: Scope) -> Part:

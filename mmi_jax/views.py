@@ -58,7 +58,7 @@ type View = AllKeys | OfModality | SortedBy
 
 @pytree
 class KeyView:
-    """One view of the keys, at a fixed place in the joint kv view.
+    """One view of the keys, at a place of its own in the joint kv view.
 
     Args:
       order: token of each row, -1 for an empty row; rows of the group come first.
@@ -133,19 +133,19 @@ def build_geometry(
     layout = jax.tree.map(jnp.asarray, layout)
     queries = layout.window(q_start, num_queries)
     wanted = [AllKeys(), *(view for view in dict.fromkeys(views) if view != AllKeys())]
-    built, offset = {}, 0
-    for view in wanted:
-        order, pos, key = _build(view, layout, blocks)
-        built[repr(view)] = KeyView(order=order, pos=pos, key=key, offset=jnp.int32(offset))
-        offset += len(order)
-    kv_pos = jnp.concatenate([built[repr(view)].pos for view in wanted])
+    rows = {view: _build(view, layout, blocks) for view in wanted}
+    joint, offsets = _side_by_side({view: order for view, (order, _, _) in rows.items()}, blocks)
+    built = {
+        repr(view): KeyView(order=order, pos=pos, key=key, offset=jnp.int32(offsets[view]))
+        for view, (order, pos, key) in rows.items()
+    }
     prompt = built[repr(AllKeys())]
     built[repr(AllKeys())] = dataclasses.replace(prompt, pos=_searchable(prompt.pos))
     sort_keys = dict.fromkeys(view.key for view in wanted if isinstance(view, SortedBy))
     return Geometry(
         views=built,
-        kv_pos=kv_pos,
-        order=jnp.concatenate([built[repr(view)].order for view in wanted]),
+        kv_pos=_pos_of(joint, layout),
+        order=joint,
         keys=layout,
         queries=queries,
         q_keys={repr(key): _sorted_queries(key, layout, q_start, num_queries) for key in sort_keys},
@@ -197,8 +197,35 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks):
             order = jnp.where(key == NO_KEY, -1, by_key)
     empty = blocks.round_kv(num_tokens) - num_tokens
     order, key = jnp.pad(order, (0, empty), constant_values=-1), jnp.pad(key, (0, empty), constant_values=NO_KEY)
-    pos = jnp.where(order >= 0, layout.pos[jnp.maximum(order, 0)], PAD_KV_POS)
-    return order, pos, key
+    return order, _pos_of(order, layout), key
+
+
+def _pos_of(order, layout: TokenLayout):
+    """Position of each row."""
+    return jnp.where(order >= 0, layout.pos[jnp.maximum(order, 0)], PAD_KV_POS)
+
+
+def _side_by_side(orders: dict[View, Array], blocks: Blocks):
+    """Token of each row of the joint kv view, and the row where each view begins in it.
+
+    Groups that divide the keys among them take the room of one view: each begins at the first whole kv block past the
+    keys of the one before.
+    """
+    sharing: dict[View | tuple[int, ...], list[View]] = {}
+    for view in orders:
+        sharing.setdefault(view.listed if isinstance(view, OfModality) else view, []).append(view)
+    joint, offsets, begin = [], {}, 0
+    for views in sharing.values():
+        length = len(orders[views[0]])
+        room = length + (len(views) - 1) * blocks.kv
+        order, end = jnp.full(room + length, -1, jnp.int32), 0
+        for view in views:
+            order = jax.lax.dynamic_update_slice_in_dim(order, orders[view], end, axis=0)
+            offsets[view] = begin + end
+            end += -(-jnp.sum(orders[view] >= 0, dtype=jnp.int32) // blocks.kv) * blocks.kv
+        joint.append(order[:room])
+        begin += room
+    return jnp.concatenate(joint), offsets
 
 
 def _sink_rows(is_row, sink: int, blocks: Blocks):

@@ -102,11 +102,14 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
         low = jnp.where(band == 0, jnp.minimum(first, first_own // blocks.granule), first - band)
         high = jnp.minimum(end - band, covered_from)
         number = jnp.where(high > 0, jnp.maximum(-(-(high - low) // tile), 0), 0)
-        start = high - number * tile
-        return jnp.where(number > 0, start, covered_from), (start, number)
+        covered_from = jnp.where(number > 0, high - number * tile, covered_from)
+        return covered_from, covered_from
 
     far = jnp.full_like(first, jnp.iinfo(jnp.int32).max)
-    _, (start, number) = jax.lax.scan(cover, far, bands, unroll=min(BANDS_AT_ONCE, len(bands)))
+    _, start = jax.lax.scan(cover, far, bands, unroll=min(BANDS_AT_ONCE, len(bands)))
+    covered_before = jnp.concatenate([far[None], start[:-1]])
+    high = jnp.minimum(end[None] - bands[:, None], covered_before)
+    number = jnp.where(start < covered_before, (high - start) // tile, 0)
     num_below = jnp.clip(-(start // tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
     rows = (start + num_below * tile) * blocks.granule
     return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]

@@ -11,7 +11,7 @@ import pytest
 from cases import PATTERNS, QUICK_TO_COMPILE, SMALL, causal, mixed_prompt, plan_of, visit_counts
 from jaxtyping import config as shape_checks
 
-from mmi_jax import AShape, Dense, Grid, Pattern, VerticalSlash, sparse_attention
+from mmi_jax import AShape, Dense, Grid, Pattern, VerticalSlash, entries, sparse_attention
 from mmi_jax.attention import attend_by_plan, attend_sparsely, batch_geometry, plan_batch
 from mmi_jax.blocks import Blocks
 from mmi_jax.layout import concatenate, stack, text_tokens, vision_tokens
@@ -217,6 +217,14 @@ def test_lists_that_do_not_fit_make_their_head_dense_and_no_other():
     masks = visit_counts(plan_of([EveryOther(11), EveryOther(10)], text_tokens(75)))
     assert (masks[0] == every_other(75, 16)).all()
     assert (masks[1] == causal(text_tokens(75))).all()
+
+
+@pytest.mark.parametrize("room", [60, 59, 15])
+def test_lists_are_the_same_from_the_short_program_and_from_the_long_one(room, monkeypatch):
+    monkeypatch.setattr(entries, "FEW", 0)
+    # Six q blocks visit 1 + 2 + 2 + 3 + 3 + 4 blocks: a quarter of 60, more than a quarter of 59.
+    masks = visit_counts(plan_of([EveryOther(room)] * 2, text_tokens(90)))
+    assert (masks == every_other(90, 16)[None]).all()
 
 
 def test_lists_that_do_not_fit_make_a_head_with_columns_and_views_dense():

@@ -1,5 +1,6 @@
 """The largest numbers by bisection against those by sorting."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -35,8 +36,10 @@ def test_bisection_finds_what_sorting_finds(numbers, k):
 @pytest.mark.parametrize("k", [1, 1000, 65_535, 65_536])
 def test_many_numbers_at_once(rng, k):
     x = jnp.asarray(rng.normal(size=(3, 65_536)), jnp.float32)
-    got, want = (jax.jit(jax.vmap(lambda x, f=f: f(x, k)))(x) for f in (by_bits, by_top_k))
+    by_four_bits = functools.partial(by_bits, bits_at_once=4)
+    got, fast, want = (jax.jit(jax.vmap(lambda x, f=f: f(x, k)))(x) for f in (by_bits, by_four_bits, by_top_k))
     np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(fast, want)
     assert np.asarray(got).sum(axis=1).tolist() == [k] * 3
 
 

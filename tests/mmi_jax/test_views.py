@@ -32,6 +32,16 @@ def test_views_follow_one_another_in_whole_blocks():
     assert pos.tolist() == [0, 1, 2, 3, 4, *[PAD_KV_POS] * 3, 1, 3, 4, *[PAD_KV_POS] * 5]
 
 
+def test_groups_that_divide_the_keys_share_the_rows_of_one_view():
+    groups = text, vision, rest = [OfModality(m, (0, 1)) for m in (0, 1, None)]
+    geometry = geometry_of(words("t v v v v v t a"), *groups)
+    assert [int(geometry.view(group).offset) for group in groups] == [8, 12, 20]
+    assert rows(geometry)[8:] == [0, 6, -1, -1, 1, 2, 3, 4, 5, -1, -1, -1, 7, -1, -1, -1]
+    assert rows(geometry.view(rest)) == [7, *[-1] * 7]
+    alone = geometry_of(words("t v v v v v t a"), vision, OfModality(1, (1,)))  # of another division
+    assert [int(alone.view(view).offset) for view in (vision, OfModality(1, (1,)))] == [8, 16]
+
+
 def test_the_rest_is_what_no_group_lists():
     rest = OfModality(None, (1,))
     assert rows(geometry_of(words("t v a - v"), rest).view(rest))[:3] == [0, 2, -1]
