@@ -22,6 +22,7 @@ from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
 from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.exported import lowered_once
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
 NUM_MULTIPROCESSORS = 132
@@ -37,7 +38,8 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     check_hopper_gpu()
     check_supported(inputs)
     head_dim = padded_head_dim(inputs.q.shape[-1])
-    return launch(inputs, choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head))
+    config = choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head)
+    return lowered_once(launch, inputs, config=config)
 
 
 def check_supported(inputs: AttentionInputs) -> None:
