@@ -115,7 +115,7 @@ def _starts(start: dict[str, Any]) -> Iterator[str]:
     """Cold and warm, tracing and compiling apart."""
     for name in ("cold", "warm"):
         times = start[f"{name}_start"]
-        yield f"{name} {times['trace_seconds']} s tracing, {times['compile_seconds']} s compiling"
+        yield f"{name} {times['seconds']} s for {times['programs']} different layers"
 
 
 def decode_table(result: dict[str, Any]) -> Table:

@@ -39,7 +39,33 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     check_supported(inputs)
     head_dim = padded_head_dim(inputs.q.shape[-1])
     config = choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head)
-    return lowered_once(launch, inputs, config=config)
+    return lowered_once(launch, _rounded(inputs), config=config)
+
+
+def _rounded(inputs: AttentionInputs) -> AttentionInputs:
+    """The same inputs with lists, gathered rows and rows of positions padded to a few lengths, so that layers whose
+    plans differ in size launch the same kernel: a kernel is lowered and compiled in seconds.
+    """
+    index, extra = inputs.index, inputs.k_extra.shape[1]
+    more_extra, more_entries = (_next_power_of_two(n) - n for n in (extra, index.start.shape[1]))
+    more_rows = -inputs.kv_pos.shape[0] % 8
+    entries, rows = ((0, 0), (0, more_entries)), ((0, 0), (0, more_extra), (0, 0))
+    return dataclasses.replace(
+        inputs,
+        k_extra=jnp.pad(inputs.k_extra, rows),
+        v_extra=jnp.pad(inputs.v_extra, rows),
+        kv_pos=jnp.pad(inputs.kv_pos, ((0, more_rows), (0, more_extra)), constant_values=PAD_KV_POS),
+        index=dataclasses.replace(
+            index,
+            start=jnp.pad(index.start, entries),
+            interval=jnp.pad(index.interval, entries),
+            intervals=jnp.pad(index.intervals, ((0, 0), (0, -index.intervals.shape[1] % 8), (0, 0))),
+        ),
+    )
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 def check_supported(inputs: AttentionInputs) -> None:
