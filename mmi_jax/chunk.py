@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from mmi_jax import kept
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
 from mmi_jax.sharding import OWN_SPEC, shards_of
@@ -65,7 +67,7 @@ def compiled_chunk(program: Program, states, rope_pos, layout, q_start, x, k, v,
     Tracing and lowering are Python's work and done in turn; the compiler works on the layers before meanwhile.
     """
     num_kv_heads, (state, weights) = k.shape[3], states
-    parts = _Parts()
+    parts = _Parts(mesh=program.mesh)
     with ThreadPoolExecutor() as parts.pool:
         shards = shards_of(program.mesh, num_kv_heads=num_kv_heads)
         starting = program.of(*program.geometry_rows(shards).values())
@@ -102,10 +104,21 @@ def layer_arguments(program: Program, states, rope_pos, layout, q_start, x, k, v
     }
 
 
+def _read_or_compile(entry: Path, jitted: Any, args: tuple) -> Any:
+    return kept.read(entry, args) or _compile(jitted.lower(*args), entry)
+
+
+def _compile(lowered: jax.stages.Lowered, entry: Path | None) -> Any:
+    compiled = lowered.compile(compile_options())
+    kept.write(entry, compiled)
+    return compiled
+
+
 @dataclasses.dataclass
 class _Parts:
-    """Programs that are being compiled, by their keys in `_COMPILED`."""
+    """Programs that are being compiled, by their keys in `_COMPILED`; those of one device are kept on disk."""
 
+    mesh: Mesh | None
     pool: ThreadPoolExecutor | None = None
     futures: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -115,7 +128,11 @@ class _Parts:
         key = (what, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in _COMPILED and key not in self.futures:
             assert self.pool is not None
-            self.futures[key] = self.pool.submit(jitted.lower(*args).compile, compile_options())
+            entry = None if self.mesh is not None else kept.entry_of(*what, args, compile_options())
+            if entry is not None and entry.is_file():
+                self.futures[key] = self.pool.submit(_read_or_compile, entry, jitted, args)
+            else:
+                self.futures[key] = self.pool.submit(_compile, jitted.lower(*args), entry)
         return key
 
     def finished(self) -> dict[Any, Any]:

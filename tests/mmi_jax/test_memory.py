@@ -143,13 +143,13 @@ def test_prefill_refuses_before_it_allocates(monkeypatch):
 
 def test_exhausted_memory_is_explained_and_the_next_run_works(monkeypatch):
     before = prefill()
-    whole = engine._compiled
+    whole = engine.compiled_chunk
 
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
 
-    monkeypatch.setattr(engine, "_compiled", exhausted)
+    monkeypatch.setattr(engine, "compiled_chunk", exhausted)
     with pytest.raises(DoesNotFitError, match="ran out of memory, in a prefill of 1 x 58 tokens that was planned"):
         prefill()
-    monkeypatch.setattr(engine, "_compiled", whole)
+    monkeypatch.setattr(engine, "compiled_chunk", whole)
     assert (prefill().logits == before.logits).all()
