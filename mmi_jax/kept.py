@@ -20,7 +20,9 @@ from jax.experimental import serialize_executable
 
 from mmi_jax.fingerprint import NoFingerprintError, digest
 
-ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "MOSAIC_GPU_DUMP_PTX")
+ENVIRONMENT = ("XLA_", "LIBTPU_", "MOSAIC_GPU_")
+"""How the names of the environment's variables begin that compilers read."""
+
 UNREAD = ("cache", "log", "dump", "traceback")
 """Settings of JAX whose names contain one of these do not change a program."""
 
@@ -32,10 +34,10 @@ def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
       what: everything it depends on besides the arguments' shapes, with `mesh` None.
       options: of the compiler.
     """
-    directory = jax.config.values["jax_compilation_cache_dir"]
-    if not directory:
+    directory, device = jax.config.values["jax_compilation_cache_dir"], _device_of(args)
+    if not directory or device is None:
         return None
-    device, (leaves, tree) = jax.devices()[0], jax.tree.flatten(args)
+    leaves, tree = jax.tree.flatten(args)
     settings = {k: repr(v) for k, v in jax.config.values.items() if not any(word in k for word in UNREAD)}
     about = (
         [(leaf.shape, jax.numpy.dtype(leaf.dtype)) for leaf in leaves],
@@ -43,7 +45,7 @@ def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
         options,
         (device.platform, device.device_kind, device.id, device.client.platform_version),
         sorted(settings.items()),
-        [os.environ.get(name) for name in ENVIRONMENT],
+        sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)),
     )
     try:
         key = digest((name, what, about), "mmi_jax", "pallas_kernels", "jax", "jaxlib", "flax")
@@ -52,15 +54,13 @@ def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
     return Path(directory) / f"prefill_{name}-{key}-cache"
 
 
-def read(entry: Path | None, args: tuple) -> Any:
-    """The program kept there for such arguments; None where there is none, or none that can be read."""
-    if entry is None or not entry.is_file():
-        return None
+def read(entry: Path, args: tuple) -> Any:
+    """The program kept there for such arguments; None, with a warning, where it cannot be read."""
     in_tree = jax.tree.structure((args, {}))
     try:
         serialized, out_tree = pickle.loads(entry.read_bytes())
         return serialize_executable.deserialize_and_load(
-            serialized, in_tree, out_tree, execution_devices=jax.devices()[:1]
+            serialized, in_tree, out_tree, execution_devices=[_device_of(args)]
         )
     except Exception as error:  # whatever a killed process, a full disk or another driver leaves
         warnings.warn(f"the kept program {entry.name[:32]} is unreadable and compiled again: {error}", stacklevel=2)
@@ -74,8 +74,18 @@ def write(entry: Path | None, compiled: Any) -> None:
         return
     serialized, _, out_tree = serialize_executable.serialize(compiled)
     try:
-        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            file.write(pickle.dumps((serialized, out_tree)))
-        os.replace(file.name, entry)
+        with tempfile.TemporaryDirectory(dir=entry.parent) as directory:  # nothing half-written bears the entry's name
+            written = Path(directory) / "program"
+            written.write_bytes(pickle.dumps((serialized, out_tree)))
+            written.replace(entry)
     except OSError as error:
         warnings.warn(f"the program {entry.name[:32]} is not kept: {error}", stacklevel=2)
+
+
+def _device_of(args: tuple) -> Any:
+    """The one device that the arguments lie on, the default one for shapes; None for several."""
+    found = set()
+    for leaf in jax.tree.leaves(args):
+        found |= getattr(getattr(leaf, "sharding", None), "device_set", set())
+    devices = found or set(jax.devices()[:1])
+    return devices.pop() if len(devices) == 1 else None
