@@ -25,7 +25,7 @@ class NoFingerprintError(TypeError):
 
 
 def digest(value: Any, *packages: str) -> str:
-    """64 hexadecimal digits of the value, and of the sources of the packages and of all that the value's types are from.
+    """64 hexadecimal digits of the value, and of the sources of these packages and of those its types come from.
 
     Raises:
       NoFingerprintError: something in the value cannot be told from others by its contents.

@@ -24,13 +24,28 @@ def lowered_once(launch: Callable[..., Any], *args: Any, **static: Any) -> Any:
     """
     leaves, tree = jax.tree.flatten(args)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    exported = _exported(launch, tuple(static.items()), tree, shapes)
-    return jax.tree.unflatten(exported.out_tree, jax.tree.leaves(exported.call(*leaves)))
+    call, out_tree = _exported(launch, tuple(static.items()), tree, shapes)
+    return jax.tree.unflatten(out_tree, call(*leaves))
 
 
 @functools.lru_cache(maxsize=1024)
-def _exported(launch, static, tree, shapes) -> jax.export.Exported:
+def _exported(launch, static, tree, shapes) -> tuple[Callable[..., list[Any]], Any]:
+    """The launch as a function of its leaves, and the tree of its output; under `jax.vmap` it is lowered as ever."""
+
     def run(*leaves):
         return launch(*jax.tree.unflatten(tree, leaves), **dict(static))
 
-    return jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=[MOSAIC_GPU])(*shapes)
+    exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=[MOSAIC_GPU])(*shapes)
+
+    @jax.custom_batching.custom_vmap
+    def call(*leaves):
+        return jax.tree.leaves(exported.call(*leaves))
+
+    @call.def_vmap
+    def mapped(axis_size, in_batched, *leaves):
+        del axis_size
+        axes = [0 if is_batched else None for is_batched in in_batched]
+        out = jax.vmap(lambda *leaves: jax.tree.leaves(run(*leaves)), axes)(*leaves)
+        return out, [True] * len(out)
+
+    return call, exported.out_tree
