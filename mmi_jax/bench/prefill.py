@@ -17,6 +17,7 @@ from mmi_jax.bench.sampled import ERROR_LIMIT
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.chunk import program_texts
+from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.engine import prefill
 from mmi_jax.fit import weight_bytes
 from mmi_jax.layout import text_tokens
@@ -100,14 +101,14 @@ def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[P
 
     config, (graphdef, state) = model.config, nnx.split(model)
     layer_graphdef, weights = nnx.split(model.layers)
+    padded, blocks, costs = Buckets().length_for(num_tokens), Blocks(), costs_of_device()
     program = Program(
         graphdef=graphdef,
         layer_graphdef=layer_graphdef,
-        layers=table.layers,
-        blocks=Blocks(),
+        layers=tuple(faster_patterns(row, num_tokens=padded, blocks=blocks, costs=costs) for row in table.layers),
+        blocks=blocks,
         measures_recall=False,
     )
-    padded = Buckets().length_for(num_tokens)
     shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
     x = shape(1, padded, config.embed_dim, dtype=model.dtype)
     cache = shape(config.num_layers, 1, padded, config.num_kv_heads, config.head_dim, dtype=model.dtype)

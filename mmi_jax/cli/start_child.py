@@ -1,8 +1,4 @@
-"""A process that makes one prefill's program ready, and says how long that took: `mmi bench prefill --start` runs it.
-
-A warm start can only be seen in a process of its own: JAX 0.11.2 numbers the Mosaic kernels of a process, the numbers
-are part of the persistent cache's keys, and so a second compilation in one process finds nothing.
-"""
+"""A process that makes one prefill's programs ready and says how long that took, for `mmi bench prefill --start`."""
 
 import json
 import subprocess
@@ -16,7 +12,7 @@ TIMEOUT_SECONDS = 300
 
 
 def start_seconds(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds to trace, lower and compile the program with nothing kept (cold), and from what that kept (warm).
+    """Seconds to trace, lower and compile the programs with nothing kept (cold), and from what that kept (warm).
 
     Args:
       task: arguments of `ready`, but the directory.
@@ -38,7 +34,9 @@ def _run(task: dict[str, Any]) -> dict[str, float]:
 
 
 def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: int, directory: str) -> dict[str, float]:
-    """Seconds until all programs for so many tokens are compiled or read back, and the number of different layers."""
+    """Seconds until all programs for so many tokens are compiled or read back, those of all its threads together, and
+    the number of different layers.
+    """
     import jax
 
     from mmi_jax.bench.prefill import prefill_program
@@ -51,10 +49,11 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
     model = abstract_decoder(config, dtype=jax.numpy.dtype(dtype))
     with compiled.kept_programs(Path(directory)):
         jax.block_until_ready(jax.numpy.zeros(1))  # the device is open
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         program, shapes = prefill_program(model, table_of(table, config), tokens)
         chunk = compiled_chunk(program, *shapes)
-        return {"seconds": round(time.perf_counter() - start, 2), "programs": len(chunk.layers)}
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 1), "programs": len(chunk.layers)}
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def _rounded(inputs: AttentionInputs) -> AttentionInputs:
     plans differ in size launch the same kernel: a kernel is lowered and compiled in seconds.
     """
     index, extra = inputs.index, inputs.k_extra.shape[1]
-    more_extra, more_entries = (_next_power_of_two(n) - n for n in (extra, index.start.shape[1]))
-    more_rows = -inputs.kv_pos.shape[0] % 8
+    more_extra = _next_power(4, extra) - extra if extra else 0
+    more_entries = _next_power(2, index.start.shape[1]) - index.start.shape[1]
+    more_rows = -inputs.kv_pos.shape[0] % 16
     entries, rows = ((0, 0), (0, more_entries)), ((0, 0), (0, more_extra), (0, 0))
     return dataclasses.replace(
         inputs,
@@ -64,8 +65,12 @@ def _rounded(inputs: AttentionInputs) -> AttentionInputs:
     )
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n else 0
+def _next_power(base: int, n: int) -> int:
+    """The least power of the base that is `n` or more."""
+    power = 1
+    while power < n:
+        power *= base
+    return power
 
 
 def check_supported(inputs: AttentionInputs) -> None:
