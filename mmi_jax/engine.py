@@ -1,4 +1,4 @@
-"""prefill: a prompt through all layers of a model in one compiled program per bucket."""
+"""prefill: a prompt through all layers of a model, compiled once per bucket."""
 
 import contextlib
 import dataclasses

@@ -47,8 +47,9 @@ def _rounded(inputs: AttentionInputs) -> AttentionInputs:
     plans differ in size launch the same kernel: a kernel is lowered and compiled in seconds.
     """
     index, extra = inputs.index, inputs.k_extra.shape[1]
-    more_extra = _next_power(4, extra) - extra if extra else 0
-    more_entries = _next_power(2, index.start.shape[1]) - index.start.shape[1]
+    more_extra = 4 ** -(-(extra - 1).bit_length() // 2) - extra if extra else 0  # a power of four: they are few
+    num_entries = index.start.shape[1]
+    more_entries = -num_entries % max(1, 2 ** (num_entries.bit_length() - 4))  # an eighth at most
     more_rows = -inputs.kv_pos.shape[0] % 16
     entries, rows = ((0, 0), (0, more_entries)), ((0, 0), (0, more_extra), (0, 0))
     return dataclasses.replace(
@@ -63,14 +64,6 @@ def _rounded(inputs: AttentionInputs) -> AttentionInputs:
             intervals=jnp.pad(index.intervals, ((0, 0), (0, -index.intervals.shape[1] % 8), (0, 0))),
         ),
     )
-
-
-def _next_power(base: int, n: int) -> int:
-    """The least power of the base that is `n` or more."""
-    power = 1
-    while power < n:
-        power *= base
-    return power
 
 
 def check_supported(inputs: AttentionInputs) -> None:
