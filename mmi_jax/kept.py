@@ -20,7 +20,7 @@ from jax.experimental import serialize_executable
 
 from mmi_jax.fingerprint import NoFingerprintError, digest
 
-ENVIRONMENT = ("XLA_", "LIBTPU_", "MOSAIC_GPU_")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "MOSAIC_GPU_")
 """How the names of the environment's variables begin that compilers read."""
 
 UNREAD = ("cache", "log", "dump", "traceback")
