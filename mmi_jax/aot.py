@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mmi_jax.attention import batch_geometry, permute, plan_batch
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
+from mmi_jax.chunk import layer_arguments
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
@@ -129,9 +130,10 @@ def devices_of(topology: str) -> list[Any]:
 
 def compile_prefill(target: Target, num_tokens: int) -> Memory:
     """The program that runs a prompt of `num_tokens`, a bucket's length, through all layers."""
-    graphdef, state = nnx.split(target.model)
+    shapes = prefill_shapes(target, num_tokens)
     program = Program(
-        graphdef=graphdef,
+        graphdef=nnx.split(target.model)[0],
+        layer_graphdef=nnx.split(target.model.layers)[0],
         layers=target.table.layers,
         blocks=target.blocks,
         implementation=target.attention,
@@ -139,27 +141,39 @@ def compile_prefill(target: Target, num_tokens: int) -> Memory:
         mesh=target.mesh,
     )
     start = time.perf_counter()
-    jitted = program.jitted(state, target.model.config.num_kv_heads)
-    shapes = prefill_shapes(target, num_tokens)
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    return _finish(jitted.trace(*shapes), held, start)
+    found = []
+    for row, args in layer_arguments(program, *shapes).items():
+        jitted = program.of(row).layer(args[0], target.model.config.num_kv_heads)
+        found.append(_finish(jitted.trace(*args), _bytes_on_a_device(args), start))
+        if not found[-1].fits:
+            break
+    # What the layers do not read lies on the device all the same.
+    (state, weights), *_ = shapes
+    beside = _bytes_on_a_device(state) - _bytes_on_a_device(weights)
+    largest = max(found, key=lambda memory: (not memory.fits, memory.total))
+    return dataclasses.replace(largest, arguments=largest.arguments + beside, total=largest.total + beside)
+
+
+def _bytes_on_a_device(shapes: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def prefill_shapes(target: Target, num_tokens: int) -> tuple:
-    """The arguments of `Program.jitted` for one prompt, as shapes that know where they lie."""
+    """What `layer_arguments` takes for one prompt, as shapes that know where they lie."""
     config, state = target.model.config, nnx.split(target.model)[1]
 
     def shape(spec, *axes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(axes, dtype, sharding=NamedSharding(target.mesh, spec))
 
     specs = weight_specs(state, target.shards)
-    weights = jax.tree.map(lambda x, spec: shape(spec, *x.shape, dtype=x.dtype), state, specs)
+    placed = jax.tree.map(lambda x, spec: shape(spec, *x.shape, dtype=x.dtype), state, specs)
+    model: Any = nnx.merge(nnx.split(target.model)[0], placed)
     layout = layout_shape(shape(P(), 1, num_tokens))
     sizes = (config.num_layers, 1, num_tokens, config.num_kv_heads, config.head_dim)
     cache = shape(CACHE_SPEC, *sizes, dtype=target.dtype)
-    hidden = shape(P(), 1, 1, config.embed_dim, dtype=target.dtype)
     x = shape(TOKENS_SPEC, 1, num_tokens, config.embed_dim, dtype=target.dtype)
-    return weights, x, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), shape(P(), 1, 1), (cache, cache, hidden)
+    states = placed, nnx.split(model.layers)[1]
+    return states, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), x, cache, cache
 
 
 def layout_shape(field: Any) -> TokenLayout:

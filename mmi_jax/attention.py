@@ -130,6 +130,8 @@ def plan_batch(patterns: Sequence[Pattern], q, k, geometry: Geometry, *, scale: 
     def example(q, k, geometry):
         return plan_heads(patterns, q, k, geometry, scale=scale, blocks=blocks)
 
+    if q.shape[0] == 1:  # half the time to trace a layer is Python's work for an axis of one
+        return jax.tree.map(lambda x: x[None], example(*jax.tree.map(lambda x: x[0], (q, k, geometry))))
     return jax.vmap(example)(q, k, geometry)
 
 

@@ -1,4 +1,4 @@
-"""prefill: a prompt through all layers of a model in one compiled program per bucket."""
+"""prefill: a prompt through all layers of a model, compiled once per bucket."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,7 @@ from mmi_jax.batch import check_cache, continued, fit_prompt, held_tokens, lengt
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache, with_capacity
+from mmi_jax.chunk import compiled_chunk, pieces_of
 from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.fit import check_room, explained_exhaustion, weight_bytes
 from mmi_jax.memory import MemoryTask, bytes_of
@@ -208,7 +209,13 @@ def _run(
         x = jax.block_until_ready(model.embed(padded))
     graphdef, state = nnx.split(model)
     starts_plain = sizes.is_whole and mesh is None and _has_dense_layer(table) and is_plain(padded.layout)
-    program = Program(graphdef=graphdef, layers=table.layers, starts_plain=starts_plain, **settings)
+    program = Program(
+        graphdef=graphdef,
+        layer_graphdef=nnx.split(model.layers)[0],
+        layers=table.layers,
+        starts_plain=starts_plain,
+        **settings,
+    )
     if before is None:
         filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
     else:
@@ -217,7 +224,8 @@ def _run(
     state = place(state, mesh, weight_specs(state, shards))
     inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
     del x  # the program takes its memory over
-    filled, hidden, statistics = _run_chunks(program, state, inputs, filled, wanted + sizes.held, sizes.starts, clock)
+    states = state, nnx.split(nnx.merge(graphdef, state).layers)[1]
+    filled, hidden, statistics = _run_chunks(program, states, inputs, filled, wanted + sizes.held, sizes.starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
         layout=padded.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
@@ -270,29 +278,31 @@ def _continued_cache(
     return KVCache(k=k, v=v, lengths=in_all, next_rope_pos=next_rope_pos, layout=layout), rope_pos
 
 
-def _run_chunks(program: Program, state, inputs, cache: KVCache, wanted, starts: range, clock: "_Clock"):
+def _run_chunks(program: Program, states, inputs, cache: KVCache, wanted, starts: range, clock: "_Clock"):
     """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics.
 
     Args:
+      states: of the model and of its layers.
       inputs: embeddings and rotary positions of the tokens from the first start on; the embeddings are given up.
     """
     x, rope_pos = inputs
     hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
     wanted = place(jnp.asarray(wanted, jnp.int32), program.mesh, P())
-    carry = cache.k, cache.v, hidden
+    numbers = [place(jnp.int32(n), program.mesh, P()) for n in range(len(program.layers))]
+    k, v = cache.k, cache.v
     statistics = []
     for start in starts:
         tokens = slice(start - starts.start, start - starts.start + starts.step)
-        piece = (x, rope_pos) if len(starts) == 1 else (x[:, tokens], rope_pos[:, :, tokens])
+        here, rope_here = (x, rope_pos) if len(starts) == 1 else (x[:, tokens], rope_pos[:, :, tokens])
         q_start = place(jnp.int32(start), program.mesh, P())
-        args = (state, *piece, cache.layout, q_start, wanted, carry)
+        place_args = states, rope_here, cache.layout, q_start
         with clock("compile"):
-            compiled = _compiled(program, *args)
+            chunk = compiled_chunk(program, *place_args, here, k, v, wanted, hidden)
         with clock("prefill"):
-            carry, _, chunk_statistics = jax.block_until_ready(compiled(*args))
-        pieces = jax.device_get(chunk_statistics)
-        statistics += [jax.tree.map(lambda a, n=n: a[n], pieces) for n in range(len(pieces["num_queries"]))]
-    k, v, hidden = carry
+            here, k, v, layer_statistics = chunk.run_layers(numbers, *place_args, here, k, v)
+            hidden = chunk.end(here, wanted, q_start, hidden)
+            jax.block_until_ready((hidden, k, v))
+        statistics += pieces_of(jax.device_get(layer_statistics))
     return dataclasses.replace(cache, k=k, v=v), hidden, statistics
 
 
@@ -304,43 +314,6 @@ def _logits(graphdef, state, hidden, mesh: Mesh | None):
         return nnx.merge(graphdef, state).unembed(hidden)
     unembed = jax.jit(lambda state, x: nnx.merge(graphdef, state).unembed(x), out_shardings=NamedSharding(mesh, P()))
     return unembed(state, hidden)
-
-
-GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": 1000}
-"""XLA must not try to fit the program into 80 % of the memory: it computes things again and arranges the rest worse.
-
-A prefill of a million tokens, 7B: 113.4 GiB as it is, 120.9 GiB after XLA's rematerialization (compiled for an H200).
-"""
-
-
-def compile_options() -> dict[str, Any] | None:
-    """What the compiler of the default device is told."""
-    return GPU_OPTIONS if jax.default_backend() == "gpu" else None
-
-
-def num_compiled_programs() -> int:
-    """Programs that prefill has compiled in this process."""
-    return len(_COMPILED)
-
-
-def program_texts() -> list[str | None]:
-    """The programs that prefill has compiled in this process, as their compiler writes them."""
-    return [compiled.as_text() for compiled in _COMPILED.values()]
-
-
-_COMPILED: dict[Any, Any] = {}
-
-
-def _compiled(program: Program, *args):
-    """The chunk's program for arguments of these shapes, compiled at most once."""
-    signature = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    leaves, tree = jax.tree.flatten(signature)
-    key = (program, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if key not in _COMPILED:
-        num_kv_heads = args[-1][0].shape[3]
-        lowered = program.jitted(args[0], num_kv_heads).lower(*args)
-        _COMPILED[key] = lowered.compile(compile_options())
-    return _COMPILED[key]
 
 
 def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:

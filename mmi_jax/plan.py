@@ -1,6 +1,7 @@
 """Plan: the meaning of a pattern for one prompt, as row orders and block lists for all heads."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -104,16 +105,7 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
     ratio = q.shape[1] // k.shape[1]
 
     def one(head):
-        scope = Scope(
-            q=q[:, head],
-            all_k=k,
-            kv_head=head // ratio,
-            geometry=geometry,
-            member=geometry.queries.is_real,
-            scale=scale,
-            blocks=blocks,
-        )
-        return _plan_head(pattern.parts(scope), scope)
+        return _plan_head(q[:, head], k, head // ratio, geometry, pattern=pattern, scale=scale, blocks=blocks)
 
     if pattern.reads_scores:
         planned, extra_order, variants = jax.vmap(one)(jnp.array(heads))
@@ -150,9 +142,25 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
     )
 
 
+<<<<<<< HEAD
 def _plan_head(parts: list[Part], scope: Scope) -> tuple[HeadPlan, Array | None, Array | None]:
     """The head's plan, its gathered tokens [x], and key positions of its own [n, s + x]; None without columns."""
     geometry, blocks = scope.geometry, scope.blocks
+=======
+@functools.partial(jax.jit, static_argnames=("pattern", "scale", "blocks"))
+def _plan_head(
+    q: Float[Array, "t d"], k: Float[Array, "s g d"], kv_head, geometry: Geometry,
+    *, pattern: Pattern, scale: float, blocks: Blocks,
+) -> tuple[HeadPlan, Array | None, Array | None]:  # fmt: skip
+    """The head's plan, its gathered tokens [x] and its key positions [n, s + x]; None without columns.
+
+    Under jit, so that a pattern is traced once for all layers and tables that name it.
+    """
+    scope = Scope(
+        q=q, all_k=k, kv_head=kv_head, geometry=geometry, member=geometry.queries.is_real, scale=scale, blocks=blocks
+    )
+    parts = pattern.parts(scope)
+>>>>>>> compile
     columns = list({id(c): c for part in parts for c in part.columns}.values())
     num_rows = len(geometry.kv_pos)
     num_prompt_rows = len(geometry.view(AllKeys()).order)

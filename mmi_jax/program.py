@@ -1,6 +1,7 @@
-"""All layers over one chunk of tokens as one program: on one device, or cut over a mesh."""
+"""One chunk of tokens through all layers, a compiled program for each different layer: on one device, or on a mesh."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,13 +16,16 @@ from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.patterns import Pattern
 from mmi_jax.sharding import (
     CACHE_SPEC,
+    OWN_SPEC,
     ROPE_SPEC,
     TOKENS_SPEC,
     Shards,
     layer_cuts,
+    layer_specs,
     shards_of,
     weight_specs,
 )
+from mmi_jax.views import AllKeys
 from pallas_kernels.attention.api import Backend
 from pallas_kernels.notation import Array
 
@@ -31,10 +35,14 @@ NUM_RECALL_QUERIES = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything a compiled chunk depends on besides shapes.
+    """Everything the compiled parts of a chunk depend on besides shapes.
+
+    A chunk runs as `start`, then `layer` after layer, then `end`, without the host waiting for any of them. All layers
+    with the same patterns are one compiled program, whose layer number is an argument, so what is compiled grows with
+    the number of different layers, and different layers can be compiled side by side.
 
     Args:
-      graphdef: of the model.
+      graphdef, layer_graphdef: of the model, and of its `layers`.
       layers: a pattern for each layer and query head.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate the share of attention that was kept.
@@ -43,6 +51,7 @@ class Program:
     """
 
     graphdef: Any
+    layer_graphdef: Any
     layers: tuple[tuple[Pattern, ...], ...]
     blocks: Blocks
     implementation: Backend | Vendor | None = None
@@ -50,89 +59,134 @@ class Program:
     starts_plain: bool = False
     mesh: Mesh | None = None
 
-    def jitted(self, state: Any, num_kv_heads: int):
-        """`run_chunk` as a function of its arrays; the memory of x and of the carry is given up to the result.
+    def of(self, *rows: tuple[Pattern, ...]) -> "Program":
+        """The same program for other layers."""
+        return dataclasses.replace(self, layers=rows)
+
+    @property
+    def rows(self) -> tuple[tuple[Pattern, ...], ...]:
+        """The different layers: each is a program."""
+        return tuple(dict.fromkeys(self.layers))
+
+    def geometry_rows(self, shards: Shards) -> dict[Any, tuple[Pattern, ...]]:
+        """One layer for each different geometry that the layers ask for, by the views of it."""
+        return {self._views(row, shards): row for row in self.rows}
+
+    def geometry_of(self, row: tuple[Pattern, ...], shards: Shards, geometries):
+        """The layer's own geometry among those that `start` made."""
+        return geometries[list(self.geometry_rows(shards)).index(self._views(row, shards))]
+
+    def _views(self, row: tuple[Pattern, ...], shards: Shards):
+        return tuple(
+            tuple(dict.fromkeys(view for pattern in group for view in pattern.views(AllKeys(), self.blocks)))
+            for group in shards.per_group(row)
+        )
+
+    def start(self, state: Any, num_kv_heads: int):
+        """`(state, rope_pos, layout, q_start) -> rotary, geometries`, which all layers read."""
+        shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
+        rows = tuple(self.geometry_rows(shards).values())
+
+        def prefill_start(*args):
+            return _start(self, rows, shards, *args)
+
+        return self._jit(prefill_start, (weight_specs(state, shards), ROPE_SPEC, P(), P()), OWN_SPEC)
+
+    def layer(self, weights: Any, num_kv_heads: int):
+        """`(weights, n, shared, layout, q_start, x, k, v) -> x, k, v, statistics` for layers of the only row.
+
+        The memory of x, k and v is given up to the result.
 
         Args:
-          state: of the model, arrays or shapes; it says how the weights are cut.
+          weights: state of `model.layers`, arrays or shapes; it says how the weights are cut.
         """
-        from flax import nnx
-
+        (row,) = self.layers
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
-        cuts = layer_cuts(nnx.split(nnx.merge(self.graphdef, state).layers)[1], shards)
+        cuts = layer_cuts(weights, shards)
 
-        def run(*args):
-            return run_chunk(self, shards, cuts, *args)
+        def prefill_layer(*args):
+            return _layer(self, row, shards, cuts, *args)
 
+        carry_specs = (TOKENS_SPEC, CACHE_SPEC, CACHE_SPEC)
+        in_specs = (layer_specs(weights, cuts), P(), OWN_SPEC, P(), P(), *carry_specs)
+        return self._jit(prefill_layer, in_specs, (*carry_specs, P()), donate_argnums=(5, 6, 7))
+
+    def end(self, num_kv_heads: int):
+        """`(x, wanted, q_start, hidden) -> hidden` with the wanted hidden states of this chunk."""
+        shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
+
+        def prefill_end(*args):
+            return _hidden_at(shards, *args)
+
+        return self._jit(prefill_end, (TOKENS_SPEC, P(), P(), P()), P())
+
+    def _jit(self, run, in_specs, out_specs, **options):
         if self.mesh is not None:
-            carry_specs = (CACHE_SPEC, CACHE_SPEC, P())
-            in_specs = (weight_specs(state, shards), TOKENS_SPEC, ROPE_SPEC, P(), P(), P(), carry_specs)
-            run = jax.shard_map(
-                run, mesh=self.mesh, in_specs=in_specs, out_specs=(carry_specs, TOKENS_SPEC, P()), check_vma=False
-            )
-        return jax.jit(run, donate_argnums=(1, 6), keep_unused=True)
+            sharded = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            run = functools.wraps(run)(lambda *args: sharded(*args))
+        return jax.jit(run, keep_unused=True, **options)
 
 
-def run_chunk(
-    program: Program, shards: Shards, cuts: tuple[int | None, ...],
-    state, x, rope_pos, layout: TokenLayout, q_start, wanted, carry,
+def _start(program: Program, rows, shards: Shards, state, rope_pos, layout: TokenLayout, q_start):
+    """What the layers share: what they rotate by, and for each of the rows the geometry of each group of heads."""
+    from flax import nnx
+
+    model: Any = nnx.merge(program.graphdef, state)
+    num_queries = rope_pos.shape[2] * shards.heads
+    first_query = shards.first_query(q_start, num_queries)
+
+    def geometry(patterns):
+        return batch_geometry(
+            layout, patterns, batch=rope_pos.shape[1], num_queries=num_queries, q_start=first_query,
+            blocks=program.blocks,
+        )  # fmt: skip
+
+    return model.rotary(rope_pos), tuple(tuple(map(geometry, shards.per_group(row))) for row in rows)
+
+
+def _layer(
+    program: Program, row: tuple[Pattern, ...], shards: Shards, cuts: tuple[int | None, ...],
+    weights, n, shared, layout: TokenLayout, q_start, x, k, v,
 ):  # fmt: skip
-    """All layers over one chunk of tokens, or over this device's piece of the prompt.
+    """Layer `n` over one chunk of tokens, or over this device's piece of the prompt.
 
     Args:
-      x, rope_pos, carry: this device's embeddings, positions and caches, and hidden states `[b, n, e]` found so far.
+      weights: of all layers, leading axis the layers.
+      shared: what the layers rotate by, and the geometry of each group of heads of the row.
       layout, q_start: of the whole prompt.
-      wanted: tokens of each prompt whose hidden states are kept, int32 `[b, n]`.
+      x, k, v: this device's hidden states and its caches of all layers.
 
     Returns:
-      The caches, and the wanted hidden states with those that stand in this chunk; the last layer's output, which takes
-      the memory of x and is of no other use; and statistics of each piece and layer: density and recall
-      `[pieces, layers, b, h]`, the queries behind the recall and whether q and k were finite `[pieces, layers, b]`.
+      The layer's output, the caches, and its statistics on every device: density and recall `[pieces, 1, b, h]`, the
+      queries behind the recall and whether q and k were finite `[pieces, 1, b]`.
     """
     from flax import nnx
 
-    k, v, hidden = carry
-    model: Any = nnx.merge(program.graphdef, state)
-    rotary = model.rotary(rope_pos)
-    graphdef, layer_state = nnx.split(model.layers)
-    statistics = []
-    for first, end in _spans(program.layers):
-        attend_heads = _attention(program, shards, program.layers[first], x, layout, q_start)
+    rotary, geometries = shared
+    attend_heads = _attention(program, shards, row, geometries, x, layout, q_start)
+    module: Any = nnx.merge(program.layer_graphdef, shards.whole(jax.tree.map(lambda a: a[n], weights), cuts))
 
-        def layer(carry, n, attend_heads=attend_heads):
-            x, k, v = carry
-            weights = shards.whole(jax.tree.map(lambda a: a[n], layer_state), cuts)
-            module: Any = nnx.merge(graphdef, weights)
-
-            def attend(q, k_new, v_new):
-                q, k_new, v_new = (shards.by_heads(new) for new in (q, k_new, v_new))
-                at = q_start if shards.num_devices == 1 else 0
-                k_all, v_all = (
-                    jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (n, 0, at, 0, 0))
-                    for cache, new in ((k, k_new), (v, v_new))
-                )
-                out, layer_statistics = attend_heads(q, shards.all_tokens(k_all[n]), shards.all_tokens(v_all[n]))
-                return shards.by_tokens(out), (k_all, v_all, layer_statistics)
-
-            x, (k, v, layer_statistics) = module(x, rotary, attend)
-            return (x, k, v), layer_statistics
-
-        (x, k, v), span_statistics = jax.lax.scan(layer, (x, k, v), jnp.arange(first, end))
-        statistics.append(span_statistics)
-    hidden = _hidden_at(shards, x, wanted, q_start, hidden)
-    return (k, v, hidden), x, _join(shards, jax.tree.map(lambda *xs: jnp.concatenate(xs), *statistics))
-
-
-def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], x, layout: TokenLayout, q_start):
-    """`(q, k, v) -> (out, statistics)` for the queries and heads of this device; the geometry is made here, once."""
-    num_queries = x.shape[1] * shards.heads
-    first_query = shards.first_query(q_start, num_queries)
-
-    def of_group(patterns):
-        geometry = batch_geometry(
-            layout, patterns, batch=x.shape[0], num_queries=num_queries, q_start=first_query, blocks=program.blocks
+    def attend(q, k_new, v_new):
+        q, k_new, v_new = (shards.by_heads(new) for new in (q, k_new, v_new))
+        at = q_start if shards.num_devices == 1 else 0
+        k_all, v_all = (
+            jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (n, 0, at, 0, 0))
+            for cache, new in ((k, k_new), (v, v_new))
         )
+        out, statistics = attend_heads(q, shards.all_tokens(k_all[n]), shards.all_tokens(v_all[n]))
+        return shards.by_tokens(out), (k_all, v_all, statistics)
 
+    x, (k, v, statistics) = module(x, rotary, attend)
+    return x, k, v, _join(shards, jax.tree.map(lambda a: a[None], statistics))
+
+
+def _attention(
+    program: Program, shards: Shards, row: tuple[Pattern, ...], geometries, x, layout: TokenLayout, q_start
+):  # fmt: skip
+    """`(q, k, v) -> (out, statistics)` for the queries and heads of this device."""
+    first_query = shards.first_query(q_start, x.shape[1] * shards.heads)
+
+    def of_group(patterns, geometry):
         def attend(q, k, v):
             # Before q is permuted, so that it need not be kept until all is done.
             q, sample = jax.lax.optimization_barrier((q, _sample(program, q, k, layout, first_query)))
@@ -145,7 +199,7 @@ def _attention(program: Program, shards: Shards, patterns: tuple[Pattern, ...], 
 
         return attend
 
-    branches = [of_group(group) for group in shards.per_group(patterns)]
+    branches = [of_group(*group) for group in zip(shards.per_group(row), geometries, strict=True)]
     return lambda q, k, v: shards.in_group(branches, q, k, v)
 
 
@@ -217,9 +271,3 @@ def _statistics(program: Program, result: SparseAttention, sample: dict[str, Arr
         dense = jnp.where(jnp.isfinite(sample["lse"]), sample["lse"], 0.0)
         recall = jnp.mean(jnp.exp(kept - dense), axis=2, where=sample["is_real"][:, None])
     return {name: sample[name] for name in ("num_queries", "is_finite")} | {"density": density, "recall": recall}
-
-
-def _spans(layers: tuple[tuple[Pattern, ...], ...]) -> list[tuple[int, int]]:
-    """Runs of consecutive layers with the same patterns: each is one scan."""
-    cuts = [n for n in range(1, len(layers)) if layers[n] != layers[n - 1]]
-    return list(zip([0, *cuts], [*cuts, len(layers)], strict=True))

@@ -38,6 +38,9 @@ ROPE_SPEC = P(None, None, BOTH)
 CACHE_SPEC = P(None, None, SEQUENCE, HEADS, None)
 """Keys and values `[layers, b, s, g, d]`."""
 
+OWN_SPEC = P(BOTH)
+"""Anything with a leading axis that each device made for itself: the devices' arrays one after another."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shards:
@@ -164,6 +167,13 @@ def weight_specs(state: Any, shards: Shards) -> Any:
 def layer_cuts(layers: Any, shards: Shards) -> tuple[int | None, ...]:
     """For each weight of `model.layers`, the axis along which it is cut, None where it is not."""
     return tuple(_cut(leaf.shape, True, shards) for leaf in jax.tree.leaves(layers))
+
+
+def layer_specs(layers: Any, cuts: Sequence[int | None]) -> Any:
+    """The partition of every weight of `model.layers`; `cuts` as `layer_cuts` gives them."""
+    leaves, tree = jax.tree.flatten(layers)
+    specs = [P() if cut is None else P(*[None] * cut, BOTH) for _, cut in zip(leaves, cuts, strict=True)]
+    return jax.tree.unflatten(tree, specs)
 
 
 def shard_model(model: Any, mesh: Mesh) -> Any:

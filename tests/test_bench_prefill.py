@@ -103,7 +103,7 @@ def test_the_prompt_is_a_video_with_text_around_it():
 def test_the_program_whose_start_is_timed_is_the_one_that_runs():
     model = abstract_decoder(TINY)
     program, shapes = prefill_program(model, mixed_table(2, 6), 2000)
-    assert program.layers == mixed_table(2, 6).layers and shapes[1].shape == (1, 2048, TINY.embed_dim)
+    assert program.layers == mixed_table(2, 6).layers and shapes[4].shape == (1, 2048, TINY.embed_dim)
     with pytest.raises(ValueError, match="one for each of the 6 query heads, got 1"):
         random_decoder(TINY, (HeadShape(),))
 

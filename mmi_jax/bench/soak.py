@@ -10,7 +10,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from mmi_jax.engine import num_compiled_programs
+from mmi_jax.chunk import num_compiled_programs
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

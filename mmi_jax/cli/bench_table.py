@@ -112,10 +112,10 @@ def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
 
 
 def _starts(start: dict[str, Any]) -> Iterator[str]:
-    """Cold and warm, tracing and compiling apart."""
+    """Cold and warm, and how many programs of layers."""
     for name in ("cold", "warm"):
         times = start[f"{name}_start"]
-        yield f"{name} {times['trace_seconds']} s tracing, {times['compile_seconds']} s compiling"
+        yield f"{name} {times['seconds']} s for {times['programs']} different layers"
 
 
 def first_token_table(result: dict[str, Any]) -> Table:

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 
 import mmi_jax
 from mmi_jax import Blocks, PatternTable, PrefillResult, console
+from mmi_jax.chunk import program_texts
 from mmi_jax.cli.pictures import write_pictures
 from mmi_jax.cli.printing import print_result
 from mmi_jax.cli.prompt import arrange
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling, TaskResult
-from mmi_jax.engine import program_texts
 from mmi_jax.patterns import Pattern
 from mmi_jax.profile import profiled
 from mmi_jax.report import PrefillReport, agreement

@@ -22,6 +22,7 @@ from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
 from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.exported import lowered_once
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
 NUM_MULTIPROCESSORS = 132
@@ -37,7 +38,32 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     check_hopper_gpu()
     check_supported(inputs)
     head_dim = padded_head_dim(inputs.q.shape[-1])
-    return launch(inputs, choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head))
+    config = choose_config(head_dim, inputs.index.block_kv, inputs.heads_per_kv_head)
+    return lowered_once(launch, _rounded(inputs), config=config)
+
+
+def _rounded(inputs: AttentionInputs) -> AttentionInputs:
+    """The same inputs with lists, gathered rows and rows of positions padded to a few lengths, so that layers whose
+    plans differ in size launch the same kernel: a kernel is lowered and compiled in seconds.
+    """
+    index, extra = inputs.index, inputs.k_extra.shape[1]
+    more_extra = 4 ** -(-(extra - 1).bit_length() // 2) - extra if extra else 0  # a power of four: they are few
+    num_entries = index.start.shape[1]
+    more_entries = -num_entries % max(1, 2 ** (num_entries.bit_length() - 4))  # an eighth at most
+    more_rows = -inputs.kv_pos.shape[0] % 16
+    entries, rows = ((0, 0), (0, more_entries)), ((0, 0), (0, more_extra), (0, 0))
+    return dataclasses.replace(
+        inputs,
+        k_extra=jnp.pad(inputs.k_extra, rows),
+        v_extra=jnp.pad(inputs.v_extra, rows),
+        kv_pos=jnp.pad(inputs.kv_pos, ((0, more_rows), (0, more_extra)), constant_values=PAD_KV_POS),
+        index=dataclasses.replace(
+            index,
+            start=jnp.pad(index.start, entries),
+            interval=jnp.pad(index.interval, entries),
+            intervals=jnp.pad(index.intervals, ((0, 0), (0, -index.intervals.shape[1] % 8), (0, 0))),
+        ),
+    )
 
 
 def check_supported(inputs: AttentionInputs) -> None:

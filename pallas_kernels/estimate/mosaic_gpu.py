@@ -19,6 +19,7 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
     mass_pass,
 )
 from pallas_kernels.estimate.xla import num_bands_of
+from pallas_kernels.exported import lowered_once
 from pallas_kernels.notation import Array, Float, Int32
 
 NUM_PROGRAMS = 8 * 132
@@ -36,7 +37,7 @@ def column_mass(
     """
     check_hopper_gpu()
     check_supported(q, k, scale)
-    return launch(k, kv_pos, kv_head, q, q_pos, scale=scale)
+    return lowered_once(launch, k, kv_pos, kv_head, q, q_pos, scale=scale)
 
 
 def line_mass(
@@ -50,7 +51,7 @@ def line_mass(
     """
     check_hopper_gpu()
     check_supported(q, k, scale, band)
-    return launch(k, kv_pos, kv_head, q, q_pos, q_row, scale=scale, band=band)
+    return lowered_once(launch, k, kv_pos, kv_head, q, q_pos, q_row, scale=scale, band=band)
 
 
 def check_supported(q, k, scale: float, band: int = 16) -> None:

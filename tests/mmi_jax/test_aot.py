@@ -78,7 +78,7 @@ def test_kernel_inputs_are_those_of_one_device():
 
 
 def test_shapes_say_where_weights_cache_and_tokens_lie():
-    weights, x, rope_pos, layout, _, _, (k, _, _) = prefill_shapes(target(one_device()), 4096)
+    (weights, _), rope_pos, layout, _, x, k, _ = prefill_shapes(target(one_device()), 4096)
     assert weights["layers"]["mlp"]["up"]["kernel"].get_value().sharding.spec == P(None, BOTH)
     assert x.shape == (1, 4096, 16) and x.sharding.spec == P(None, BOTH, None)
     assert k.shape == (3, 1, 4096, 2, 8) and k.dtype == jnp.bfloat16

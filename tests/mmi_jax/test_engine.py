@@ -27,7 +27,8 @@ from mmi_jax import (
 )
 from mmi_jax import prefill as run_prefill
 from mmi_jax.attention import attend_sparsely
-from mmi_jax.engine import ModelConfig, VisionLanguageModel, num_compiled_programs
+from mmi_jax.chunk import num_compiled_programs
+from mmi_jax.engine import ModelConfig, VisionLanguageModel
 from mmi_jax.layout import VISION
 
 ONE = prompt(0, 9, (3, 2, 5), 17)

@@ -7,7 +7,7 @@ import pytest
 from tiny import BLOCKS, batch, prompt, tiny_model
 
 from mmi_jax import Buckets, prefill, prefill_many
-from mmi_jax.engine import num_compiled_programs
+from mmi_jax.chunk import num_compiled_programs
 from mmi_jax.many import batches
 from models.prompt import Prompt
 

@@ -14,8 +14,9 @@ from mmi_jax import Blocks, Buckets, Dense, Grid, PrefillResult, engine, fit
 from mmi_jax import prefill as run_prefill
 from mmi_jax.aot import layout_shape
 from mmi_jax.chips import GIB
+from mmi_jax.chunk import layer_arguments
 from mmi_jax.fit import DoesNotFitError, Room, check_fits, longest_that_fits, weight_bytes, what_fits
-from mmi_jax.memory import STAGES, MemoryTask, plan_memory
+from mmi_jax.memory import STAGES, MemoryTask, bytes_of, plan_memory
 from mmi_jax.patterns import Pattern
 from mmi_jax.program import Program
 from models.qwen2_5_vl.presets import PRESETS
@@ -103,16 +104,20 @@ def test_the_plan_is_what_the_compiler_allocates(pattern, num_tokens):
 
 
 def temporary_bytes(config, row, num_tokens: int) -> int:
-    graphdef, state = nnx.split(abstract_model(config, dtype=jnp.float32))
-    program = Program(graphdef=graphdef, layers=(row, row), blocks=Blocks(), measures_recall=False)
+    model = abstract_model(config, dtype=jnp.float32)
+    (graphdef, state), (layer_graphdef, weights) = nnx.split(model), nnx.split(model.layers)
+    program = Program(
+        graphdef=graphdef, layer_graphdef=layer_graphdef, layers=(row,), blocks=Blocks(), measures_recall=False
+    )
     shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
     cache = shape(2, 1, num_tokens, config.num_kv_heads, config.head_dim, dtype=jnp.float32)
     x = shape(1, num_tokens, config.embed_dim, dtype=jnp.float32)
-    carry = (cache, cache, shape(1, 1, config.embed_dim, dtype=jnp.float32))
-    args = (state, x, shape(3, 1, num_tokens), layout_shape(shape(1, num_tokens)), shape(), shape(1, 1), carry)
-    memory = program.jitted(state, config.num_kv_heads).lower(*args).compile().memory_analysis()
+    places = shape(3, 1, num_tokens), layout_shape(shape(1, num_tokens)), shape()
+    args = layer_arguments(program, (state, weights), *places, x, cache, cache)[row]
+    compiled = program.layer(weights, config.num_kv_heads).lower(*args).compile()
+    memory, rotary = compiled.memory_analysis(), args[2][0]
     assert memory is not None
-    return memory.temp_size_in_bytes
+    return memory.temp_size_in_bytes + bytes_of(rotary)
 
 
 def test_a_prompt_that_does_not_fit_is_told_what_would():
@@ -152,13 +157,13 @@ def test_prefill_refuses_before_it_allocates(monkeypatch):
 
 def test_exhausted_memory_is_explained_and_the_next_run_works(monkeypatch):
     before = prefill()
-    whole = engine._compiled
+    whole = engine.compiled_chunk
 
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
 
-    monkeypatch.setattr(engine, "_compiled", exhausted)
+    monkeypatch.setattr(engine, "compiled_chunk", exhausted)
     with pytest.raises(DoesNotFitError, match="ran out of memory, in a prefill of 1 x 58 tokens that was planned"):
         prefill()
-    monkeypatch.setattr(engine, "_compiled", whole)
+    monkeypatch.setattr(engine, "compiled_chunk", whole)
     assert (prefill().logits == before.logits).all()

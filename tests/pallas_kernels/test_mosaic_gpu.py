@@ -82,6 +82,20 @@ def test_every_config_fits_shared_memory(head_dim, block_kv, config):
     assert config.shared_memory_bytes(head_dim, jnp.bfloat16) <= SHARED_MEMORY_BYTES
 
 
+@pytest.mark.parametrize("num_extra", [0, 128])
+def test_rounded_inputs_mean_the_same_and_have_fewer_shapes(num_extra):
+    inputs = mixed_inputs(head_dim=64, num_extra=num_extra)
+    rounded = mosaic_gpu._rounded(inputs)
+    assert rounded.k_extra.shape[1] == rounded.v_extra.shape[1] == (256 if num_extra else 0)
+    assert rounded.kv_pos.shape == (16, rounded.k.shape[1] + rounded.k_extra.shape[1])
+    assert rounded.index.intervals.shape[1] == 8
+    entries = inputs.index.start.shape[1]
+    assert entries <= rounded.index.start.shape[1] == rounded.index.interval.shape[1] <= entries * 9 / 8 + 1
+    assert jax.tree.map(jnp.shape, mosaic_gpu._rounded(rounded)) == jax.tree.map(jnp.shape, rounded)
+    for got, want in zip(reference.attend(rounded), reference.attend(inputs), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_launch_refuses_a_config_that_does_not_fit():
     with pytest.raises(NotImplementedError, match="bytes of shared memory"):
         mosaic_gpu.launch(mixed_inputs(head_dim=256), CONFIGS[128, 128])
