@@ -142,17 +142,12 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
     )
 
 
-<<<<<<< HEAD
-def _plan_head(parts: list[Part], scope: Scope) -> tuple[HeadPlan, Array | None, Array | None]:
-    """The head's plan, its gathered tokens [x], and key positions of its own [n, s + x]; None without columns."""
-    geometry, blocks = scope.geometry, scope.blocks
-=======
 @functools.partial(jax.jit, static_argnames=("pattern", "scale", "blocks"))
 def _plan_head(
     q: Float[Array, "t d"], k: Float[Array, "s g d"], kv_head, geometry: Geometry,
     *, pattern: Pattern, scale: float, blocks: Blocks,
 ) -> tuple[HeadPlan, Array | None, Array | None]:  # fmt: skip
-    """The head's plan, its gathered tokens [x] and its key positions [n, s + x]; None without columns.
+    """The head's plan, its gathered tokens [x], and key positions of its own [n, s + x]; None without columns.
 
     Under jit, so that a pattern is traced once for all layers and tables that name it.
     """
@@ -160,7 +155,6 @@ def _plan_head(
         q=q, all_k=k, kv_head=kv_head, geometry=geometry, member=geometry.queries.is_real, scale=scale, blocks=blocks
     )
     parts = pattern.parts(scope)
->>>>>>> compile
     columns = list({id(c): c for part in parts for c in part.columns}.values())
     num_rows = len(geometry.kv_pos)
     num_prompt_rows = len(geometry.view(AllKeys()).order)
