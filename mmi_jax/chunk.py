@@ -93,8 +93,9 @@ def layer_arguments(program: Program, states, rope_pos, layout, q_start, x, k, v
     num_kv_heads, (state, weights) = k.shape[3], states
     shards = shards_of(program.mesh, num_kv_heads=num_kv_heads)
     made = program.start(state, num_kv_heads).eval_shape(state, rope_pos, layout, q_start)
-    number = jax.ShapeDtypeStruct((), np.int32, sharding=getattr(q_start, "sharding", None))
+    number = jax.ShapeDtypeStruct((), np.int32)  # a sharding would bind what the program makes to its device
     if program.mesh is not None:
+        number = jax.ShapeDtypeStruct((), np.int32, sharding=getattr(q_start, "sharding", None))
         own = NamedSharding(program.mesh, OWN_SPEC)
         made = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=own), made)
     rotary, geometries = made
