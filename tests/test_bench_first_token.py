@@ -15,6 +15,7 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_length_are_its_whole_time(tiny_preset, capsys):
     arguments = ["--preset", "tiny", "--layers", "1", "--table", "dense", "--tokens", "1536", "--host-limit", "2048"]
     assert main(["bench", "first-token", *arguments, "--debug"]) == 0

@@ -199,6 +199,7 @@ def test_dense_is_measured_up_to_the_limit_and_extrapolated_by_the_square(monkey
     assert asked == [2048, 1024]
 
 
+@pytest.mark.slow
 def test_plans_command_prints_a_table_and_a_json_line_last(capsys, tmp_path):
     path = tmp_path / "plans.json"
     arguments = ["bench", "plans", "--case", "a-*", "--tokens", "1024", "--tokens", "1280", "--heads", "2/1"]

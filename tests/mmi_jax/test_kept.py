@@ -22,6 +22,7 @@ DIFFERENT = PatternTable(layers=(OTHER, (STATIC,) * 4, (AShape(sink=16, local=5)
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_layers_that_all_differ_are_a_program_each_and_equal_masked_dense_attention():
     chunk._COMPILED.clear()
     result = prefill(ONE, table=DIFFERENT)

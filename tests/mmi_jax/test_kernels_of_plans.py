@@ -45,6 +45,7 @@ def inputs(names: tuple[str, ...], num_kv_heads: int, dtype: str):
     return run(q, k, v)
 
 
+@pytest.mark.slow
 def test_every_pattern_in_the_interpreted_tpu_kernel():
     """All patterns in one launch, a head each: interpreting is slow, and two processes would do it twice."""
     x = inputs(tuple(PATTERNS), 2, "float32")

@@ -119,6 +119,7 @@ def test_permuting_and_undoing_gives_every_token_back(prompt, seed):
 
 @settings(bounded, max_examples=10)
 @given(prompt=prompts, seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_a_larger_bucket_changes_no_mask(prompt, seed):
     layout = build(**prompt)
     q, k = seeded_qk(seed)
