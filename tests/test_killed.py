@@ -29,7 +29,7 @@ def stop_within(path, content):
 put, savefig = LRUCache.put, Figure.savefig
 
 def half_an_entry(cache, key, content):
-    if key.startswith("jit_run-"):  # all layers, which take seconds to compile
+    if key.startswith("jit_prefill_layer-"):  # which takes seconds to compile
         stop_within(cache.path / f"{key}-cache", content)
     put(cache, key, content)
 
