@@ -75,12 +75,13 @@ def prefill_times(options: argparse.Namespace, directory: Path) -> None:
     from mmi_jax.bench.prefill import bench_prefill
     from mmi_jax.cli import compiled
     from mmi_jax.cli.bench import take_memory
-    from mmi_jax.cli.bench_prefill import NEARLY_ALL, _decoder, config_of, table_of, video_prompt
+    from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, random_weights, table_of
+    from mmi_jax.cli.made_prompts import video_prompt
 
     take_memory(NEARLY_ALL)
     config, (tokens,), (table,) = config_of(options.preset, options.layers), options.tokens, options.tables
     with compiled.kept_programs(directory):
-        model, prompt = _decoder(config, options.dtype), video_prompt(config, tokens)
+        model, prompt = random_weights(config, options.dtype), video_prompt(config, tokens)
         figures = bench_prefill(model, prompt, table_of(table, config), repeats=options.repeats)
     names = ("compile_seconds", "seconds", "fastest_seconds", "slowest_seconds", "density", "planned_bytes")
     print(json.dumps({name: figures[name] for name in names} | {"peak_bytes": figures.get("peak_bytes")}))

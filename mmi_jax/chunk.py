@@ -67,8 +67,8 @@ def compiled_chunk(program: Program, states, rope_pos, layout, q_start, x, k, v,
     Tracing and lowering are Python's work and done in turn; the compiler works on the layers before meanwhile.
     """
     num_kv_heads, (state, weights) = k.shape[3], states
-    parts = _Parts(mesh=program.mesh)
-    with ThreadPoolExecutor() as parts.pool:
+    with ThreadPoolExecutor() as pool:
+        parts = _Parts(mesh=program.mesh, pool=pool)
         shards = shards_of(program.mesh, num_kv_heads=num_kv_heads)
         starting = program.of(*program.geometry_rows(shards).values())
         start_args = state, rope_pos, layout, q_start
@@ -120,7 +120,7 @@ class _Parts:
     """Programs that are being compiled, by their keys in `_COMPILED`; those of one device are kept on disk."""
 
     mesh: Mesh | None
-    pool: ThreadPoolExecutor | None = None
+    pool: ThreadPoolExecutor
     futures: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def add(self, what: tuple[str, Any], jitted: Any, args: tuple) -> Any:
@@ -128,7 +128,6 @@ class _Parts:
         leaves, tree = jax.tree.flatten(args)
         key = (what, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in _COMPILED and key not in self.futures:
-            assert self.pool is not None
             entry = None if self.mesh is not None else kept.entry_of(*what, args, compile_options())
             if entry is not None and entry.is_file():
                 self.futures[key] = self.pool.submit(_read_or_compile, entry, jitted, args)

@@ -1,14 +1,20 @@
 """gpu_scripts: the dry run names commands, tests, cases and options that exist."""
 
+import argparse
+import json
 import os
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from tiny_preset import TINY
 
 from mmi_jax.bench.rules import RULE_CASES
 from mmi_jax.cli import main
+from mmi_jax.cli.start_child import ready
+from models.qwen2_5_vl import presets
 from pallas_kernels.attention.cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +58,15 @@ def test_options_of_the_dry_run_exist(commands, capsys):
             assert main([*command[start : start + 2], "--help"]) == 0
             known = capsys.readouterr().out
             assert all(word in known for word in command[start:] if word.startswith("--"))
+
+
+@pytest.mark.slow
+def test_a_start_s_programs_are_read_back_by_the_prefill_that_is_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    time_starts = runpy.run_path(str(ROOT / "gpu_scripts/time_starts.py"))
+    ready(preset="tiny", layers=None, table="mix", dtype="float32", tokens=1024, directory=str(tmp_path))
+    kept = sorted(tmp_path.glob("prefill_layer-*"))
+    options = argparse.Namespace(preset="tiny", layers=None, tables=["mix"], dtype="float32", tokens=[1024], repeats=1)
+    time_starts["prefill_times"](options, tmp_path)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["seconds"] > 0 and kept and sorted(tmp_path.glob("prefill_layer-*")) == kept

@@ -18,6 +18,7 @@ from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, random_weights, tab
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.made_prompts import video_prompt
+from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine import prefill
 from mmi_jax.many import BATCH_TOKENS, batches, prefill_many
 
@@ -27,13 +28,13 @@ ELSEWHERE = (1024, 1024, 1024, 2048)
 
 
 def batch(
-    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")] = None,
+    preset: PresetOption = "7b",
+    layers: LayersOption = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1024, help="Tokens of a prompt; repeated, for each. 2K to 32K on a GPU.")
     ] = None,
-    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 3,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
@@ -50,7 +51,7 @@ def batch(
         lengths = list(tokens or (ON_GPU if on_gpu else ELSEWHERE))
 
         def measure(_: Any) -> dict[str, Any]:
-            model = random_weights(config, dtype or ("bfloat16" if on_gpu else "float32"))
+            model = random_weights(config, bench_dtype(dtype))
             prompts = [video_prompt(config, n) for n in lengths]
             settings = dict(table=chosen, measures_recall=False)
             return measured(functools.partial(logits_of, model, prompts, settings), lengths, repeats) | {

@@ -25,6 +25,7 @@ from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, head_shapes, own_pr
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.made_prompts import made_prompt, video_pieces, video_prompt
+from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.plan import vision_bytes
 from mmi_jax.engine import prefill
 from mmi_jax.table import PatternTable
@@ -40,13 +41,11 @@ Opened = Callable[[Path, Any], tuple[Any, Callable[[], float]]]
 
 
 def first_token(
-    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
-    ] = None,
-    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    preset: PresetOption = "7b",
+    layers: LayersOption = None,
+    tokens: LengthsOption = None,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each length.")] = 1,
     baseline: BaselineOption = True,
     dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
@@ -66,7 +65,7 @@ def first_token(
         suite = _Suite(
             config=config,
             table=table_of(table, config),
-            dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+            dtype=bench_dtype(dtype),
             repeats=repeats,
             host_limit=host_limit,
         )

@@ -10,16 +10,14 @@ from mmi_jax.cli import bench_table
 from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption, RepeatsOption, check_known, take_memory
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
-
-PresetOption = Annotated[str, typer.Option(help="Published size of Qwen2.5-VL: 3b, 7b, 32b, 72b.")]
-DtypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU unless given, else float32.")]
+from mmi_jax.cli.options import BenchDTypeOption, PresetOption, bench_dtype
 
 
 def decode(
     preset: PresetOption = "7b",
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in the cache; may be repeated.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of that length.")] = 1,
-    dtype: DtypeOption = None,
+    dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = True,
     json_file: JsonFileOption = None,
@@ -45,7 +43,7 @@ def vision(
         typer.Option(help="Tokens of a frame, as in 16x16; may be repeated. 12x12, 16x16 and 20x36 unless given."),
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video, two pictures each.")] = 128,
-    dtype: DtypeOption = None,
+    dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 5,
     baseline: BaselineOption = True,
     json_file: JsonFileOption = None,
@@ -76,7 +74,7 @@ def _random_model(preset: str, dtype: str | None, part: Literal["decoder", "visi
 
     check_known("--preset", preset, PRESETS)
     check_known("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    chosen = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    chosen = bench_dtype(dtype)
     abstract = abstract_model(PRESETS[preset], dtype=chosen)
     if part == "vision":
         return with_random_weights(abstract.vision)

@@ -29,6 +29,7 @@ from mmi_jax.cli.bench import DebugOption, JsonFileOption, check_known, take_mem
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.made_prompts import video_prompt
+from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.start_child import start_seconds
 from mmi_jax.table import PatternTable, as_table, load_table
 
@@ -40,13 +41,11 @@ PLANTED_NATS = 14.0
 
 
 def prefill(
-    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "7b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
-    ] = None,
-    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    preset: PresetOption = "7b",
+    layers: LayersOption = None,
+    tokens: LengthsOption = None,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each length.")] = 1,
     check: Annotated[bool, typer.Option(help="Compare one layer with plain XLA first.")] = True,
     check_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that comparison, at most.")] = 2**15,
@@ -70,7 +69,7 @@ def prefill(
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
         config = config_of(preset, layers)
         chosen = table_of(table, config)
-        dtype = dtype or ("bfloat16" if on_gpu else "float32")
+        dtype = bench_dtype(dtype)
         rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
         task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
         started = row("start", lambda: start_seconds(task)) if start else None

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
@@ -18,6 +17,7 @@ from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.made_prompts import Medium, made_prompt
+from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine import prefill
 
 FRAME_SIDES = (8, 16)
@@ -25,13 +25,13 @@ FRAME_SIDES = (8, 16)
 
 
 def run_soak(
-    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")] = "3b",
+    preset: PresetOption = "3b",
     layers: Annotated[int, typer.Option(min=1, help="Run the first layers only.")] = 4,
     prompts: Annotated[int, typer.Option(min=9, help="Random prompts: text, images, videos, several of them.")] = 50,
     shortest: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, at least.")] = 2**12,
     longest: Annotated[int, typer.Option(min=1024, help="Tokens of a prompt, at most.")] = 2**18,
-    table: Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")] = "mix",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")] = None,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
@@ -49,7 +49,7 @@ def run_soak(
             raise ValueError(f"--shortest must be at most --longest, got {shortest} and {longest}")
         config = config_of(preset, layers)
         chosen = table_of(table, config)
-        dtype = dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+        dtype = bench_dtype(dtype)
 
         def measure(_: Any) -> dict[str, Any]:
             model = with_random_weights(abstract_model(config, dtype=jnp.dtype(dtype)))

@@ -4,6 +4,7 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 
 from mmi_jax.cli import compiled
@@ -23,3 +24,16 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 CostsOption = Annotated[
     str | None, typer.Option(help="hopper, v4, v5e, v5p, v6e, tpu7x or tiles: this device's unless given.")
 ]
+
+PresetOption = Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")]
+LengthsOption = Annotated[
+    list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
+]
+TableOption = Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")]
+BenchDTypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")]
+
+
+def bench_dtype(asked: str | None) -> str:
+    """What `BenchDTypeOption` stands for on the default device."""
+    return asked or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
