@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmi_jax import Blocks, PatternTable, codec, console
+from mmi_jax.buckets import Buckets
 from mmi_jax.cli.answers import Asked, answer, ask_in_batches
 from mmi_jax.cli.digest import run_on
 from mmi_jax.cli.niah_results import write_results
@@ -64,10 +65,10 @@ class Runner:
         return next((dict(row) for row in self.journal.rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
     def methods(
-        self, names: Sequence[str], task: str, tokens: int, batches: Sequence[Asked]
+        self, names: Sequence[str], tokens: int, batches: Sequence[Asked]
     ) -> dict[str, PatternTable | Pattern | None]:
-        """What the methods run on prompts of a task and length; a baseline's size is chosen once and kept."""
-        key = {"kind": "size", "task": task, "tokens": tokens}
+        """What the methods run on prompts of a length; a baseline's size is chosen on the first samples and kept."""
+        key = {"kind": "size", "tokens": tokens}
         missing = [n for n in names if n in FAMILIES and n not in self.task.tables and not self.find(**key, method=n)]
         if missing:
             sized = self._sized(missing, batches[0])
@@ -145,12 +146,12 @@ def _fill(runner: Runner, on_cell) -> list[dict[str, Any]]:
             batches = coming.pop(place).result() if missing[place] else []
             if waiting := [p for p in unfilled[unfilled.index(place) + 1 :] if p not in coming] if batches else []:
                 coming[waiting[0]] = pool.submit(runner.batches, *waiting[0])
-            tables = runner.methods(missing[place], name, tokens, batches) if batches else {}
-            cold = [method for method in tables if (method, name, tokens) not in warmed]
+            tables = runner.methods(missing[place], tokens, batches) if batches else {}
+            cold = [method for method in tables if (method, _bucket(batches)) not in warmed]
             if cold and task.side_by_side > 1:
                 on_cell(len(cells), total, f"compiling: {what}")
                 runner.warm([tables[method] for method in cold], batches)
-                warmed.update((method, name, tokens) for method in cold)
+                warmed.update((method, _bucket(batches)) for method in cold)
             for method in task.methods:
                 on_cell(len(cells), total, f"{method}: {what}")
                 key = _key(task, place, method)
@@ -161,6 +162,11 @@ def _fill(runner: Runner, on_cell) -> list[dict[str, Any]]:
                 cells.append(cell)
     on_cell(total, total, "done")
     return cells
+
+
+def _bucket(batches: Sequence[Asked]) -> int:
+    """Tokens that the first batch is padded to."""
+    return Buckets().length_for(batches[0].prompt.tokens.shape[1])
 
 
 def _key(task: NiahTask, place: tuple[str, int, int], method: str) -> dict[str, Any]:

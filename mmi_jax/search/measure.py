@@ -35,6 +35,11 @@ class Measured:
 
 _COMPILED: dict[Any, Any] = {}
 
+GPU_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+"""A trial runs once per layer and prompt, and compiles longer than all of that: choosing how to emit its small fusions
+is a third of XLA's time for it (docs/log.md), and gains nothing that lasts.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
@@ -47,7 +52,8 @@ class Meter:
         """Compiles the trials side by side: compiling, not running, is most of a search's time on an accelerator."""
         missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, captured) not in _COMPILED]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # lowering holds Python's lock, compiling does not
-            programs = [pool.submit(self._lowered(trial, captured).compile) for trial in missing]
+            options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+            programs = [pool.submit(self._lowered(trial, captured).compile, options) for trial in missing]
         _COMPILED.update({self._key(t, captured): p.result() for t, p in zip(missing, programs, strict=True)})
 
     def __call__(self, trial: Trial, captured: Captured) -> Measured:
