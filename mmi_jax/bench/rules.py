@@ -1,5 +1,7 @@
 """Small problems that use every rule of the kernel's contract at once, against the float32 reference on the CPU."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,23 +12,32 @@ from mmi_jax.bench.rows import chosen
 from mmi_jax.bench.sampled import LSE_LIMIT
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.api import Implementation, attend_inputs
-from pallas_kernels.attention.cases import mixed_inputs
+from pallas_kernels.attention.cases import late_peak_inputs, mixed_inputs
 from pallas_kernels.attention.inputs import AttentionInputs
 
-RULE_CASES: dict[str, dict[str, Any]] = {
-    "tiny": dict(),
-    "d128 fp16, 7 query heads on one, no extra rows": dict(
-        head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=8, num_shared=2048
+RULE_CASES: dict[str, Callable[[], AttentionInputs]] = {
+    "tiny": mixed_inputs,
+    "d128 fp16, 7 query heads on one, no extra rows": functools.partial(
+        mixed_inputs, head_dim=128, dtype="float16", num_extra=0, num_q_heads=7, num_q_blocks=8, num_shared=2048
     ),
-    "d80, kv blocks of 64": dict(
-        head_dim=80, block_kv=64, num_q_heads=8, num_kv_heads=2, num_q_blocks=16, num_shared=1024
+    "d80, kv blocks of 64": functools.partial(
+        mixed_inputs, head_dim=80, block_kv=64, num_q_heads=8, num_kv_heads=2, num_q_blocks=16, num_shared=1024
     ),
-    "d128, blocks of 256": dict(head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512),
-    "d64, 28 query heads on 4": dict(num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096),
-    "d128, steep": dict(head_dim=128, num_q_blocks=8, num_shared=2048, num_extra=0, steepness=200.0),
-    "d256": dict(head_dim=256, num_q_heads=6, num_kv_heads=2, num_q_blocks=16, num_shared=2048),
+    "d128, blocks of 256": functools.partial(
+        mixed_inputs, head_dim=128, block_q=256, block_kv=256, num_shared=1024, num_extra=512
+    ),
+    "d64, 28 query heads on 4": functools.partial(
+        mixed_inputs, num_q_heads=28, num_kv_heads=4, num_q_blocks=32, num_shared=4096
+    ),
+    "d128, steep": functools.partial(
+        mixed_inputs, head_dim=128, num_q_blocks=8, num_shared=2048, num_extra=0, steepness=200.0
+    ),
+    "d256": functools.partial(
+        mixed_inputs, head_dim=256, num_q_heads=6, num_kv_heads=2, num_q_blocks=16, num_shared=2048
+    ),
+    "late peak": late_peak_inputs,
 }
-"""Arguments of `mixed_inputs` by name; "tiny" is short enough for a sanitizer."""
+"""Makers of problems by name; "tiny" is short enough for a sanitizer."""
 
 
 def check_rules(name: str, *, implementation: Implementation | None) -> dict[str, Any]:
@@ -35,7 +46,7 @@ def check_rules(name: str, *, implementation: Implementation | None) -> dict[str
     Raises:
       RuntimeError: a rule does not hold; the message names it.
     """
-    inputs = mixed_inputs(**RULE_CASES[name])
+    inputs = RULE_CASES[name]()
     run = jax.jit(lambda inputs: attend_inputs(inputs, chosen(implementation)))
     first, second = run(inputs), run(inputs)
     is_bit_equal = all(bool(jnp.array_equal(a, b)) for a, b in zip(first, second, strict=True))

@@ -12,7 +12,7 @@ from mmi_jax.search.candidates import Candidates
 from mmi_jax.search.capture import captured_layers
 from mmi_jax.search.joint import joint_trials
 from mmi_jax.search.journal import Journal
-from mmi_jax.search.measure import Meter, modalities_of
+from mmi_jax.search.measure import Measured, Meter, modalities_of
 from mmi_jax.search.scores import Scores, read_scores, trials_of_rows
 from mmi_jax.search.trials import Trial, first_trials
 
@@ -43,7 +43,7 @@ class Search:
           prompts: by name, each a batch of one.
 
         Raises:
-          ValueError: no prompt, or prompts of different modalities.
+          ValueError: no prompt, prompts of different modalities, or attention that gives NaN or infinity.
         """
         modalities = same_modalities(prompts)
         first = first_trials(candidates, modalities)
@@ -74,6 +74,7 @@ class Search:
                 figures = {}
                 for trial in missing[name, layer]:
                     figure = meter(trial, captured)
+                    _check_finite(figure, f"{trial.key} in layer {layer} of {name}")
                     figures[trial.key] = {"error": _floats(figure.error), "tiles": _floats(figure.tiles)}
                     done += 1
                     self.on_trial(done, total, f"{what}: layer {layer} of {name}")
@@ -100,6 +101,13 @@ def same_modalities(prompts: Mapping[str, Any]) -> tuple[int, ...]:
     if len(found) != 1:
         raise ValueError(f"calibration needs prompts, all of the same modalities: got {sorted(found)}")
     return found.pop()
+
+
+def _check_finite(figure: Measured, what: str) -> None:
+    """Raises ValueError at once: a mean over prompts would only tell at the end, and not where."""
+    if not np.isfinite(np.asarray(figure.error)).all():
+        heads = sorted({int(h) for _, h in np.argwhere(~np.isfinite(np.asarray(figure.error)))})
+        raise ValueError(f"errors of trials must be finite, got NaN or infinity in heads {heads} of {what}")
 
 
 def _floats(x: Any) -> list[list[float]]:

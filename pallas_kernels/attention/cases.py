@@ -250,3 +250,21 @@ def mixed_inputs(
         index=jax.tree.map(jnp.asarray, index),
         scale=head_dim**-0.5,
     )
+
+
+def late_peak_inputs(*, dtype="bfloat16") -> AttentionInputs:
+    """Three blocks, all visited: weights overflow in the second, beside the first; the third outweighs them by 2**75.
+
+    A kernel that measures weights against an early maximum overflows in full blocks, and must not take the partial one
+    for the end of it.
+    """
+    case = AttentionCase(
+        name="late peak", num_tokens=384, lists=AllVisited(), num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=dtype
+    )
+    inputs = case.inputs()
+    return dataclasses.replace(
+        inputs,
+        q=jnp.zeros_like(inputs.q).at[..., 0].set(16),
+        k=jnp.zeros_like(inputs.k).at[:, 130, 0].set(44).at[:, 256, 0].set(70),  # weights of 2**127 and 2**202
+        v=8 * inputs.v,
+    )

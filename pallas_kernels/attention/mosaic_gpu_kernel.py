@@ -115,7 +115,8 @@ def _middle_tiles(refs: Refs, shape: KernelShape, warpgroup, row: Row, n, tile, 
         return acc if decay is None else acc * _columns(decay, acc.shape), softmax
 
     first_partial = jnp.maximum(row.num_full * shape.tiles_per_block, 1)
-    state = lax.fori_loop(1, first_partial, functools.partial(step, is_partial=False), (acc, softmax))
+    acc, softmax = lax.fori_loop(1, first_partial, functools.partial(step, is_partial=False), (acc, softmax))
+    state = acc, _distrust(shape, softmax)
     return lax.fori_loop(first_partial, row.num_tiles, functools.partial(step, is_partial=True), state)
 
 
@@ -322,6 +323,15 @@ def _softmax_below(shape: KernelShape, s_qk, top, total):
     """One step of the softmax below a maximum that stays: float32 weights, the maximum, the sum, and no factor."""
     weights = jnp.exp2(s_qk * shape.score_scale - _columns(top, s_qk.shape))
     return weights, top, total + jnp.sum(weights, axis=1), None
+
+
+def _distrust(shape: KernelShape, softmax):
+    """The softmax state after the full tiles, its sum infinite where that outgrew what a fixed maximum is trusted for.
+
+    A partial tile with a higher maximum may scale the sum down again, but not an accumulator that has overflowed.
+    """
+    weights, top, total = softmax
+    return weights, top, jnp.where(total <= LARGEST_TOTAL, total, jnp.inf) if shape.fixes_top else total
 
 
 def _when(condition, effect):

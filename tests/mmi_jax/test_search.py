@@ -17,7 +17,7 @@ from mmi_jax.planted import LOCAL, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.search import Candidates, Journal, Search, TargetDensity, best_choice
 from mmi_jax.search.capture import Captured, captured_layers
 from mmi_jax.search.costs import DENSITY, TILES
-from mmi_jax.search.measure import Meter, measured
+from mmi_jax.search.measure import Measured, Meter, measured
 from mmi_jax.search.scores import Choice, Scores
 from mmi_jax.search.trials import DENSE, Trial, first_trials, of_queries, trial_of
 
@@ -209,6 +209,16 @@ def test_what_is_in_the_journal_is_not_run_again(tmp_path):
     search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, most_joint=1)
     again = search(tmp_path / "work.jsonl", lambda done, total, what: pytest.fail("a trial ran again"))
     again.calibrate(PROMPTS, STATIC, most_joint=1)
+
+
+def test_an_error_that_is_no_number_ends_the_search_and_is_not_kept(tmp_path, monkeypatch):
+    nan = Measured(error=np.full((2, 4), np.nan), tiles=np.ones((2, 4)))
+    monkeypatch.setattr(Meter, "__call__", lambda self, trial, captured: nan)
+    with pytest.raises(
+        ValueError, match=r"errors of trials must be finite.*heads \[0, 1, 2, 3\] of whole .*layer 0 of"
+    ):
+        search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC)
+    assert not Journal(tmp_path / "work.jsonl", {}).rows
 
 
 def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_load, reference
-from pallas_kernels.attention.cases import AllVisited, RandomLists, mixed_inputs
+from pallas_kernels.attention.cases import AllVisited, RandomLists, late_peak_inputs, mixed_inputs
 from pallas_kernels.attention.gpu_config import (
     CONFIGS,
     SHARED_MEMORY_BYTES,
@@ -218,6 +218,13 @@ def test_interpreted_kernel_repeats_rows_that_outgrow_their_first_tile(monkeypat
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
     assert 0 < repeated[0] < inputs.index.count.size, "some q tiles, and not all, are repeated"
+    assert_close(got, inputs)
+
+
+def test_interpreted_kernel_repeats_rows_whose_last_tile_hides_an_overflow():
+    inputs = late_peak_inputs()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = mosaic_gpu.launch(inputs, SMALL, num_programs=2, interpretable=True)
     assert_close(got, inputs)
 
 
