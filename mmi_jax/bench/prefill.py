@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.attention import VENDOR
@@ -17,15 +16,15 @@ from mmi_jax.bench.sampled import ERROR_LIMIT
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.chunk import program_texts
-from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.engine import prefill
 from mmi_jax.fit import weight_bytes
-from mmi_jax.layout import text_tokens
 from mmi_jax.memory import MemoryTask, plan_memory
 from mmi_jax.patterns import Dense
+from mmi_jax.prepare import chunk_shapes
 from mmi_jax.profile import StageTimes, profiled
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
+from mmi_jax.request import request_for
 from mmi_jax.table import PatternTable
 
 MIX = PLAN_CASES["mix"]
@@ -97,25 +96,8 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
 
 def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, tuple[Any, ...]]:
     """The program of `bench_prefill`, and what `compiled_chunk` takes of shapes; the model may be shapes, too."""
-    from flax import nnx
-
-    config, (graphdef, state) = model.config, nnx.split(model)
-    layer_graphdef, weights = nnx.split(model.layers)
-    padded, blocks, costs = Buckets().length_for(num_tokens), Blocks(), costs_of_device()
-    program = Program(
-        graphdef=graphdef,
-        layer_graphdef=layer_graphdef,
-        layers=tuple(faster_patterns(row, num_tokens=padded, blocks=blocks, costs=costs) for row in table.layers),
-        blocks=blocks,
-        measures_recall=False,
-    )
-    shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
-    x = shape(1, padded, config.embed_dim, dtype=model.dtype)
-    cache = shape(config.num_layers, 1, padded, config.num_kv_heads, config.head_dim, dtype=model.dtype)
-    layout = jax.tree.map(lambda _: shape(1, padded), text_tokens(1))
-    hidden = shape(1, 1, config.embed_dim, dtype=model.dtype)
-    places = shape(3, 1, padded), layout, shape()
-    return program, ((state, weights), *places, x, cache, cache, shape(1, 1), hidden)
+    request = request_for(model.config, num_tokens, table=table, measures_recall=False)
+    return request.program(model, is_plain=True), chunk_shapes(model, request)
 
 
 def profile_stages(model: Any, prompt: Any, table: PatternTable, directory: Path) -> StageTimes:
