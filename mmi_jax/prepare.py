@@ -1,7 +1,7 @@
 """prepare: the programs of prefills that are to come, compiled side by side before the first prompt is there."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,13 +67,17 @@ def prepare(
         )
         for num_tokens in lengths
     ]  # fmt: skip
-    different = {each.sizes: each for one in asked for each in _of_bucket(one)}
-    requests = sorted(different.values(), key=lambda one: -one.num_tokens)  # the quick ones end the wait
-    if requests:
-        check_room(requests[0].memory_task(model, embed_bytes=0), 0)
-    compiled_chunks((one.program(model, is_plain=True), chunk_shapes(model, one)) for one in requests)
-    _run_the_rest(model, requests)
+    prepare_requests(model, {each.sizes: each for one in asked for each in _of_bucket(one)}.values())
     return sorted({one.buckets.length_for(one.num_tokens) for one in asked})
+
+
+def prepare_requests(model: VisionLanguageModel, requests: Iterable[Request]) -> None:
+    """Compiles what prefills of these requests run, of any numbers of prompts; as `prepare`."""
+    longest_first = sorted(requests, key=lambda one: -one.batch * one.num_tokens)  # the quick ones end the wait
+    for request in longest_first[:1]:
+        check_room(request.memory_task(model, embed_bytes=0), 0)
+    compiled_chunks((one.program(model, is_plain=True), chunk_shapes(model, one)) for one in longest_first)
+    _run_the_rest(model, longest_first)
 
 
 def _of_bucket(request: Request) -> Iterator[Request]:
@@ -95,19 +99,19 @@ def _run_the_rest(model: VisionLanguageModel, requests: Sequence[Request]) -> No
     from flax import nnx
 
     config = model.config
-    for request in {one.sizes.capacity: one for one in requests}.values():
+    for batch, capacity in {(one.batch, one.sizes.capacity) for one in requests}:
         cache = empty_cache(
             num_layers=config.num_layers,
-            batch=request.batch,
-            capacity=request.sizes.capacity,
+            batch=batch,
+            capacity=capacity,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=model.dtype,
         )
         jax.block_until_ready(cache)
         del cache
-    for request in requests[:1]:
-        hidden = jnp.zeros((request.batch, 1, config.embed_dim), model.dtype)
+    for batch in {one.batch for one in requests}:
+        hidden = jnp.zeros((batch, 1, config.embed_dim), model.dtype)
         logits = next_logits(*nnx.split(model), hidden, None)
         jax.block_until_ready((logits[:, 0], hidden[:, 0]))
 

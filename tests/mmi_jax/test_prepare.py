@@ -1,5 +1,7 @@
 """prepare: after it a prefill of a prepared length compiles nothing."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from mmi_jax.fit import DoesNotFitError, Room
 from mmi_jax.prepare import _of_bucket
 from mmi_jax.request import request_for
 
-SIZES = dict(buckets=BUCKETS, blocks=BLOCKS)
+SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)
 
 
 def test_a_prefill_of_a_prepared_length_compiles_nothing():
@@ -34,7 +36,7 @@ def test_a_prefill_of_a_prepared_length_compiles_nothing():
 
 
 def test_chunks_and_batches_are_prepared_too():
-    settings = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
+    settings: dict[str, Any] = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
     prepare(tiny_model(), [58], batch=2, **settings)
     programs = num_compiled_programs()
     one = prompt(2, 58)

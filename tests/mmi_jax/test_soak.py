@@ -51,13 +51,13 @@ def test_fifty_random_prompts_leave_nothing_behind(rng):
 
 def test_growth_is_that_of_the_last_third_over_the_middle():
     rows = [
-        dict(host_bytes=b, device_bytes=7, array_bytes=1, compilations=n, programs=2)
+        dict(host_bytes=b, device_bytes=7, array_bytes=1, compilations=n, programs=2, seconds=0.5)
         for n, b in enumerate([9, 1, 2, 3, 2, 2, 5, 6, 5])
     ]
     assert growth(rows, "host_bytes") == 3 and growth(rows, "device_bytes") == 0
     found = figures(rows, [600, 1000, 1024])
     assert (found["host_bytes_growth"], found["compilations_growth"], found["programs"]) == (3, 3, 2)
-    assert found["buckets"] == 2 and found["rows"] == rows
+    assert found["buckets"] == 2 and found["rows"] == rows and (found["compilations"], found["seconds"]) == (8, 4.5)
 
 
 def test_the_benchmark_s_prompts_are_of_every_kind():
