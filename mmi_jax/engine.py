@@ -29,7 +29,7 @@ from mmi_jax.request import Request, request_for
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, weight_specs
 from mmi_jax.sizes import Sizes
 from mmi_jax.table import PatternTable
-from pallas_kernels.attention.api import Implementation
+from pallas_kernels.attention.api import Backend
 from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
 
@@ -108,7 +108,7 @@ def prefill(
     logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
-    implementation: Implementation | Vendor | None = None,
+    implementation: Backend | Vendor | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
     mesh: Mesh | None = None,

@@ -20,7 +20,7 @@ from mmi_jax.request import Request, request_for
 from mmi_jax.sharding import ONE_DEVICE
 from mmi_jax.sizes import sizes_for
 from mmi_jax.table import PatternTable
-from pallas_kernels.attention.api import Implementation
+from pallas_kernels.attention.api import Backend
 
 
 def prepare(
@@ -33,7 +33,7 @@ def prepare(
     max_new_tokens: int = 0,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
-    implementation: Implementation | Vendor | None = None,
+    implementation: Backend | Vendor | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
 ) -> list[int]:

@@ -16,7 +16,7 @@ from mmi_jax.program import Program
 from mmi_jax.sharding import Shards, shards_of
 from mmi_jax.sizes import Sizes, default_buckets, sizes_for
 from mmi_jax.table import PatternTable, as_table, uniform_table
-from pallas_kernels.attention.api import Implementation
+from pallas_kernels.attention.api import Backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Request:
     buckets: Buckets
     max_new_tokens: int
     chunk_tokens: int | None
-    implementation: Implementation | Vendor | None
+    implementation: Backend | Vendor | None
     measures_recall: bool
     mesh: Mesh | None
 
@@ -86,7 +86,7 @@ def request_for(
     config: Any, num_tokens: int, *, batch: int = 1, held: int = 0, held_capacity: int = 0,
     table: PatternTable | Pattern | None = None, chunk_tokens: int | None = None, max_new_tokens: int = 0,
     buckets: Buckets | None = None, blocks: Blocks | None = None,
-    implementation: Implementation | Vendor | None = None, measures_recall: bool = True, may_run_dense: bool = True,
+    implementation: Backend | Vendor | None = None, measures_recall: bool = True, may_run_dense: bool = True,
     mesh: Mesh | None = None,
 ) -> Request:  # fmt: skip
     """The request of a prefill with these settings, those of `prefill`.
