@@ -99,7 +99,7 @@ def _run_the_rest(model: VisionLanguageModel, requests: Sequence[Request]) -> No
     from flax import nnx
 
     config = model.config
-    for batch, capacity in {(one.batch, one.sizes.capacity) for one in requests}:
+    for batch, capacity in dict.fromkeys((one.batch, one.sizes.capacity) for one in requests):  # the largest first
         cache = empty_cache(
             num_layers=config.num_layers,
             batch=batch,
