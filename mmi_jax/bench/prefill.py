@@ -22,9 +22,9 @@ from mmi_jax.engine import prefill
 from mmi_jax.fit import weight_bytes
 from mmi_jax.memory import MemoryTask, plan_memory
 from mmi_jax.patterns import Dense
-from mmi_jax.prepare import chunk_shapes
 from mmi_jax.profile import StageTimes, profiled
 from mmi_jax.program import Program
+from mmi_jax.ready import chunk_shapes
 from mmi_jax.report import PrefillReport
 from mmi_jax.request import request_for
 from mmi_jax.table import PatternTable

@@ -21,7 +21,7 @@ from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine import prefill
 from mmi_jax.many import BATCH_TOKENS, batches, prefill_many
-from mmi_jax.prepare import prepare_requests
+from mmi_jax.ready import prepare_requests
 from mmi_jax.request import Request, request_for
 
 ON_GPU = (2000, 2010, 2030, 2048, 8000, 8192, 32000, 32768)

@@ -28,7 +28,7 @@ from mmi_jax.cli.made_prompts import made_prompt, video_pieces, video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.plan import vision_bytes
 from mmi_jax.engine import prefill
-from mmi_jax.prepare import prepare
+from mmi_jax.ready import prepare
 from mmi_jax.table import PatternTable
 
 FPS = 2

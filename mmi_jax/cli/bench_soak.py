@@ -22,7 +22,7 @@ from mmi_jax.cli.made_prompts import Medium, RepeatedPatches, made_prompt
 from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.console import stderr_console
 from mmi_jax.engine import prefill
-from mmi_jax.prepare import prepare
+from mmi_jax.ready import prepare
 from mmi_jax.table import PatternTable
 
 type Grid = tuple[int, int, int]

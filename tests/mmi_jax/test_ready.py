@@ -12,7 +12,7 @@ from mmi_jax.batch import fit_prompt
 from mmi_jax.bench.soak import counted_compilations
 from mmi_jax.chunk import num_compiled_programs
 from mmi_jax.fit import DoesNotFitError, Room
-from mmi_jax.prepare import _of_bucket
+from mmi_jax.ready import _of_bucket
 from mmi_jax.request import request_for
 
 SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)

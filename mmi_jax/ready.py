@@ -1,4 +1,4 @@
-"""prepare: the programs of prefills that are to come, compiled side by side before the first prompt is there."""
+"""Ready: the programs of prefills that are to come, compiled side by side before the first prompt is there."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,7 +58,6 @@ def prepare(
       ValueError: a length or a setting that `prefill` would refuse.
       DoesNotFitError: the device's memory is known and too small for the longest of them.
     """
-
     asked = [
         request_for(
             model.config, num_tokens, batch=batch, table=table, chunk_tokens=chunk_tokens,
