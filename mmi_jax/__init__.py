@@ -22,4 +22,5 @@ from mmi_jax.patterns import SwinWindow as SwinWindow
 from mmi_jax.patterns import TriShape as TriShape
 from mmi_jax.patterns import VerticalSlash as VerticalSlash
 from mmi_jax.plan import Plan as Plan
+from mmi_jax.ready import prepare as prepare
 from mmi_jax.table import PatternTable as PatternTable

@@ -61,8 +61,13 @@ def fit_prompt(prompt: Any, num_tokens: int) -> Any:
         prompt,
         tokens=_fit(tokens, num_tokens, 0),
         rope_pos=_fit(prompt.rope_pos, num_tokens, 0),
-        layout=jax.tree.map(lambda x: _fit(x, num_tokens, PADDING), prompt.layout),
+        layout=fit_layout(prompt.layout, num_tokens),
     )
+
+
+def fit_layout(layout: TokenLayout, num_tokens: int) -> TokenLayout:
+    """The layout cut, or padded at its end, to `num_tokens`, host arrays."""
+    return jax.tree.map(lambda x: _fit(x, num_tokens, PADDING), layout)
 
 
 def _fit(x, num_tokens: int, value: int) -> np.ndarray:

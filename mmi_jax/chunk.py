@@ -1,7 +1,7 @@
 """The compiled programs of one chunk: each made at most once in a process, different layers side by side."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,31 +61,49 @@ class Chunk:
         return x, k, v, statistics
 
 
-def compiled_chunk(program: Program, states, rope_pos, layout, q_start, x, k, v, wanted, hidden) -> Chunk:
-    """The programs for arguments of these shapes: arrays, or shapes in their place.
+def compiled_chunk(program: Program, *args: Any) -> Chunk:
+    """The programs of one chunk, see `compiled_chunks`."""
+    return compiled_chunks([(program, args)])[0]
 
-    Tracing and lowering are Python's work and done in turn; the compiler works on the layers before meanwhile.
+
+def compiled_chunks(tasks: Iterable[tuple[Program, tuple[Any, ...]]]) -> list[Chunk]:
+    """The programs of several chunks, all of them compiled side by side.
+
+    Tracing and lowering are Python's work and done in turn; the compiler works on what came before meanwhile.
+
+    Args:
+      tasks: a program, and its arguments `states, rope_pos, layout, q_start, x, k, v, wanted, hidden`: arrays, or
+        shapes in their place.
     """
-    num_kv_heads, (state, weights) = k.shape[3], states
     with ThreadPoolExecutor() as pool:
-        parts = _Parts(mesh=program.mesh, pool=pool)
-        shards = shards_of(program.mesh, num_kv_heads=num_kv_heads)
-        starting = program.of(*program.geometry_rows(shards).values())
-        start_args = state, rope_pos, layout, q_start
-        start = parts.add(("start", starting), starting.start(state, num_kv_heads), start_args)
-        layers = {}
-        for row, args in layer_arguments(program, states, rope_pos, layout, q_start, x, k, v).items():
-            of_row = program.of(row)
-            layers[row] = parts.add(("layer", of_row), of_row.layer(weights, num_kv_heads), args)
-        end = parts.add(("end", program.mesh), program.end(num_kv_heads), (x, wanted, q_start, hidden))
-    made = parts.finished()
-    return Chunk(
-        program=program,
-        num_kv_heads=num_kv_heads,
-        start=made[start],
-        layers={row: made[key] for row, key in layers.items()},
-        end=made[end],
-    )
+        parts = _Parts(pool=pool)
+        begun = [_begun(parts, program, *args) for program, args in tasks]
+    parts.finish()
+    return [
+        dataclasses.replace(
+            chunk,
+            start=_COMPILED[chunk.start],
+            layers={row: _COMPILED[key] for row, key in chunk.layers.items()},
+            end=_COMPILED[chunk.end],
+        )
+        for chunk in begun
+    ]
+
+
+def _begun(parts: "_Parts", program: Program, states, rope_pos, layout, q_start, x, k, v, wanted, hidden) -> Chunk:
+    """A chunk with keys in place of its programs, which are being compiled."""
+    num_kv_heads, (state, weights) = k.shape[3], states
+    shards = shards_of(program.mesh, num_kv_heads=num_kv_heads)
+    starting = program.of(*program.geometry_rows(shards).values())
+    start_args = state, rope_pos, layout, q_start
+    start = parts.add(("start", starting), starting.start(state, num_kv_heads), start_args, program.mesh)
+    layers = {}
+    for row, args in layer_arguments(program, states, rope_pos, layout, q_start, x, k, v).items():
+        of_row = program.of(row)
+        layers[row] = parts.add(("layer", of_row), of_row.layer(weights, num_kv_heads), args, program.mesh)
+    end_args = x, wanted, q_start, hidden
+    end = parts.add(("end", program.mesh), program.end(num_kv_heads), end_args, program.mesh)
+    return Chunk(program=program, num_kv_heads=num_kv_heads, start=start, layers=layers, end=end)
 
 
 def layer_arguments(program: Program, states, rope_pos, layout, q_start, x, k, v) -> dict[tuple[Pattern, ...], tuple]:
@@ -119,26 +137,24 @@ def _compile(lowered: jax.stages.Lowered, entry: Path | None) -> Any:
 class _Parts:
     """Programs that are being compiled, by their keys in `_COMPILED`; those of one device are kept on disk."""
 
-    mesh: Mesh | None
     pool: ThreadPoolExecutor
     futures: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    def add(self, what: tuple[str, Any], jitted: Any, args: tuple) -> Any:
+    def add(self, what: tuple[str, Any], jitted: Any, args: tuple, mesh: Mesh | None) -> Any:
         """The key of a program for arguments of these shapes, which is compiled unless it was."""
         leaves, tree = jax.tree.flatten(args)
         key = (what, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in _COMPILED and key not in self.futures:
-            entry = None if self.mesh is not None else kept.entry_of(*what, args, compile_options())
+            entry = None if mesh is not None else kept.entry_of(*what, args, compile_options())
             if entry is not None and entry.is_file():
                 self.futures[key] = self.pool.submit(_read_or_compile, entry, jitted, args)
             else:
                 self.futures[key] = self.pool.submit(_compile, jitted.lower(*args), entry)
         return key
 
-    def finished(self) -> dict[Any, Any]:
-        """All programs of this process; raises what a compiler raised, and then keeps none of these."""
+    def finish(self) -> None:
+        """Adds them to the programs of this process; raises what a compiler raised, and then keeps none of these."""
         _COMPILED.update({key: future.result() for key, future in self.futures.items()})
-        return _COMPILED
 
 
 def num_compiled_programs() -> int:

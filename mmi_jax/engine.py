@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -15,22 +14,22 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from mmi_jax.attention import Vendor
-from mmi_jax.batch import check_cache, continued, fit_prompt, held_tokens, lengths_of, wanted_tokens
+from mmi_jax.batch import check_cache, continued, fit_layout, fit_prompt, held_tokens, lengths_of, wanted_tokens
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.cache import KVCache, empty_cache, with_capacity
 from mmi_jax.chunk import compiled_chunk, pieces_of
-from mmi_jax.cost import costs_of_device, faster_patterns
-from mmi_jax.fit import check_room, explained_exhaustion, weight_bytes
-from mmi_jax.memory import MemoryTask, bytes_of
-from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.fit import check_room, explained_exhaustion
+from mmi_jax.memory import bytes_of
+from mmi_jax.patterns import Pattern
 from mmi_jax.plain import is_plain
 from mmi_jax.program import Program
 from mmi_jax.report import PrefillReport
-from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, shards_of, weight_specs
-from mmi_jax.sizes import Sizes, default_buckets, sizes_for
-from mmi_jax.table import PatternTable, as_table, uniform_table
-from pallas_kernels.attention.api import Implementation
+from mmi_jax.request import Request, request_for
+from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, weight_specs
+from mmi_jax.sizes import Sizes
+from mmi_jax.table import PatternTable
+from pallas_kernels.attention.api import Backend
 from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
 
@@ -109,7 +108,7 @@ def prefill(
     logits_at: Int[AnyArray, "b n"] | None = None,
     buckets: Buckets | None = None,
     blocks: Blocks | None = None,
-    implementation: Implementation | Vendor | None = None,
+    implementation: Backend | Vendor | None = None,
     measures_recall: bool = True,
     may_run_dense: bool = True,
     mesh: Mesh | None = None,
@@ -150,87 +149,67 @@ def prefill(
         `logits_at` names tokens that are not there, or q or k are not finite in a layer; the message names it.
       DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
     """
-    blocks = blocks or Blocks()
-    table = as_table(table, num_layers=model.config.num_layers, num_heads=model.config.num_heads)
-    shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
-    buckets = buckets or default_buckets(blocks, shards)
     lengths = lengths_of(prompt)
     wanted = wanted_tokens(lengths, logits_at)
     before = cache.cache if isinstance(cache, PrefillResult) else cache
-    sizes = sizes_for(
+    request = request_for(
+        model.config,
         int(lengths.max()),
-        max_new_tokens=max_new_tokens,
+        batch=len(lengths),
+        held=0 if before is None else held_tokens(before),
+        held_capacity=0 if before is None else before.capacity,
+        table=table,
         chunk_tokens=chunk_tokens,
+        max_new_tokens=max_new_tokens,
         buckets=buckets,
         blocks=blocks,
-        shards=shards,
-        held=0 if before is None else held_tokens(before),
-        capacity=0 if before is None else before.capacity,
+        implementation=implementation,
+        measures_recall=measures_recall,
+        may_run_dense=may_run_dense,
+        mesh=mesh,
     )
-    if may_run_dense:
-        table = _faster(table, sizes, blocks)
     if before is not None:
         check_cache(before, model, batch=len(lengths))
-    padded = fit_prompt(prompt, sizes.padded)
-    settings = dict(blocks=blocks, implementation=implementation, measures_recall=measures_recall, mesh=mesh)
-    run = functools.partial(_run, model, padded, lengths, wanted, before, donates_cache, table, sizes, settings)
+    padded, clock = fit_prompt(prompt, request.sizes.padded), _Clock(on_stage)
     if mesh is not None:
-        return run(_Clock(on_stage))
-    memory = MemoryTask(
-        config=model.config,
-        weight_bytes=weight_bytes(model),
-        dtype=model.dtype,
-        layers=table.layers,
-        batch=len(lengths),
-        num_tokens=int(lengths.max()),
-        blocks=blocks,
-        buckets=buckets,
-        max_new_tokens=max_new_tokens,
-        chunk_tokens=chunk_tokens,
-        held=sizes.held,
-        capacity=0 if before is None else before.capacity,
-        embed_bytes=model.embed_bytes(prompt),
-    )
-    takes_over = before is not None and donates_cache and before.capacity == sizes.capacity
+        return _run(model, request, padded, lengths, wanted, before, donates_cache, clock)
+    memory = request.memory_task(model, embed_bytes=model.embed_bytes(prompt))
+    takes_over = before is not None and donates_cache and before.capacity == request.sizes.capacity
     check_room(memory, bytes_of((before.k, before.v)) if before is not None and takes_over else 0)
     with explained_exhaustion(memory):
-        return run(_Clock(on_stage))
+        return _run(model, request, padded, lengths, wanted, before, donates_cache, clock)
 
 
 def _run(
-    model, padded: Any, lengths: np.ndarray, wanted: np.ndarray, before: KVCache | None, donates: bool,
-    table: PatternTable, sizes: Sizes, settings: dict[str, Any], clock: "_Clock",
+    model, request: Request, padded: Any, lengths: np.ndarray, wanted: np.ndarray, before: KVCache | None,
+    donates: bool, clock: "_Clock",
 ) -> PrefillResult:  # fmt: skip
     """The prefill of a batch that was checked and padded."""
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
-    mesh = settings["mesh"]
+    sizes, mesh = request.sizes, request.mesh
     with clock("vision"):
         x = jax.block_until_ready(model.embed(padded))
-    graphdef, state = nnx.split(model)
-    starts_plain = sizes.is_whole and mesh is None and _has_dense_layer(table) and is_plain(padded.layout)
-    program = Program(
-        graphdef=graphdef,
-        layer_graphdef=nnx.split(model.layers)[0],
-        layers=table.layers,
-        starts_plain=starts_plain,
-        **settings,
-    )
+    program = request.program(model, is_plain=is_plain(padded.layout))
     if before is None:
         filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
     else:
         filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates)
-    shards = shards_of(mesh, num_kv_heads=model.config.num_kv_heads)
-    state = place(state, mesh, weight_specs(state, shards))
+    graphdef, state = nnx.split(model)
+    state = place(state, mesh, weight_specs(state, request.shards(model.config.num_kv_heads)))
     inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
     del x  # the program takes its memory over
     states = state, nnx.split(nnx.merge(graphdef, state).layers)[1]
     filled, hidden, statistics = _run_chunks(program, states, inputs, filled, wanted + sizes.held, sizes.starts, clock)
     _check_finite(statistics, np.asarray(hidden))
     report = PrefillReport.build(
-        layout=padded.layout, table=table, padded_tokens=sizes.padded, seconds=clock.seconds, statistics=statistics
+        layout=padded.layout,
+        table=request.table,
+        padded_tokens=sizes.padded,
+        seconds=clock.seconds,
+        statistics=statistics,
     )
-    logits = _logits(graphdef, state, hidden, mesh)
+    logits = next_logits(graphdef, state, hidden, mesh)
     return PrefillResult(
         logits=logits[:, 0],
         logits_at=logits[:, 1:] if wanted.shape[1] > 1 else None,
@@ -253,15 +232,19 @@ def _described_cache(
         dtype=x.dtype,
         sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
     )
-    layout = jax.tree.map(jnp.asarray, padded.layout.pad_to(sizes.capacity))
     last_rope_pos = np.where(padded.layout.is_real, padded.rope_pos, -1).max(axis=(0, 2))
     cache = dataclasses.replace(
         cache,
-        layout=place(layout, mesh, P()),
-        lengths=place(jnp.asarray(lengths, jnp.int32), mesh, P()),
-        next_rope_pos=jnp.asarray(last_rope_pos + 1, jnp.int32),
+        layout=place(_on_device(fit_layout(padded.layout, sizes.capacity)), mesh, P()),
+        lengths=place(_on_device(lengths), mesh, P()),
+        next_rope_pos=_on_device(last_rope_pos + 1),
     )
-    return cache, jnp.asarray(padded.rope_pos)
+    return cache, _on_device(padded.rope_pos)
+
+
+def _on_device(tree: Any) -> Any:
+    """Host arrays of integers on the device, int32; `jnp.asarray` would compile a program for each shape."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.int32)), tree)
 
 
 def _continued_cache(
@@ -287,7 +270,7 @@ def _run_chunks(program: Program, states, inputs, cache: KVCache, wanted, starts
     """
     x, rope_pos = inputs
     hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
-    wanted = place(jnp.asarray(wanted, jnp.int32), program.mesh, P())
+    wanted = place(_on_device(wanted), program.mesh, P())
     numbers = [place(jnp.int32(n), program.mesh, P()) for n in range(len(program.layers))]
     k, v = cache.k, cache.v
     statistics = []
@@ -306,7 +289,7 @@ def _run_chunks(program: Program, states, inputs, cache: KVCache, wanted, starts
     return dataclasses.replace(cache, k=k, v=v), hidden, statistics
 
 
-def _logits(graphdef, state, hidden, mesh: Mesh | None):
+def next_logits(graphdef, state, hidden, mesh: Mesh | None):
     """Float32 logits `[b, n, v]`, on every device of a mesh."""
     from flax import nnx
 
@@ -314,21 +297,6 @@ def _logits(graphdef, state, hidden, mesh: Mesh | None):
         return nnx.merge(graphdef, state).unembed(hidden)
     unembed = jax.jit(lambda state, x: nnx.merge(graphdef, state).unembed(x), out_shardings=NamedSharding(mesh, P()))
     return unembed(state, hidden)
-
-
-def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:
-    """The table with dense heads where the device's cost model finds them faster."""
-    costs = costs_of_device()
-    if not sizes.is_whole:
-        is_dense = costs is not None and costs.runs_dense(table.num_heads, sizes.chunk, sizes.held + sizes.padded)
-        return uniform_table(Dense(), num_layers=table.num_layers, num_heads=table.num_heads) if is_dense else table
-    layers = tuple(faster_patterns(row, num_tokens=sizes.padded, blocks=blocks, costs=costs) for row in table.layers)
-    return dataclasses.replace(table, layers=layers)
-
-
-def _has_dense_layer(table: PatternTable) -> bool:
-    """Whether a layer may run without a plan; where none may, all chunks are one program, the first too."""
-    return any(set(row) == {Dense()} for row in table.layers)
 
 
 def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:

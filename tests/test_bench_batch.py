@@ -9,7 +9,7 @@ from tiny_preset import TINY
 
 from mmi_jax import AShape, PatternTable
 from mmi_jax.cli import main
-from mmi_jax.cli.bench_batch import measured
+from mmi_jax.cli.bench_batch import measured, requests_of
 from models.qwen2_5_vl import presets
 
 
@@ -24,6 +24,12 @@ def test_the_three_ways_give_the_same_logits(monkeypatch, tmp_path, capsys):
     case = json.loads(out.strip().splitlines()[-1])["cases"][0]
     assert case["batches"] == [1, 2] and case["tokens"] == 3848
     assert all(other["logits_difference"] < 1e-5 for other in case["others"]) and "one padded batch" in out
+
+
+def test_all_that_the_ways_run_is_compiled_before():
+    requests = requests_of(TINY, [1024, 1800, 1000], {"table": AShape(128, 256), "measures_recall": False})
+    assert {(one.sizes.padded, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
+    assert len(requests) == 4 and not any(one.measures_recall for one in requests)
 
 
 def test_figures_of_the_ways_stand_beside_ours():

@@ -26,6 +26,7 @@ def test_the_parts_of_a_length_are_its_whole_time(tiny_preset, capsys):
     whole = sum(parts[name] for name in ("prompt", "vision", "prefill", "rest"))
     assert whole == pytest.approx(case["seconds"], abs=1e-3)
     assert 0 <= parts["waited"] < parts["prompt"] + parts["vision"] and case["decoding_alone"] > 0 < case["tower_alone"]
+    assert case["ready"]["seconds"] > 0 and case["ready"]["buckets"] == [1536]
     assert by_host["parts"]["waited"] == 0 < by_host["seconds"] and "patches made by the host" in out
 
 

@@ -3,29 +3,30 @@
 import dataclasses
 import functools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.attention import VENDOR
+from mmi_jax.bench import masked
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rows import reason
 from mmi_jax.bench.sampled import ERROR_LIMIT
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.chunk import program_texts
-from mmi_jax.cost import costs_of_device, faster_patterns
 from mmi_jax.engine import prefill
 from mmi_jax.fit import weight_bytes
-from mmi_jax.layout import text_tokens
 from mmi_jax.memory import MemoryTask, plan_memory
 from mmi_jax.patterns import Dense
 from mmi_jax.profile import StageTimes, profiled
 from mmi_jax.program import Program
+from mmi_jax.ready import chunk_shapes
 from mmi_jax.report import PrefillReport
+from mmi_jax.request import request_for
 from mmi_jax.table import PatternTable
 
 MIX = PLAN_CASES["mix"]
@@ -39,19 +40,24 @@ LONG_SECONDS = 10.0
 """A dense prefill that takes longer is run once."""
 
 
-def mixed_table(num_layers: int, num_heads: int) -> PatternTable:
-    """`MIX` in all layers, in runs of heads."""
-    return PatternTable(layers=(MIX.per_head(num_heads)[0],) * num_layers, model="mix")
+def mixed_table(num_layers: int, num_heads: int, cases: Sequence[str] = ("mix",)) -> PatternTable:
+    """The patterns of these `PLAN_CASES` in all layers, in equal runs of heads."""
+    patterns = [pattern for case in cases for pattern in PLAN_CASES[case].patterns]
+    row = tuple(patterns[n * len(patterns) // num_heads] for n in range(num_heads))
+    return PatternTable(layers=(row,) * num_layers, model="+".join(cases))
 
 
 def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, int | float]:
-    """The error of logits all over the prompt against the same plans attended in plain XLA.
+    """The error of logits all over the prompt against the same engine with masked dense attention of the same plans.
+
+    Beside it stands what rounding alone makes: the error of the device's own dense attention against masked dense
+    attention of a plan that leaves nothing out; and how far our logits are from those of dense attention.
 
     Args:
       model: of one layer: a second one would plan from inputs that are rounded in another way.
 
     Raises:
-      RuntimeError: it exceeds what rounding explains: a wrong result is not timed.
+      RuntimeError: the error exceeds what rounding explains: a wrong result is not timed.
     """
     num_tokens = prompt.tokens.shape[1]
     at = np.unique(np.linspace(0, num_tokens - 1, NUM_CHECKED).astype(int))[None]
@@ -60,11 +66,18 @@ def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) ->
         settings = dict(implementation=implementation, may_run_dense=False, measures_recall=False)
         return np.asarray(prefill(model, prompt, table=table, logits_at=at, **settings).logits_at, np.float64)
 
-    ours, theirs, dense = logits(table, None), logits(table, "xla"), logits(None, VENDOR)
-    error, from_dense = (float(np.linalg.norm(ours - x) / np.linalg.norm(x)) for x in (theirs, dense))
-    if not error <= ERROR_LIMIT[dtype]:
-        raise RuntimeError(f"logits must equal those of plain XLA within {ERROR_LIMIT[dtype]}, got {error:.2e}")
-    return {"tokens": num_tokens, "relative_error": error, "relative_difference_from_dense": from_dense}
+    def error(ours: np.ndarray, theirs: np.ndarray) -> float:
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+    ours, theirs, dense = logits(table, None), logits(table, masked.attend), logits(None, VENDOR)
+    if not (found := error(ours, theirs)) <= ERROR_LIMIT[dtype]:
+        raise RuntimeError(f"logits must equal masked dense attention's within {ERROR_LIMIT[dtype]}, got {found:.2e}")
+    return {
+        "tokens": num_tokens,
+        "relative_error": found,
+        "relative_error_of_dense": error(dense, logits(None, masked.attend)),
+        "relative_difference_from_dense": error(ours, dense),
+    }
 
 
 def bench_prefill(model: Any, prompt: Any, table: PatternTable, *, repeats: int) -> dict[str, Any]:
@@ -97,25 +110,8 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
 
 def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, tuple[Any, ...]]:
     """The program of `bench_prefill`, and what `compiled_chunk` takes of shapes; the model may be shapes, too."""
-    from flax import nnx
-
-    config, (graphdef, state) = model.config, nnx.split(model)
-    layer_graphdef, weights = nnx.split(model.layers)
-    padded, blocks, costs = Buckets().length_for(num_tokens), Blocks(), costs_of_device()
-    program = Program(
-        graphdef=graphdef,
-        layer_graphdef=layer_graphdef,
-        layers=tuple(faster_patterns(row, num_tokens=padded, blocks=blocks, costs=costs) for row in table.layers),
-        blocks=blocks,
-        measures_recall=False,
-    )
-    shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
-    x = shape(1, padded, config.embed_dim, dtype=model.dtype)
-    cache = shape(config.num_layers, 1, padded, config.num_kv_heads, config.head_dim, dtype=model.dtype)
-    layout = jax.tree.map(lambda _: shape(1, padded), text_tokens(1))
-    hidden = shape(1, 1, config.embed_dim, dtype=model.dtype)
-    places = shape(3, 1, padded), layout, shape()
-    return program, ((state, weights), *places, x, cache, cache, shape(1, 1), hidden)
+    request = request_for(model.config, num_tokens, table=table, measures_recall=False)
+    return request.program(model, is_plain=True), chunk_shapes(model, request)
 
 
 def profile_stages(model: Any, prompt: Any, table: PatternTable, directory: Path) -> StageTimes:

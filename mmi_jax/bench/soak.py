@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,28 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def soak(run: Callable[[Any], Any], prompts: Sequence[Any]) -> list[dict[str, Any]]:
-    """A row of figures after each prompt: programs and compilations so far, bytes of the host and the device.
+def soak(
+    run: Callable[[Any], Any], prompts: Sequence[Any], *, on_row: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """A row of figures after each prompt: seconds, programs and compilations so far, bytes of the host and the device.
 
     Args:
       run: a prefill; its result is dropped before memory is read.
       prompts: what it is called with, in order.
+      on_row: called with each row.
     """
     rows = []
     with counted_compilations() as compilations:
         for number, prompt in enumerate(prompts):
+            start = time.perf_counter()
             logits = np.asarray(run(prompt).logits)
             if not np.isfinite(logits).all():
                 raise RuntimeError(f"logits must be finite: prompt {number} gave {logits}")
+            seconds = round(time.perf_counter() - start, 4)
             gc.collect()
-            rows.append({"prompt": number, "compilations": compilations(), **held()})
+            rows.append({"prompt": number, "seconds": seconds, "compilations": compilations(), **held()})
+            if on_row is not None:
+                on_row(rows[-1])
     return rows
 
 

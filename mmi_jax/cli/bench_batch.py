@@ -21,6 +21,8 @@ from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine import prefill
 from mmi_jax.many import BATCH_TOKENS, batches, prefill_many
+from mmi_jax.ready import prepare_requests
+from mmi_jax.request import Request, request_for
 
 ON_GPU = (2000, 2010, 2030, 2048, 8000, 8192, 32000, 32768)
 ELSEWHERE = (1024, 1024, 1024, 2048)
@@ -54,6 +56,7 @@ def batch(
             model = random_weights(config, bench_dtype(dtype))
             prompts = [video_prompt(config, n) for n in lengths]
             settings = dict(table=chosen, measures_recall=False)
+            prepare_requests(model, requests_of(config, lengths, settings))
             return measured(functools.partial(logits_of, model, prompts, settings), lengths, repeats) | {
                 "case": f"{preset}, {chosen.model}",
                 "layers": config.num_layers,
@@ -61,6 +64,14 @@ def batch(
 
         view = bench_table.batch_table
         run_all([Run(preset, None)], measure, view, json_file, stops_at_error=debug, times_matmul=False)
+
+
+def requests_of(config: Any, lengths: Sequence[int], settings: dict[str, Any]) -> list[Request]:
+    """What the three ways prefill: their programs are compiled side by side."""
+    together = [(lengths[members[0]], len(members)) for members in batches(lengths, BATCH_TOKENS, Buckets())]
+    sizes = [*together, (max(lengths), len(lengths)), *((length, 1) for length in lengths)]
+    padded = {(Buckets().length_for(length), batch) for length, batch in sizes}
+    return [request_for(config, length, batch=batch, **settings) for length, batch in sorted(padded)]
 
 
 def logits_of(model: Any, prompts: Sequence[Any], settings: dict[str, Any], way: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import typer
 
+from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.prefill import (
     DenseBaseline,
     bench_prefill,
@@ -47,7 +48,7 @@ def prefill(
     table: TableOption = "mix",
     dtype: BenchDTypeOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each length.")] = 1,
-    check: Annotated[bool, typer.Option(help="Compare one layer with plain XLA first.")] = True,
+    check: Annotated[bool, typer.Option(help="Compare one layer with masked dense attention first.")] = True,
     check_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that comparison, at most.")] = 2**15,
     baseline: Annotated[bool, typer.Option(help="Also time dense attention.")] = True,
     dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
@@ -81,7 +82,9 @@ def prefill(
             if baseline and not is_all_dense(chosen):
                 suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
             if check:
-                suite.check = row("one layer against plain XLA", lambda: suite.checked(min(check_tokens, lengths[0])))
+                suite.check = row(
+                    "one layer against masked dense attention", lambda: suite.checked(min(check_tokens, lengths[0]))
+                )
             run_all(runs, suite.measure, bench_table.prefill_table, json_file, stops_at_error=debug)
 
 
@@ -130,7 +133,7 @@ class _Suite:
         return dense_seconds(self.model, video_prompt(self.config, num_tokens))
 
     def checked(self, num_tokens: int) -> dict[str, Any]:
-        """One layer against plain XLA."""
+        """One layer against masked dense attention."""
         config = dataclasses.replace(self.config, num_layers=1)
         first = dataclasses.replace(self.table, layers=self.table.layers[:1])
         return check_kernel(
@@ -170,8 +173,8 @@ def config_of(preset: str, layers: int | None) -> Any:
 
 def table_of(name: str, config: Any) -> PatternTable:
     """The table that `--table` names, for the layers that run."""
-    if name == "mix":
-        return mixed_table(config.num_layers, config.num_heads)
+    if set(cases := name.split("+")) <= set(PLAN_CASES):
+        return mixed_table(config.num_layers, config.num_heads, cases)
     if name == "dense":
         table = as_table(None, num_layers=config.num_layers, num_heads=config.num_heads)
         return dataclasses.replace(table, model="dense")

@@ -2,26 +2,37 @@
 
 import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
 
-from mmi_jax.bench.soak import growth, soak
+from mmi_jax.bench.soak import growth, held, soak
 from mmi_jax.buckets import Buckets
 from mmi_jax.cli import bench_table
 from mmi_jax.cli.bench import DebugOption, JsonFileOption, take_memory
 from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.made_prompts import Medium, made_prompt
+from mmi_jax.cli.made_prompts import Medium, RepeatedPatches, made_prompt
 from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
+from mmi_jax.console import stderr_console
 from mmi_jax.engine import prefill
+from mmi_jax.ready import prepare
+from mmi_jax.table import PatternTable
+
+type Grid = tuple[int, int, int]
+"""Frames, rows and columns of an image or a video, in patches."""
 
 FRAME_SIDES = (8, 16)
 """Tokens along the side of a frame or image."""
+
+FEW_PATCHES = 4096
+"""Random patches of a prompt, which its frames repeat: a million would take the host longer than all else."""
 
 
 def run_soak(
@@ -38,7 +49,8 @@ def run_soak(
 ) -> None:
     """Random prompts in one process: programs, compilations, and bytes of host and device after each of them.
 
-    The growth compares the last third of the prompts with the middle one.
+    All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. The
+    growth compares the last third of the prompts with the middle one.
     """
     from models.qwen2_5_vl.random_weights import with_random_weights
     from models.qwen2_5_vl.weights import abstract_model
@@ -54,38 +66,86 @@ def run_soak(
         def measure(_: Any) -> dict[str, Any]:
             model = with_random_weights(abstract_model(config, dtype=jnp.dtype(dtype)))
             rng = np.random.default_rng(seed)
-            lengths = np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts)).astype(int)
-            several = [functools.partial(random_prompt, config, int(n), seed + k) for k, n in enumerate(lengths)]
+            lengths = [int(n) for n in np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts))]
+            several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
+            ready = made_ready(model, chosen, several)
             run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
-            rows = soak(run, several)
-            return figures(rows, [int(n) for n in lengths]) | {"case": f"soak {preset}", "layers": layers}
+            rows = soak(run, several, on_row=lambda row: tell(row, lengths[row["prompt"]]))
+            return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "ready": ready}
 
         run_all(
             [Run("soak", None)], measure, bench_table.soak_table, json_file, stops_at_error=debug, times_matmul=False
         )
 
 
+def made_ready(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
+    """Seconds to compile the prefills of all prompts' buckets, and what embeds them."""
+    prompts = [(prompt.tokens.shape[1], prompt.grids) for prompt in (make() for make in several)]
+    start = time.perf_counter()
+    buckets = prepare(model, [length for length, _ in prompts], table=table, measures_recall=False)
+    prepared = time.perf_counter()
+    for prompt in embedded_alike(model.config, prompts):
+        jax.block_until_ready(model.embed(prompt))
+    seconds = {"programs": prepared - start, "embeddings": time.perf_counter() - prepared}
+    tell(held(), f"ready: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
+    return {name: round(value, 2) for name, value in seconds.items()}
+
+
+def embedded_alike(config: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
+    """Prompts padded to their buckets, of one batch of frames at most, whose embedding needs what that of these needs.
+
+    Args:
+      prompts: tokens of each, and the grids of its images and videos.
+    """
+    from models.qwen2_5_vl.vision import batch_frames
+
+    rng = np.random.default_rng(0)
+    few = rng.standard_normal((1, config.vision.patch_dim), np.float32)
+    different: set[tuple[int, Grid | None]] = set()
+    for length, grids in prompts:
+        padded = Buckets().length_for(length)
+        numbers = {size: sum(grid[0] for grid in grids if grid[1:] == size) for size in {grid[1:] for grid in grids}}
+        media = [(min(n, batch_frames(n, size)), *size) for size, n in numbers.items()]
+        different |= {(padded, grid) for grid in media or [None]}
+    for padded, grid in sorted(different, key=str):
+        pieces = [padded] if grid is None else [Medium(grid), padded - 2 - math.prod(grid) // config.vision.block_len]
+        yield made_prompt(config, pieces, RepeatedPatches(few, 0 if grid is None else math.prod(grid)), rng)
+
+
+def tell(row: dict[str, Any], what: str | int) -> None:
+    """A line of progress: a soak that is broken off has said how far it came."""
+    name = f"prompt {row['prompt']}, {what:,} tokens, {row['seconds']:.2f} s" if "prompt" in row else what
+    compiled = f"{row['compilations']} compiled, " if "compilations" in row else ""
+    host, device = (row[f"{name}_bytes"] / 2**30 for name in ("host", "device"))
+    line = f"{name}: {compiled}host {host:.2f} GiB, device {device:.2f} GiB"
+    stderr_console().print(line, markup=False, soft_wrap=True)
+
+
 def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
-    """What grew from the middle third of the prompts to the last, the programs, and every row."""
+    """What grew from the middle third of the prompts to the last, what was compiled meanwhile, and every row."""
     names = ("host_bytes", "device_bytes", "array_bytes", "compilations")
     grown = {f"{name}_growth": growth(rows, name) for name in names}
     used = len({Buckets().length_for(length) for length in lengths})
-    return grown | {"prompts": len(rows), "buckets": used, "programs": rows[-1]["programs"], "rows": list(rows)}
+    last = {name: rows[-1][name] for name in ("programs", "compilations")}
+    seconds = round(sum(row["seconds"] for row in rows), 2)
+    return grown | last | {"prompts": len(rows), "buckets": used, "seconds": seconds, "rows": list(rows)}
 
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
-    """A prompt of about `num_tokens`: text alone, or images and videos of random pixels with text between them."""
+    """A prompt of `num_tokens`: text alone, or images and videos of random pixels with text between them."""
     rng = np.random.default_rng(seed)
-    pieces: list[int | Medium] = [int(rng.integers(1, 64))]
-    left = num_tokens
+    first = int(rng.integers(1, 64))
+    pieces, left = list[int | Medium]([first]), num_tokens - first
     for _ in range(rng.integers(0, 4)):
-        side, is_image = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0)
-        frames = 1 if is_image else int(left * rng.uniform(0.2, 0.9)) // side**2
-        if frames < 1:
+        side, is_image, text = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0), int(rng.integers(1, 32))
+        room = left - text - 3  # two marks, and a last word
+        frames = 1 if is_image else int(room * rng.uniform(0.2, 0.9)) // side**2
+        if not 0 < frames * side**2 <= room:
             continue
         patches = side * config.vision.merge_size
-        pieces += [Medium(grid=(frames, patches, patches), is_image=is_image), int(rng.integers(1, 32))]
-        left -= frames * side**2
-    pieces.append(max(1, left if len(pieces) == 1 else 16))
+        pieces += [Medium(grid=(frames, patches, patches), is_image=is_image), text]
+        left -= frames * side**2 + 2 + text
+    pieces.append(left)
     num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, Medium))
-    return made_prompt(config, pieces, rng.standard_normal((num_patches, config.vision.patch_dim), np.float32), rng)
+    few = rng.standard_normal((FEW_PATCHES, config.vision.patch_dim), np.float32)
+    return made_prompt(config, pieces, RepeatedPatches(few, num_patches), rng)

@@ -107,7 +107,10 @@ def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
         yield f"{label}, start: " + (case["start"].get("error") or ", ".join(_starts(case["start"])))
     if "check" in case:
         check = case["check"]
-        found = check.get("error") or f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e}"
+        found = check.get("error") or (
+            f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e} "
+            f"(dense attention's own {check['relative_error_of_dense']:.1e})"
+        )
         yield f"{label}, {check['name']}: {found}"
 
 
@@ -123,7 +126,7 @@ def first_token_table(result: dict[str, Any]) -> Table:
     parts = ("prompt", "vision", "prefill", "rest")
     table = _table(
         result, "", "tokens", "pictures", "whole, s", *parts, "waited", "decoding alone", "tower alone",
-        "dense prefill", "dense whole", "speed-up", "compile s", "peak GiB",
+        "dense prefill", "dense whole", "speed-up", "ready s, all", "first s more", "peak GiB",
     )  # fmt: skip
     for case in _measured_cases(result):
         sign = "~" if case.get("is_dense_extrapolated") else ""
@@ -138,6 +141,7 @@ def first_token_table(result: dict[str, Any]) -> Table:
             f"{case['tower_alone']:.4g}",
             *dense,
             f"{case['speedup']:.2f} x" if "speedup" in case else case.get("dense_error", ""),
+            f"{case['ready']['seconds']:.1f}" if "seconds" in case["ready"] else case["ready"]["error"],
             f"{case['compile_seconds']:.1f}",
             f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
         )
@@ -221,14 +225,16 @@ def vision_table(result: dict[str, Any]) -> Table:
 
 
 def soak_table(result: dict[str, Any]) -> Table:
-    """What grew while prompts went by, and what was compiled."""
+    """What was made ready before, what grew while prompts went by, and what was compiled all the same."""
     table = _table(
-        result, "", "prompts", "buckets", "programs", "host MiB grown", "device MiB", "arrays MiB", "compiled"
-    )
+        result, "", "prompts", "buckets", "programs", "ready s", "embeddings ready s", "all prompts s",
+        "host MiB grown", "device MiB", "arrays MiB", "compiled",
+    )  # fmt: skip
     for case in _measured_cases(result):
         grown = (f"{case[f'{name}_bytes_growth'] / 2**20:.1f}" for name in ("host", "device", "array"))
         sizes = (str(case[name]) for name in ("prompts", "buckets", "programs"))
-        table.add_row(case["case"], *sizes, *grown, str(case["compilations_growth"]))
+        times = (f"{x:.4g}" for x in (case["ready"]["programs"], case["ready"]["embeddings"], case["seconds"]))
+        table.add_row(case["case"], *sizes, *times, *grown, str(case["compilations"]))
     return table
 
 

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 HEAD_TEXT, TAIL_TEXT, FRAME_SIDE = 64, 448, 16
 """Text tokens before the video, at least as many behind it, and tokens along the side of a frame."""
@@ -16,6 +18,27 @@ class Medium(NamedTuple):
     grid: tuple[int, int, int]
     is_image: bool = False
     seconds: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RepeatedPatches:
+    """`LazyPatches` of any number: a few that lie on the host, over and over."""
+
+    few: Float[np.ndarray, "n c"]
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Patches, and numbers in each."""
+        return self.number, self.few.shape[1]
+
+    def rows(self, first: np.ndarray, width: int) -> Float[Array, "p c"]:
+        """On the device, `width` patches from each of `first` on."""
+        return jax.device_put(self.few[(first[:, None] + np.arange(width)).reshape(-1) % len(self.few)])
+
+    def __array__(self, dtype=None, copy=None) -> Float[np.ndarray, "p c"]:
+        """All of them on the host."""
+        return self.few[np.arange(self.number) % len(self.few)].astype(dtype or np.float32)
 
 
 def made_prompt(config: Any, pieces: Sequence[int | Medium], patches: Any, rng: np.random.Generator) -> Any:

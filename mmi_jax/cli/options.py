@@ -30,7 +30,9 @@ LayersOption = Annotated[int | None, typer.Option(min=1, help="Run the first lay
 LengthsOption = Annotated[
     list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
 ]
-TableOption = Annotated[str, typer.Option(help="mix, dense, or a JSON pattern table.")]
+TableOption = Annotated[
+    str, typer.Option(help="mix, grid+vertical-slash (cases of `bench plans`), dense, or a JSON pattern table.")
+]
 BenchDTypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")]
 
 

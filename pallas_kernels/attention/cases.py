@@ -200,29 +200,8 @@ def mixed_inputs(
     With a `steepness` the scores of the first head grow along the keys, by many times it: far beyond those of any tile
     that is visited early.
     """
-    rng = np.random.default_rng(seed)
-    t, view = num_q_blocks * block_q, num_shared + num_extra
-    shape = (num_q_heads, num_q_blocks, view // block_kv)
-    is_visited = rng.random(shape) < 0.6
-    is_visited[0, 0] = False
-    is_visited[-1, -1] = np.arange(shape[-1]) == 1
-    is_full = rng.random(shape) < 0.5
-    is_full[..., [0, num_shared // block_kv - 1]] = False  # the blocks that hold padded keys
-    index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
-    nobody = np.full((num_q_heads, 1), -1, np.int32)  # what an empty row names, or a list is padded with, is not read
-    index = dataclasses.replace(
-        index,
-        first=np.where(index.count > 0, index.first, -1).astype(np.int32),
-        start=np.concatenate([index.start, nobody], axis=1),
-        interval=np.concatenate([index.interval, nobody], axis=1),
-    )
-    intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
-    index = dataclasses.replace(
-        index,
-        intervals=np.broadcast_to(intervals, (num_q_heads, 3, 2)),
-        interval=rng.integers(0, 3, index.start.shape).astype(np.int32),
-        pos_row=rng.integers(0, 2, index.first.shape).astype(np.int32),
-    )
+    rng, t = np.random.default_rng(seed), num_q_blocks * block_q
+    index = _mixed_index(rng, (num_q_heads, num_q_blocks), (num_shared, num_extra), block_q=block_q, block_kv=block_kv)
     q_pos = np.sort(rng.integers(0, num_shared, (num_q_heads, t))).astype(np.int32)
     q_pos[-1, 5] = PAD_Q_POS
     kv_pos = np.stack([np.concatenate([np.arange(num_shared), rng.integers(0, num_shared, num_extra)])] * 2)
@@ -249,6 +228,36 @@ def mixed_inputs(
         kv_pos=jnp.asarray(kv_pos.astype(np.int32)),
         index=jax.tree.map(jnp.asarray, index),
         scale=head_dim**-0.5,
+    )
+
+
+def _mixed_index(
+    rng: np.random.Generator, rows: tuple[int, int], keys: tuple[int, int], *, block_q: int, block_kv: int
+) -> BlockIndex:
+    """The lists of `mixed_inputs`, on the host.
+
+    Args:
+      rows: query heads and q blocks.
+      keys: shared and extra keys.
+    """
+    num_shared, num_extra = keys
+    shape = (*rows, (num_shared + num_extra) // block_kv)
+    is_visited = rng.random(shape) < 0.6
+    is_visited[0, 0] = False
+    is_visited[-1, -1] = np.arange(shape[-1]) == 1
+    is_full = rng.random(shape) < 0.5
+    is_full[..., [0, num_shared // block_kv - 1]] = False  # the blocks that hold padded keys
+    index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
+    nobody = np.full((rows[0], 1), -1, np.int32)  # what an empty row names, or a list is padded with, is not read
+    start = np.concatenate([index.start, nobody], axis=1)
+    intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
+    return dataclasses.replace(
+        index,
+        first=np.where(index.count > 0, index.first, -1).astype(np.int32),
+        start=start,
+        intervals=np.broadcast_to(intervals, (rows[0], 3, 2)),
+        interval=rng.integers(0, 3, start.shape).astype(np.int32),
+        pos_row=rng.integers(0, 2, index.first.shape).astype(np.int32),
     )
 
 

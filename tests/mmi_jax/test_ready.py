@@ -1,0 +1,64 @@
+"""prepare: after it a prefill of a prepared length compiles nothing."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
+
+from mmi_jax import fit, prefill, prepare
+from mmi_jax.batch import fit_prompt
+from mmi_jax.bench.soak import counted_compilations
+from mmi_jax.chunk import num_compiled_programs
+from mmi_jax.fit import DoesNotFitError, Room
+from mmi_jax.ready import _of_bucket
+from mmi_jax.request import request_for
+
+SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)
+
+
+def test_a_prefill_of_a_prepared_length_compiles_nothing():
+    short, long = prompt(0, 9, (3, 2, 5), 17), prompt(1, 70)
+    for one, bucket in ((short, 64), (long, 80)):
+        jax.block_until_ready(tiny_model().embed(fit_prompt(one, bucket)))
+    before = num_compiled_programs()
+    assert prepare(tiny_model(), [75, 50, 80], table=STATIC, measures_recall=False, **SIZES) == [64, 80]
+    assert num_compiled_programs() == before + 2, "one program of a layer for each bucket"
+    with counted_compilations() as compilations:
+        results = [
+            prefill(tiny_model(), one, table=STATIC, measures_recall=False, **SIZES) for one in (short, long, short)
+        ]
+        assert compilations() == 0
+    assert num_compiled_programs() == before + 2
+    assert [result.report.padded_tokens for result in results] == [64, 80, 64]
+    np.testing.assert_array_equal(results[0].logits, results[2].logits)
+
+
+def test_chunks_and_batches_are_prepared_too():
+    settings: dict[str, Any] = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
+    prepare(tiny_model(), [58], batch=2, **settings)
+    programs = num_compiled_programs()
+    one = prompt(2, 58)
+    prefill(tiny_model(), type(one).batch([one, prompt(3, 60)]), **settings)
+    assert num_compiled_programs() == programs
+    prefill(tiny_model(), one, **settings)
+    assert num_compiled_programs() == programs + 1, "a prompt alone is another program"
+
+
+@pytest.mark.parametrize(("max_new_tokens", "chunk_tokens"), [(0, None), (20, None), (16, 32), (150, None)])
+def test_all_sizes_of_a_bucket_are_found(max_new_tokens, chunk_tokens):
+    def request(num_tokens):
+        return request_for(CONFIG, num_tokens, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens, **SIZES)
+
+    found = {one.sizes for one in _of_bucket(request(90))}
+    assert found == {request(n).sizes for n in range(81, 97)}
+
+
+def test_what_prefill_refuses_is_refused(monkeypatch):
+    assert prepare(tiny_model(), [], **SIZES) == []
+    with pytest.raises(ValueError, match="a prompt must have 1 to 256 tokens .the largest bucket., got 257"):
+        prepare(tiny_model(), [64, 257], **SIZES)
+    monkeypatch.setattr(fit, "room_of", lambda device: Room(limit=10_000))
+    with pytest.raises(DoesNotFitError, match="1 x 80 tokens must fit the device"):
+        prepare(tiny_model(), [64, 75], **SIZES)
