@@ -18,7 +18,7 @@ BAND = 16
 
 
 def problem(rng, *, num_heads=3, num_queries=50, num_keys=512, num_kv_heads=2, head_dim=64, dtype="bfloat16"):
-    """Arguments by name: a query that is not there, padded keys that hold NaN, positions out of order."""
+    """Arguments by name: a query that is not there, padded keys that hold NaN, positions and kv heads out of order."""
     q, k = (
         jnp.asarray(rng.normal(size=shape), dtype)
         for shape in ((num_heads, num_queries, head_dim), (num_keys, num_kv_heads, head_dim))
@@ -132,6 +132,26 @@ def test_interpreted_kernel_is_right_and_has_no_races(rng, num_programs, capfd):
         (got,) = mosaic_gpu.launch(**args, scale=SCALE, num_programs=num_programs)  # pyright: ignore[reportArgumentType]
     assert_close(got, args)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_interpreted_kernel_hides_nothing_where_all_is_seen(rng, capfd):
+    """The last queries of a prompt, as estimates read them: shares before them, one they lie in, one of padding."""
+    args = with_rows(problem(rng, num_queries=64, num_heads=4, num_kv_heads=3))
+    late = jnp.broadcast_to(jnp.arange(300, 364, dtype=jnp.int32), args["q_pos"].shape)
+    args |= dict(q_pos=late, q_row=late, kv_head=jnp.array([2, 0, 2, 2], jnp.int32))  # nobody reads kv head 1
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = mosaic_gpu.launch(**args, scale=SCALE, band=BAND, num_programs=12)
+    assert_lines_close(got, args)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_shares_grow_with_the_prompt_and_divide_it():
+    def tiles(num_keys, num_kv_heads=4, head_dim=128):
+        return mosaic_gpu.tiles_per_share(jax.ShapeDtypeStruct((num_keys, num_kv_heads, head_dim), jnp.bfloat16), 264)
+
+    assert [tiles(n) for n in (1024, 16384, 32768, 131072)] == [1, 2, 4, 4]
+    assert [tiles(131072 + n) for n in (64, 128)] == [1, 2]
+    assert [tiles(131072, head_dim=d) for d in (64, 256)] == [8, 2]
 
 
 @pytest.mark.parametrize("num_programs", [1, 7])
