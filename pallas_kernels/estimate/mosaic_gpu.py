@@ -139,7 +139,7 @@ def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q
         return jnp.where(is_wanted, tile_mass[jnp.clip(tile, 0, num_tiles - 1), band, query[None]], 0.0)
 
     at = nearest[None] - jnp.arange(num_bands)[:, None]
-    tile, band = at // per_tile, at % per_tile
+    tile, band = at >> (per_tile.bit_length() - 1), at & (per_tile - 1)  # XLA computes a division apart, and stores it
     return jnp.sum(rows(tile, band, True) + rows(tile - 1, per_tile, band == 0), axis=1)
 
 

@@ -167,7 +167,8 @@ def test_interpreted_kernel_finds_the_bands_and_has_no_races(rng, num_programs, 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernels_lower_for_cuda(rng, head_dim, dtype):
     args = with_rows(problem(rng, head_dim=head_dim, dtype=dtype))
-    lowered = jax.jit(functools.partial(mosaic_gpu.launch, scale=SCALE, band=BAND)).trace(**args)
+    launch = functools.partial(mosaic_gpu.launch, scale=SCALE, band=BAND, num_programs=1)  # the largest shares
+    lowered = jax.jit(launch).trace(**args)
     assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 3
 
 
