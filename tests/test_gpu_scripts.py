@@ -43,7 +43,7 @@ def test_the_dry_run_runs_the_battery_the_million_tokens_and_the_sanitizer(comma
 def test_files_and_cases_of_the_dry_run_exist(commands):
     words = [word for command in commands for word in command]
     tests = [word for word in words if word.startswith("tests/")]
-    assert len(tests) == 4 and all((ROOT / word).is_file() for word in tests)
+    assert len(tests) == 5 and all((ROOT / word).is_file() for word in tests)
     benches = [command[command.index("bench") + 1 :] for command in commands if "bench" in command]
     assert [bench[0] for bench in benches] == ["check", "attention", "check", "check"]
     for bench in benches:
