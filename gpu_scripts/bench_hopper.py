@@ -51,6 +51,8 @@ def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
     table = results / "gpu_tuned.json"
     tune = ["--heads", "28/4", "--heads", "32/8", "--repeats", "3", "--table", str(table)]
     dims = [word for d in (64, 256) for word in ("--head-dim", str(d))]
+    tune_long = ["--head-dim", "128", "--heads", "32/8", "--tokens", str(2**17), "--repeats", "3"]
+    tune_long += ["--table", str(results / "tuned-128k.json")]  # a table of its own: the other's is for all lengths
     attention = ["--case", "all * 128K", "--case", "random32 28/4 128K", "--repeats", "3"]
     return [
         Job(name="plans-128k", seconds=200, commands=[*old, new]),
@@ -63,6 +65,7 @@ def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
             commands=[plans("plans-512k-more", 2**19, "mix", "vertical-slash", "grid-slash")],
         ),
         Job(name="plans-32-8", seconds=120, commands=[plans("plans-32-8", 2**17, "mix", "grid", heads="32/8")]),
+        Job(name="tune-128k", seconds=150, commands=[bench("tune-128k", "tune", *tune_long)]),
         Job(name="attention", seconds=120, commands=[bench("attention", "attention", *attention)]),
     ]  # fmt: skip
 
@@ -155,7 +158,7 @@ def main() -> None:
     if arguments.dry_run:
         return
     for path in sorted(arguments.results.glob("*.json")):
-        if path.name != TUNED.name:
+        if "tuned" not in path.name:
             print(*plan_lines(path), sep="\n")
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")

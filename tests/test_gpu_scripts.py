@@ -79,7 +79,7 @@ def jobs(tmp_path):
 
 
 def test_jobs_name_options_and_cases_that_exist(jobs, capsys):
-    assert len(jobs) == 8
+    assert len(jobs) == 9
     for job in jobs:
         command = job.split()[0]
         assert main(["bench", command, "--help"]) == 0
