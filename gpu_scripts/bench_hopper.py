@@ -1,6 +1,6 @@
 """The Hopper figures of bench/RESULTS.md: jobs wait for a free GPU, each GPU runs one at a time.
 
-    python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE plans-128k plans-1m
+    python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE --only plans-128k plans-1m
 
 All jobs unless some are named. A job that outlasts its time, or the whole's, is ended; figures it has are kept, because
 every command writes its file after every case. Output goes to files in the directory given; a short table comes last.
@@ -130,7 +130,7 @@ def main() -> None:
     """Runs the jobs and prints what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("jobs", nargs="*")
+    parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
     parser.add_argument("--seconds", type=int, default=3600, help="for everything")
     parser.add_argument("--before", type=Path, help="another checkout, whose plans at 128K are timed first")
     parser.add_argument("--gpus", nargs="+", default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
@@ -140,14 +140,14 @@ def main() -> None:
     arguments.results = arguments.results.resolve()
     before = arguments.before.resolve() if arguments.before else None
     jobs = all_jobs(os.environ.get("PYTHON", sys.executable), arguments.results, before)
-    if unknown := set(arguments.jobs) - {job.name for job in jobs}:
+    if unknown := set(arguments.only) - {job.name for job in jobs}:
         parser.error(f"jobs must be of {', '.join(job.name for job in jobs)}, got {', '.join(sorted(unknown))}")
     if not arguments.dry_run:
         arguments.results.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(TUNED, arguments.results / TUNED.name)  # what is tuned is written over this copy
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
-        if not arguments.jobs or job.name in arguments.jobs:
+        if not arguments.only or job.name in arguments.only:
             waiting.put(job)
     outcomes: dict[str, str] = {}
     threads = [threading.Thread(target=work, args=(gpu, waiting, outcomes, arguments)) for gpu in arguments.gpus]

@@ -99,7 +99,11 @@ case "$*" in *524288*) exit 7 ;; *1048576*) sleep 60 ;; *131072*) echo "$PWD $CU
     options = ["--seconds", "2", "--gpus", "5", "6", "7"]
     environment = os.environ | {"PYTHON": str(interpreter)}
     done = subprocess.run(
-        [*BENCH_HOPPER, str(tmp_path), *names, *options], env=environment, capture_output=True, text=True, check=True
+        [*BENCH_HOPPER, str(tmp_path), "--only", *names, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     outcomes = dict(line.split(": ", 1) for line in done.stdout.splitlines() if not line.startswith("+"))
     assert [outcomes[name].split()[0] for name in names] == ["done", "status", "ended"]
