@@ -78,7 +78,7 @@ class KeyView:
 
     def sink_rows(self, sink: int, blocks: Blocks):
         """First row of the first `sink` keys and one past their last, in whole kv blocks."""
-        return _sink_rows(self.order >= 0, sink, blocks)
+        return _sink_rows(_first_true(self.order >= 0), sink, blocks)
 
     def rows_of_key(self, low, high):
         """First row of key `low` and one past the last row of key `high`; equal where no row has such a key."""
@@ -189,8 +189,9 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks):
         case SortedBy():
             is_member = view.group.holds(layout)
             # Rows of the group's own view, where padding stands in the prompt only.
-            is_row, row = (is_member, tokens) if view.group == AllKeys() else (tokens >= 0, jnp.cumsum(is_member) - 1)
-            is_member &= row >= _sink_rows(is_row, view.sink, blocks)[1]
+            is_prompt = view.group == AllKeys()
+            first, row = (_first_true(is_member), tokens) if is_prompt else (jnp.int32(0), jnp.cumsum(is_member) - 1)
+            is_member &= row >= _sink_rows(first, view.sink, blocks)[1]
             token_key = jnp.where(is_member, view.key.of(layout), NO_KEY)
             by_key = jnp.argsort(token_key, stable=True).astype(jnp.int32)
             key = token_key[by_key]
@@ -228,11 +229,15 @@ def _side_by_side(orders: dict[View, Array], blocks: Blocks):
     return jnp.concatenate(joint), offsets
 
 
-def _sink_rows(is_row, sink: int, blocks: Blocks):
-    """First and end row, in whole kv blocks, of the first `sink` rows that hold a key: padding is no sink."""
-    first = jnp.argmax(is_row).astype(jnp.int32)
+def _sink_rows(first, sink: int, blocks: Blocks):
+    """First and end row, in whole kv blocks, of the first `sink` rows from `first` on."""
     end = -(-(first + sink) // blocks.kv) * blocks.kv if sink else jnp.int32(0)
     return first // blocks.kv * blocks.kv, end
+
+
+def _first_true(is_row):
+    """The first row that holds a key: padding is no sink."""
+    return jnp.argmax(is_row).astype(jnp.int32)
 
 
 def _compact(is_member):

@@ -1,20 +1,25 @@
 """gpu_scripts: the dry run names commands, tests, cases and options that exist."""
 
 import argparse
+import fnmatch
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_preset import TINY
 
+from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rules import RULE_CASES
 from mmi_jax.cli import main
 from mmi_jax.cli.start_child import ready
 from models.qwen2_5_vl import presets
+from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +48,7 @@ def test_the_dry_run_runs_the_battery_the_million_tokens_and_the_sanitizer(comma
 def test_files_and_cases_of_the_dry_run_exist(commands):
     words = [word for command in commands for word in command]
     tests = [word for word in words if word.startswith("tests/")]
-    assert len(tests) == 4 and all((ROOT / word).is_file() for word in tests)
+    assert len(tests) == 5 and all((ROOT / word).is_file() for word in tests)
     benches = [command[command.index("bench") + 1 :] for command in commands if "bench" in command]
     assert [bench[0] for bench in benches] == ["check", "attention", "check", "check"]
     for bench in benches:
@@ -58,6 +63,52 @@ def test_options_of_the_dry_run_exist(commands, capsys):
             assert main([*command[start : start + 2], "--help"]) == 0
             known = capsys.readouterr().out
             assert all(word in known for word in command[start:] if word.startswith("--"))
+
+
+BENCH_HOPPER = [sys.executable, str(ROOT / "gpu_scripts/bench_hopper.py")]
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """The words after `bench` of every command of the other script's dry run."""
+    dry_run = [*BENCH_HOPPER, str(tmp_path), "--dry-run", "--before", str(tmp_path)]
+    done = subprocess.run(dry_run, capture_output=True, text=True, check=True)
+    assert not list(tmp_path.iterdir())
+    lines = [line for line in done.stdout.splitlines() if " bench " in line]
+    return [line.partition(" bench ")[2] for line in lines]
+
+
+def test_jobs_name_options_and_cases_that_exist(jobs, capsys):
+    assert len(jobs) == 9
+    for job in jobs:
+        command = job.split()[0]
+        assert main(["bench", command, "--help"]) == 0
+        known = capsys.readouterr().out
+        assert all(word in known for word in job.split() if word.startswith("--"))
+        for case in re.findall(r"--case (.+?)(?= --|$)", job):
+            assert fnmatch.filter(PLAN_CASES if command == "plans" else CASES, case), case
+
+
+def test_a_job_that_fails_or_lasts_too_long_does_not_stop_the_others(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("""#!/bin/sh
+case "$*" in *524288*) exit 7 ;; *1048576*) sleep 60 ;; *131072*) echo "$PWD $CUDA_VISIBLE_DEVICES" ;; esac
+""")
+    interpreter.chmod(0o755)
+    names = ["plans-128k", "plans-512k", "plans-1m"]
+    options = ["--seconds", "2", "--gpus", "5", "6", "7"]
+    environment = os.environ | {"PYTHON": str(interpreter)}
+    done = subprocess.run(
+        [*BENCH_HOPPER, str(tmp_path), "--only", *names, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    outcomes = dict(line.split(": ", 1) for line in done.stdout.splitlines() if not line.startswith("+"))
+    assert [outcomes[name].split()[0] for name in names] == ["done", "status", "ended"]
+    assert (tmp_path / "plans-128k.log").read_text().split()[0] == str(ROOT)
+    assert (tmp_path / "gpu_tuned.json").read_text() == gpu_tuned.PATH.read_text()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.top_k import largest, largest_places
 
-BANDS_AT_ONCE = 32
+BANDS_AT_ONCE = 64
 """Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
 
 

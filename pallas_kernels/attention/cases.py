@@ -261,14 +261,14 @@ def _mixed_index(
     )
 
 
-def late_peak_inputs(*, dtype="bfloat16") -> AttentionInputs:
+def late_peak_inputs() -> AttentionInputs:
     """Three blocks, all visited: weights overflow in the second, beside the first; the third outweighs them by 2**75.
 
     A kernel that measures weights against an early maximum overflows in full blocks, and must not take the partial one
     for the end of it.
     """
     case = AttentionCase(
-        name="late peak", num_tokens=384, lists=AllVisited(), num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=dtype
+        name="late peak", num_tokens=384, lists=AllVisited(), num_q_heads=2, num_kv_heads=1, head_dim=64
     )
     inputs = case.inputs()
     return dataclasses.replace(

@@ -40,6 +40,8 @@ class HopperConfig:
       take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
       stagger: full blocks by which a thread block starts further down a long list than its neighbour.
       fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
+      lengths_per_octave: lengths of lists that are told apart where q tiles are sorted by them; with fewer the heads of
+        one kv head stay together longer.
     """
 
     tile_kv: int
@@ -49,6 +51,7 @@ class HopperConfig:
     take_turns: bool = False
     stagger: int = 0
     fixes_top: bool = True
+    lengths_per_octave: int = 4
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
@@ -58,6 +61,8 @@ class HopperConfig:
             raise ValueError(f"stages must be at least 2, got {self.num_k_stages=}, {self.num_v_stages=}")
         if self.stagger < 0:
             raise ValueError(f"stagger must be at least 0, got {self.stagger=}")
+        if self.lengths_per_octave < 1:
+            raise ValueError(f"lengths_per_octave must be at least 1, got {self.lengths_per_octave=}")
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 

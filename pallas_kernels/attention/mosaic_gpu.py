@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_config import (
     COMPUTE_WARPGROUPS,
-    ROW_FIELDS,
     SHARED_MEMORY_BYTES,
     TILE_Q,
     HopperConfig,
@@ -21,7 +20,7 @@ from pallas_kernels.attention.gpu_config import (
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
-from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.attention.mosaic_gpu_work import dealt_out, in_turn, work_table
 from pallas_kernels.exported import lowered_once
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
@@ -97,7 +96,8 @@ def launch(
     smem_bytes = config.shared_memory_bytes(d, dtype)
     if smem_bytes > SHARED_MEMORY_BYTES:
         raise NotImplementedError(f"{config} needs {smem_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES}")
-    table = work_table(index)
+    table = work_table(index, config.lengths_per_octave)
+    shares = dealt_out(table, num_programs)
     shape = KernelShape(
         config=config,
         num_programs=num_programs,
@@ -113,10 +113,10 @@ def launch(
         interpretable=interpretable,
     )
     arrays = _arrays(inputs, d)
-    out, lse = _run(table, arrays, shape)
+    out, lse = _run(table, shares, arrays, shape)
     if shape.fixes_top:
-        again = _rows_to_repeat(table, lse)
-        out, lse = _run(again, arrays, dataclasses.replace(shape, fixes_top=False), (out, lse))
+        again, shares = _rows_to_repeat(table, lse), in_turn(shape.num_rows, num_programs)
+        out, lse = _run(again, shares, arrays, dataclasses.replace(shape, fixes_top=False), (out, lse))
     return out[..., :head_dim], lse
 
 
@@ -132,9 +132,9 @@ def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Any]:
     return arrays | dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
 
 
-def _run(table, arrays: dict[str, Any], shape: KernelShape, previous: tuple[Array, Array] | None = None):
+def _run(table, shares, arrays: dict[str, Any], shape: KernelShape, previous: tuple[Array, Array] | None = None):
     """One launch over the q tiles of the table: output and log-sum-exp, written over `previous` where it is given."""
-    arrays = dict(table=table) | arrays
+    arrays = dict(table=table, shares=shares) | arrays
     q = arrays["q"]
     buffers, barriers = shape.config.buffers(q.shape[-1], q.dtype), shape.config.barriers()
 
@@ -170,33 +170,6 @@ def _rows_to_repeat(table: Int32[Array, "rows 32"], lse: Float[Array, "h t"]) ->
     place = jnp.where(is_row, jnp.cumsum(is_row) - 1, len(table))
     ends = jnp.broadcast_to(table[-1], table.shape)
     return ends.at[place].set(table[:-1], mode="drop")
-
-
-def work_table(index: BlockIndex) -> Int32[Array, "rows 32"]:
-    """One row per 128 queries, longest lists first, then a row with count -1 that ends the table.
-
-    Lists within a quarter octave of each other keep their order: neighbours visit the same blocks, and the heads of one
-    kv head stay together, so that keys and values stay in the L2 cache.
-    """
-    parts = index.block_q // TILE_Q
-    num_heads, num_q_blocks = index.first.shape
-    head, block, part = jnp.meshgrid(jnp.arange(num_heads), jnp.arange(num_q_blocks), jnp.arange(parts), indexing="ij")
-    repeat = lambda x: jnp.broadcast_to(x[..., None], head.shape)  # noqa: E731
-    last_entry = index.start.shape[1] - 1
-    columns = [
-        head,
-        block * index.block_q + part * TILE_Q,
-        jnp.clip(repeat(index.first), 0, last_entry),  # an empty row's may be anything
-        repeat(index.num_full),
-        repeat(index.count),
-        repeat(index.pos_row),
-    ]
-    columns += [jnp.zeros_like(head)] * (ROW_FIELDS - len(columns))
-    table = jnp.stack([c.reshape(-1).astype(jnp.int32) for c in columns], axis=1)
-    length = jnp.floor(4 * jnp.log2(1 + table[:, 4].astype(jnp.float32)))
-    table = table[jnp.argsort(-length, stable=True)]
-    end = jnp.zeros((1, ROW_FIELDS), jnp.int32).at[0, 4].set(-1)
-    return jnp.concatenate([table, end])
 
 
 def silence_padding(inputs: AttentionInputs):

@@ -17,14 +17,17 @@ from pallas_kernels.attention.mosaic_gpu_shape import (
     Refs,
     tiles_of,
 )  # fmt: skip
+from pallas_kernels.attention.mosaic_gpu_work import row_of
 
 
 def load(refs: Refs, shape: KernelShape):
     """Copies every q tile, its table row and its kv tiles, as buffers come free."""
+    program = lax.axis_index("program")
+    share = tuple(refs.shares[n] for n in (0, program + 1, program + 2))
 
     def q_tile(carry):
         n, tile, _ = carry
-        table_row = _table_row(shape, n)
+        table_row = row_of(program, n, share, shape.num_programs, shape.num_rows)
         _load_q(refs, shape, n, table_row)
         num_tiles = tiles_of(shape, refs.table[table_row, COUNT])
         _load_kv(refs, shape, table_row, tile, num_tiles)
@@ -135,11 +138,3 @@ def _row_offset(slot):
 
 def _aligned(start):
     return pl.multiple_of(start, 16)
-
-
-def _table_row(shape: KernelShape, n):
-    """The n-th work item of this thread block: every other round runs backwards, which evens out a sorted table."""
-    program = lax.axis_index("program")
-    last = shape.num_programs - 1
-    row = n * shape.num_programs + jnp.where(n % 2 == 0, program, last - program)
-    return jnp.minimum(row, shape.num_rows)

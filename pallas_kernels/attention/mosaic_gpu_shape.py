@@ -49,6 +49,7 @@ class Refs:
     """Every array of the kernel by name: device memory, then shared memory, then barriers."""
 
     table: Any
+    shares: Any
     start: Any
     interval: Any
     intervals: Any

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.estimate.mosaic_gpu_kernel import (
+    LOWEST,
     NUM_QUERIES,
     TILE_KEYS,
     EstimateShape,
@@ -22,8 +23,11 @@ from pallas_kernels.estimate.xla import num_bands_of
 from pallas_kernels.exported import lowered_once
 from pallas_kernels.notation import Array, Float, Int32
 
-NUM_PROGRAMS = 8 * 132
-"""Thread blocks of a launch, about: several for each multiprocessor hide each other's waits."""
+RESIDENT_BYTES = 2**16
+"""Keys that a thread block keeps in shared memory, at most: two thread blocks share a multiprocessor."""
+
+NUM_PROGRAMS = 2 * 132
+"""Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
 
 
 def column_mass(
@@ -77,73 +81,90 @@ def launch(
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
-    num_heads, (num_keys, num_kv_heads) = q.shape[0], k.shape[:2]
-    num_tiles = num_keys // TILE_KEYS
-    tiles_per_program = -(-num_tiles // max(1, num_programs // num_heads))
+    num_heads, (num_keys, num_kv_heads, _) = q.shape[0], k.shape
     shape = EstimateShape(
-        num_heads=num_heads,
-        tiles_per_program=tiles_per_program,
-        num_tiles=num_tiles,
+        num_kv_heads=num_kv_heads,
+        num_tiles=tiles_per_share(k, num_programs),
         kv_heads_per_row=num_kv_heads // kv_pos.shape[0],
         score_scale=scale * math.log2(math.e),
         band=band,
     )
-    arrays = (q, k, kv_head, q_pos, kv_pos)
-    num_shares = -(-num_tiles // tiles_per_program)
+    num_shares, num_tiles = num_keys // shape.num_keys, num_keys // TILE_KEYS
+    arrays = {
+        "q": q,
+        "k": k,
+        "heads": jnp.argsort(kv_head),
+        "first_head": jnp.sum(kv_head[None] < jnp.arange(num_kv_heads + 1)[:, None], axis=1, dtype=jnp.int32),
+        "q_pos": q_pos,
+        "kv_pos": kv_pos,
+        "lowest": jnp.min(q_pos, axis=1),
+        "reach": jnp.max(kv_pos.reshape(kv_pos.shape[0], num_shares, -1), axis=2),
+    }
     partial = jax.ShapeDtypeStruct((num_heads, num_shares, NUM_QUERIES), jnp.float32)
-    top, total = _launch(lse_pass, arrays, shape, num_shares, (partial, partial))
+    top, total = _launch(lse_pass, arrays, (), shape, num_shares, (partial, partial))
     highest = jnp.max(top, axis=1)
     lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
+    lse = jnp.maximum(lse, LOWEST)  # of a query that sees nothing; weights of hidden keys stay 0
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
-    (mass,) = _launch(mass_pass, (*arrays, lse), shape, num_shares, (per_key,))
+    (mass,) = _launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,))
     if q_row is None:
         return (mass,)
     q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
     past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
     per_band = jax.ShapeDtypeStruct((num_heads, num_tiles, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
-    (tile_mass,) = _launch(band_pass, (*arrays, lse, past_start % band), shape, num_shares, (per_band,))
-    tile_mass = jnp.where(q_row[:, None, None] >= 0, tile_mass, 0.0)
-    return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, past_start // band, num_bands_of(num_keys, band))
+    (tile_mass,) = _launch(band_pass, arrays, (lse, past_start % band), shape, num_shares, (per_band,))
+    nearest = jnp.where(q_row >= 0, past_start // band, -1)
+    return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, nearest, num_bands_of(num_keys, band))
+
+
+def tiles_per_share(k, num_programs: int) -> int:
+    """Tiles of a thread block's share: a power of two that divides all, few enough for `num_programs` of them."""
+    num_tiles, num_kv_heads, head_dim = k.shape[0] // TILE_KEYS, *k.shape[1:]
+    most = min(RESIDENT_BYTES // (TILE_KEYS * head_dim * 2), max(1, num_tiles * num_kv_heads // num_programs))
+    return math.gcd(num_tiles, 2 ** (most.bit_length() - 1))
 
 
 def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q"], num_bands: int):
     """Mass per band of distance [num_bands] of one head, from that of every tile's bands.
 
     Args:
-      nearest: the band of distance 0 of each query, counted from the first key on as the bands of all tiles are.
+      nearest: the band of distance 0 of each query, counted from the first key on as the bands of all tiles are; -1 for
+        a query that is not there.
     """
-    whole, rest = tile_mass[:, :-1], tile_mass[:, -1]  # the last band of a tile is the first one of the next tile
-    whole = jnp.pad(whole, ((0, 1), (0, 0), (0, 0))).at[1:, 0].add(rest)
-    by_start = whole.reshape(-1, NUM_QUERIES)
+    num_tiles, per_tile = tile_mass.shape[0], tile_mass.shape[1] - 1  # a tile's last band is the next one's first
+    query = jnp.arange(NUM_QUERIES)
+
+    def rows(tile, band, is_wanted):
+        is_wanted &= (tile >= 0) & (tile < num_tiles)
+        return jnp.where(is_wanted, tile_mass[jnp.clip(tile, 0, num_tiles - 1), band, query[None]], 0.0)
+
     at = nearest[None] - jnp.arange(num_bands)[:, None]
-    rows = jnp.take_along_axis(by_start, jnp.clip(at, 0, len(by_start) - 1), axis=0)
-    return jnp.sum(jnp.where((at >= 0) & (at < len(by_start)), rows, 0.0), axis=1)
+    tile, band = at >> (per_tile.bit_length() - 1), at & (per_tile - 1)  # XLA computes a division apart, and stores it
+    return jnp.sum(rows(tile, band, True) + rows(tile - 1, per_tile, band == 0), axis=1)
 
 
-def _launch(body: Callable[..., None], arrays, shape: EstimateShape, num_shares: int, out_type: Any):
-    q = arrays[0]
+def _launch(body: Callable[..., None], arrays, more, shape: EstimateShape, num_shares: int, out_type: Any):
+    """The outputs of a pass: `body(refs, *refs_of_more, *refs_of_outputs, shape)` on every share of every kv head."""
+    q = arrays["q"]
     tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
     transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
-    scratch = [
-        plgpu.SMEM((NUM_QUERIES, q.shape[2]), q.dtype, transforms=transforms),
-        plgpu.SMEM((2, TILE_KEYS, q.shape[2]), q.dtype, transforms=transforms),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_barriers=2),
-    ]
+    scratch = {
+        "q_tiles": plgpu.SMEM((2, NUM_QUERIES, q.shape[2]), q.dtype, transforms=transforms),
+        "k_tiles": plgpu.SMEM((shape.num_keys, q.shape[2]), q.dtype, transforms=transforms),
+        "q_ready": plgpu.Barrier(num_barriers=2),
+        "k_ready": plgpu.Barrier(),
+    }
 
-    def attention_mass(*refs):
-        ends = len(arrays), len(arrays) + len(out_type)
-        q_tile, k_tiles, q_ready, k_ready = refs[ends[1] :]
-        names = dict(zip(("q", "k", "kv_head", "q_pos", "kv_pos"), refs, strict=False))
-        given = Refs(q_tile=q_tile, k_tiles=k_tiles, q_ready=q_ready, k_ready=k_ready, **names)
-        body(given, *refs[5 : ends[1]], shape)
+    def attention_mass(*refs, **scratch):
+        given = Refs(**dict(zip(arrays, refs, strict=False)), **scratch)
+        body(given, *refs[len(arrays) :], shape)
 
     run = plgpu.kernel(
         attention_mass,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(shape.num_heads * num_shares,),
+        grid=(shape.num_kv_heads * num_shares,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return run(*arrays)
+    return run(*arrays.values(), *more)

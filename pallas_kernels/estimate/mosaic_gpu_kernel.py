@@ -1,11 +1,12 @@
 """The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key or band.
 
 Scores are cheap (64 queries a head) and HBM is not, so all passes compute them from k and nothing of size
-[queries, keys] is written. One warpgroup a thread block; while it computes on one tile of keys the next one arrives.
+[queries, keys] is written. A thread block, one warpgroup, keeps a share of one kv head's keys in shared memory and
+walks over the heads that read them; while it computes on one head's queries the next ones arrive.
 
-    pass 1   scores = q k^T    rows are queries: a row's maximum and sum over the tile's keys
+    pass 1   scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
     pass 2   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
-    pass 3   scores = q k^T    rows are queries: a row's sums over the few bands of diagonals that cross the tile
+    pass 3   scores = q k^T    rows are queries: a row's sums over the few bands of diagonals that cross a tile
 """
 
 import dataclasses
@@ -23,10 +24,13 @@ TILE_KEYS = 64
 """Keys of one step: rows of the second pass."""
 
 MASKED = -1e38
-"""A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
+"""The product of a query and a key it does not see: finite, and so far below `LOWEST` that its weight is an exact 0."""
 
 LOWEST = -1e30
 """The running maximum before the first key that a query sees; below every real score."""
+
+LAYOUT = plgpu.Layout.WGMMA
+"""How the warpgroup's registers hold a tile of scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,20 +38,23 @@ class EstimateShape:
     """What the bodies know when they are traced.
 
     Args:
-      num_heads: heads whose queries are given.
-      tiles_per_program: tiles of `TILE_KEYS` keys that a thread block walks.
-      num_tiles: tiles of all keys; the last thread blocks may have fewer.
+      num_kv_heads: kv heads.
+      num_tiles: tiles of `TILE_KEYS` keys in a thread block's share.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
       score_scale: factor on the scores, for base-2 exponentials.
       band: keys in a band of diagonals, a divisor of `TILE_KEYS`; 0 in the passes that know none.
     """
 
-    num_heads: int
-    tiles_per_program: int
+    num_kv_heads: int
     num_tiles: int
     kv_heads_per_row: int
     score_scale: float
     band: int = 0
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of a share."""
+        return self.num_tiles * TILE_KEYS
 
     @property
     def bands_per_tile(self) -> int:
@@ -57,54 +64,70 @@ class EstimateShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refs:
-    """Every array of a pass by name: device memory, then shared memory and barriers."""
+    """Every array of a pass by name: device memory, then shared memory and barriers.
+
+    Args:
+      heads: all heads, those of one kv head side by side; `first_head` says where each kv head's begin, and the end.
+      lowest: the least position among each head's queries.
+      reach: the greatest position among each share's keys, for each row of `kv_pos`.
+    """
 
     q: Any
     k: Any
-    kv_head: Any
+    heads: Any
+    first_head: Any
     q_pos: Any
     kv_pos: Any
-    q_tile: Any
+    lowest: Any
+    reach: Any
+    q_tiles: Any
     k_tiles: Any
     q_ready: Any
     k_ready: Any
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """A share of the keys and, in turn, one head that reads it: its queries are in `q_tile`."""
+
+    kv_head: Any
+    share: Any
+    head: Any
+    q_tile: Any
+    sees_all: Any
+
+
 def lse_pass(refs: Refs, top_out: Any, total_out: Any, shape: EstimateShape):
     """Writes the maximum and the sum of each query over this thread block's keys; base 2."""
-    layout = plgpu.Layout.WGMMA
-    per_query = layout.reduce(1)
-    head, share = _place(shape)
-    q_pos = plgpu.load(refs.q_pos.at[head], layout=per_query, optimized=False)
 
-    def tile(slot, kv_pos, carry):
-        top, total = carry
-        scores = _product(refs.q_tile, refs.k_tiles.at[slot], (NUM_QUERIES, TILE_KEYS)) * shape.score_scale
-        scores = jnp.where(_along_rows(kv_pos, scores) <= _along_columns(q_pos, scores), scores, MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        total = total * jnp.exp2(top - new_top) + jnp.sum(jnp.exp2(scores - _along_columns(new_top, scores)), axis=1)
-        return new_top, total
+    def head(work: Work):
+        def tile(n, carry):
+            top, total = carry
+            scores = _scores(refs, shape, work, n, key_axis=1)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+            return new_top, total * jnp.exp2(top - new_top) + jnp.sum(weights, axis=1)
 
-    start = tuple(plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), per_query) for x in (LOWEST, 0.0))
-    top, total = _walk(refs, shape, layout.reduce(0), tile, start)
-    top_out[head, share], total_out[head, share] = top, total
+        fill = lambda x: plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))  # noqa: E731
+        top, total = lax.fori_loop(0, shape.num_tiles, tile, (fill(LOWEST), fill(0.0)))
+        top_out[work.head, work.share], total_out[work.head, work.share] = top, total
+
+    _each_head(refs, shape, head)
 
 
 def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
-    """Writes the mass of each of this thread block's keys."""
-    layout = plgpu.Layout.WGMMA
-    head, share = _place(shape)
-    q_pos = plgpu.load(refs.q_pos.at[head], layout=layout.reduce(0), optimized=False)
-    lse = plgpu.load(lse.at[head], layout=layout.reduce(0), optimized=False)
+    """Writes the mass of each of this thread block's keys, for each head."""
 
-    def tile(slot, kv_pos, number):
-        scores = _product(refs.k_tiles.at[slot], refs.q_tile, (TILE_KEYS, NUM_QUERIES)) * shape.score_scale
-        sees = _along_columns(kv_pos, scores) <= _along_rows(q_pos, scores)
-        weights = jnp.where(sees, jnp.exp2(scores - _along_rows(lse, scores)), 0.0)
-        mass[head, _rows(shape, share, number)] = jnp.sum(weights, axis=1)
-        return number + 1
+    def head(work: Work):
+        head_lse = _along(1, lse.at[work.head])
 
-    _walk(refs, shape, layout.reduce(1), tile, jnp.int32(0))
+        def tile(n, _):
+            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=0) - head_lse)
+            mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=1)
+
+        lax.fori_loop(0, shape.num_tiles, tile, None)
+
+    _each_head(refs, shape, head)
 
 
 def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
@@ -115,76 +138,86 @@ def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
     of 8, with the number of the band for each key.
 
         skew 0:   0 1 1 1 1 2 2 2        skew 2:   0 0 0 1 1 1 1 2
+
+    Cut into pieces of one band's width, a band holds the keys past `skew` of one piece and the others of the next.
     """
-    layout = plgpu.Layout.WGMMA
-    per_query = layout.reduce(1)
-    head, share = _place(shape)
-    q_pos, lse, skew = (plgpu.load(x.at[head], layout=per_query, optimized=False) for x in (refs.q_pos, lse, skew))
-    key = plgpu.broadcasted_iota(jnp.int32, (NUM_QUERIES, TILE_KEYS), 1, layout=layout)
-    number = lax.shift_right_arithmetic(
-        key - _along_columns(skew, key) + (shape.band - 1), jnp.int32(shape.band.bit_length() - 1)
-    )
+    none = jnp.zeros((NUM_QUERIES, shape.band), jnp.float32)
 
-    def tile(slot, kv_pos, tile_number):
-        scores = _product(refs.q_tile, refs.k_tiles.at[slot], (NUM_QUERIES, TILE_KEYS)) * shape.score_scale
-        sees = _along_rows(kv_pos, scores) <= _along_columns(q_pos, scores)
-        weights = jnp.where(sees, jnp.exp2(scores - _along_columns(lse, scores)), 0.0)
-        for n in range(shape.bands_per_tile):
-            in_band = jnp.sum(jnp.where(number == n, weights, 0.0), axis=1)
-            mass[head, share * shape.tiles_per_program + tile_number, n] = in_band
-        return tile_number + 1
+    def head(work: Work):
+        head_lse, head_skew = _along(0, lse.at[work.head]), _along(0, skew.at[work.head], width=shape.band)
+        is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
-    _walk(refs, shape, layout.reduce(0), tile, jnp.int32(0))
+        def tile(n, _):
+            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=1) - head_lse)
+            cuts = range(0, TILE_KEYS, shape.band)
+            pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
+            for band in range(shape.bands_per_tile):
+                in_band = jnp.sum(jnp.where(is_past, pieces[band], pieces[band + 1]), axis=1)
+                mass[work.head, work.share * shape.num_tiles + n, band] = in_band
+
+        lax.fori_loop(0, shape.num_tiles, tile, None)
+
+    _each_head(refs, shape, head)
 
 
-def _place(shape: EstimateShape):
-    """Head and share of the keys of this thread block; heads side by side, so that they meet in the L2 cache."""
+def _each_head(refs: Refs, shape: EstimateShape, body):
+    """Runs `body(work)` for every head that reads this thread block's keys, the next queries on their way meanwhile.
+
+    Kv heads are side by side: together they read whole rows of k.
+    """
     program = lax.axis_index("program")
-    return program % shape.num_heads, program // shape.num_heads
+    kv_head, share = program % shape.num_kv_heads, program // shape.num_kv_heads
+    first, end = refs.first_head[kv_head], refs.first_head[kv_head + 1]
+
+    def load(n):
+        plgpu.copy_gmem_to_smem(refs.q.at[refs.heads[n]], refs.q_tiles.at[n % 2], refs.q_ready.at[n % 2])
+
+    def step(n, _):
+        pl.when(n + 1 < end)(lambda: load(n + 1))  # into the queries whose products are done
+        head = refs.heads[n]
+        sees_all = refs.reach[kv_head // shape.kv_heads_per_row, share] <= refs.lowest[head]
+        plgpu.barrier_wait(refs.q_ready.at[n % 2])
+        body(Work(kv_head=kv_head, share=share, head=head, q_tile=refs.q_tiles.at[n % 2], sees_all=sees_all))
+
+    @pl.when(first < end)
+    def _():
+        rows = pl.ds(pl.multiple_of(share * shape.num_keys, shape.num_keys), shape.num_keys)
+        plgpu.copy_gmem_to_smem(refs.k.at[rows, kv_head], refs.k_tiles, refs.k_ready)
+        load(first)
+        plgpu.barrier_wait(refs.k_ready)
+        lax.fori_loop(first, end, step, None)
 
 
-def _rows(shape: EstimateShape, share, number):
-    start = (share * shape.tiles_per_program + number) * TILE_KEYS
-    return pl.ds(pl.multiple_of(start, TILE_KEYS), TILE_KEYS)
+def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
+    """Scores of the head's queries and the n-th tile of keys, which lie along `key_axis`; base 2."""
+    k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * TILE_KEYS, TILE_KEYS), TILE_KEYS)]
+
+    def hide(product):
+        q_pos = _along(1 - key_axis, refs.q_pos.at[work.head])
+        row = work.kv_head // shape.kv_heads_per_row
+        kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)])
+        return jnp.where(kv_pos <= q_pos, product, MASKED)
+
+    product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
+    return lax.cond(work.sees_all, lambda product: product, hide, product) * shape.score_scale
 
 
-def _walk(refs: Refs, shape: EstimateShape, pos_layout, tile, start):
-    """Runs `tile(slot, kv_pos, carry)` over this thread block's tiles, the next one on its way meanwhile."""
-    head, share = _place(shape)
-    kv_head = refs.kv_head[head]
-    num_tiles = jnp.minimum(shape.tiles_per_program, shape.num_tiles - share * shape.tiles_per_program)
-
-    def load(number):
-        source = refs.k.at[_rows(shape, share, number), kv_head]
-        plgpu.copy_gmem_to_smem(source, refs.k_tiles.at[number % 2], refs.k_ready.at[number % 2])
-
-    plgpu.copy_gmem_to_smem(refs.q.at[head], refs.q_tile, refs.q_ready)
-    load(jnp.int32(0))
-    plgpu.barrier_wait(refs.q_ready)
-
-    def step(number, carry):
-        pl.when(number + 1 < num_tiles)(lambda: load(number + 1))  # into the slot whose products are done
-        rows = _rows(shape, share, number)
-        kv_pos = plgpu.load(refs.kv_pos.at[kv_head // shape.kv_heads_per_row, rows], layout=pos_layout, optimized=False)
-        plgpu.barrier_wait(refs.k_ready.at[number % 2])
-        return tile(number % 2, kv_pos, carry)
-
-    return lax.fori_loop(0, num_tiles, step, start)
+def _rows(shape: EstimateShape, work: Work, n):
+    """The n-th tile's rows of k."""
+    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * TILE_KEYS, TILE_KEYS), TILE_KEYS)
 
 
-def _product(rows, columns, size):
+def _product(rows, columns):
     """`rows columns^T` of two tiles in shared memory, float32."""
 
     def run(accumulator):
         plgpu.wgmma(accumulator, rows, columns.transpose((1, 0)))
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(size, jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((rows.shape[0], columns.shape[0]), jnp.float32))
 
 
-def _along_columns(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [0])
-
-
-def _along_rows(x, like):
-    return lax.broadcast_in_dim(x, like.shape, [1])
+def _along(axis: int, ref, width: int = TILE_KEYS):
+    """A vector in device memory along one axis of a tile of scores, `width` of its columns."""
+    x = plgpu.load(ref, layout=LAYOUT.reduce(1 - axis), optimized=False)
+    return lax.broadcast_in_dim(x, (NUM_QUERIES, width), [axis])

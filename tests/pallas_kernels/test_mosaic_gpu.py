@@ -21,6 +21,7 @@ from pallas_kernels.attention.gpu_config import (
     padded_head_dim,
 )
 from pallas_kernels.attention.gpu_tuned import read_table
+from pallas_kernels.attention.mosaic_gpu_work import work_table
 
 SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
 
@@ -120,16 +121,6 @@ def test_interpreted_kernel_has_no_races(num_q_buffers, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-def test_work_table_holds_every_q_tile_once_longest_first():
-    index = RandomLists(blocks_per_row=7).index(3, 4096, 256)
-    table = np.asarray(mosaic_gpu.work_table(jax.tree.map(jnp.asarray, index)))
-    assert table[-1, 4] == -1
-    heads, starts, counts = table[:-1, 0], table[:-1, 1], table[:-1, 4]
-    assert sorted(zip(heads, starts, strict=True)) == [(h, t) for h in range(3) for t in range(0, 4096, 128)]
-    np.testing.assert_array_equal(counts, index.count[heads, starts // 256])
-    assert counts[0] == 7 and counts[-1] == 1
-
-
 @pytest.mark.parametrize("lists", [AllVisited(), RandomLists(blocks_per_row=5)])
 def test_cases_never_visit_a_block_twice_nor_look_ahead(lists):
     index = lists.index(2, 2048, 128)
@@ -172,6 +163,7 @@ def test_check_supported_needs_a_positive_scale():
         (dict(num_k_stages=1), "at least 2"),
         (dict(num_q_buffers=3), "1 or 2"),
         (dict(stagger=-1), "at least 0"),
+        (dict(lengths_per_octave=0), "lengths_per_octave must be at least 1"),
     ],
 )
 def test_config_names_the_rule(change, message):
@@ -229,7 +221,7 @@ def test_interpreted_kernel_repeats_rows_whose_last_tile_hides_an_overflow():
 
 
 def test_rows_to_repeat_are_those_that_say_so_and_end_the_table():
-    table = mosaic_gpu.work_table(jax.tree.map(jnp.asarray, RandomLists(blocks_per_row=3).index(2, 1024, 128)))
+    table = work_table(jax.tree.map(jnp.asarray, RandomLists(blocks_per_row=3).index(2, 1024, 128)))
     lse = jnp.zeros((2, 1024)).at[1, 300].set(jnp.inf).at[0, 1023].set(jnp.inf).at[0, 5].set(-jnp.inf)
     again = np.asarray(mosaic_gpu._rows_to_repeat(table, lse))
     count = list(again[:, 4]).index(-1)

@@ -1,0 +1,168 @@
+"""The Hopper figures of bench/RESULTS.md: jobs wait for a free GPU, each GPU runs one at a time.
+
+    python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE --only plans-128k plans-1m
+
+All jobs unless some are named. A job that outlasts its time, or the whole's, is ended; figures it has are kept, because
+every command writes its file after every case. Output goes to files in the directory given; a short table comes last.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TUNED = ROOT / "pallas_kernels/attention/gpu_tuned.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Commands that one GPU runs one after another; `seconds` is what they may take together."""
+
+    name: str
+    seconds: int
+    commands: list[list[str]]
+
+
+def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
+    """In the order in which they matter; the commands of `before` run in that tree, beside this one's on one GPU."""
+
+    def bench(name: str, *arguments: str, tree: Path = ROOT) -> list[str]:
+        paths = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = ["env", "-C", str(tree), f"PYTHONPATH={paths}", python, "-m", "mmi_jax.cli", "bench", *arguments]
+        return [*command, "--json-file", str(results / f"{name}.json")]
+
+    def plans(name: str, tokens: int, *cases: str, repeats: int = 3, heads: str = "28/4", tree: Path = ROOT):
+        chosen = [word for case in cases for word in ("--case", case)]
+        options = ["--tokens", str(tokens), "--repeats", str(repeats), "--heads", heads]
+        return bench(name, "plans", *options, *chosen, tree=tree)
+
+    boundaries = ("2d-boundary", "q-boundary")
+    new = plans("plans-128k", 2**17, *boundaries, "grid", repeats=5)
+    old = [plans("plans-128k-before", 2**17, *boundaries, "grid", repeats=5, tree=before)] if before else []
+    table = results / "gpu_tuned.json"
+    tune = ["--heads", "28/4", "--heads", "32/8", "--repeats", "3", "--table", str(table)]
+    dims = [word for d in (64, 256) for word in ("--head-dim", str(d))]
+    tune_long = ["--head-dim", "128", "--heads", "32/8", "--tokens", str(2**17), "--repeats", "3"]
+    tune_long += ["--table", str(results / "tuned-128k.json")]  # a table of its own: the other's is for all lengths
+    attention = ["--case", "all * 128K", "--case", "random32 28/4 128K", "--repeats", "3"]
+    return [
+        Job(name="plans-128k", seconds=200, commands=[*old, new]),
+        Job(name="check", seconds=400, commands=[[str(ROOT / "gpu_scripts/check_hopper.sh"), str(results / "check")]]),
+        Job(name="plans-512k", seconds=200, commands=[plans("plans-512k", 2**19, "grid", "a-shape", *boundaries)]),
+        Job(name="plans-1m", seconds=200, commands=[plans("plans-1m", 2**20, "grid", "a-shape", *boundaries)]),
+        Job(name="tune", seconds=300, commands=[bench("tune", "tune", *dims, *tune)]),
+        Job(
+            name="plans-512k-more", seconds=200,
+            commands=[plans("plans-512k-more", 2**19, "mix", "vertical-slash", "grid-slash")],
+        ),
+        Job(name="plans-32-8", seconds=120, commands=[plans("plans-32-8", 2**17, "mix", "grid", heads="32/8")]),
+        Job(name="tune-128k", seconds=150, commands=[bench("tune-128k", "tune", *tune_long)]),
+        Job(name="attention", seconds=120, commands=[bench("attention", "attention", *attention)]),
+    ]  # fmt: skip
+
+
+def run_job(job: Job, gpu: str, results: Path, deadline: float, is_dry: bool) -> str:
+    """What became of the job."""
+    start = time.monotonic()
+    for command in job.commands:
+        print(f"+ GPU {gpu}: {' '.join(command)}", flush=True)
+        if is_dry:
+            continue
+        left = min(deadline, start + job.seconds) - time.monotonic()
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHON": os.environ.get("PYTHON", sys.executable)}
+        with open(results / f"{job.name}.log", "a") as log:
+            process = subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                status = process.wait(timeout=max(left, 1))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return f"ended after {time.monotonic() - start:.0f} s"
+        if status:
+            return f"status {status} after {time.monotonic() - start:.0f} s"
+    return f"done in {time.monotonic() - start:.0f} s"
+
+
+def work(gpu: str, jobs: "queue.SimpleQueue[Job]", outcomes: dict[str, str], arguments) -> None:
+    """Runs jobs on one GPU until there are none, or no time."""
+    deadline = arguments.begin + arguments.seconds
+    while True:
+        try:
+            job = jobs.get_nowait()
+        except queue.Empty:
+            return
+        if time.monotonic() > deadline:
+            outcomes[job.name] = "not begun: no time left"
+            continue
+        outcomes[job.name] = run_job(job, gpu, arguments.results, deadline, arguments.dry_run)
+
+
+def plan_lines(path: Path) -> list[str]:
+    """A line for each plan of a file of figures."""
+    lines = []
+    for case in json.loads(path.read_text())["cases"]:
+        if "error" in case:
+            lines.append(f"{path.stem:18} {case['case']}: {case['error'][:200]}")
+        elif "plan_ms" in case:
+            names = ("views", "plan", "permute", "attend", "undo")
+            parts = " ".join(f"{name} {case[name + '_ms']:.2f}" for name in names)
+            beside, speedup = case["share_beside_attend"], case.get("speedup", "")
+            figures = f"{case['tokens']:8} {case['heads']} {case['case']:15} tiles {case['density']:.1%} {parts}"
+            lines.append(f"{path.stem:18} {figures} whole {case['median_ms']:.2f} beside {beside:.1%} x {speedup}")
+        elif "tflops_per_s" in case:
+            others = "; ".join(f"{x['name']} x {x.get('speedup')}" for x in case.get("others", ()))
+            lines.append(f"{path.stem:18} {case['case']}: {case['tflops_per_s']} TFLOP/s {others}")
+    return lines
+
+
+def main() -> None:
+    """Runs the jobs and prints what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
+    parser.add_argument("--seconds", type=int, default=3600, help="for everything")
+    parser.add_argument("--before", type=Path, help="another checkout, whose plans at 128K are timed first")
+    parser.add_argument("--gpus", nargs="+", default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    arguments = parser.parse_args()
+    arguments.begin = time.monotonic()
+    arguments.results = arguments.results.resolve()
+    before = arguments.before.resolve() if arguments.before else None
+    jobs = all_jobs(os.environ.get("PYTHON", sys.executable), arguments.results, before)
+    if unknown := set(arguments.only) - {job.name for job in jobs}:
+        parser.error(f"jobs must be of {', '.join(job.name for job in jobs)}, got {', '.join(sorted(unknown))}")
+    if not arguments.dry_run:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(TUNED, arguments.results / TUNED.name)  # what is tuned is written over this copy
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        if not arguments.only or job.name in arguments.only:
+            waiting.put(job)
+    outcomes: dict[str, str] = {}
+    threads = [threading.Thread(target=work, args=(gpu, waiting, outcomes, arguments)) for gpu in arguments.gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if arguments.dry_run:
+        return
+    for path in sorted(arguments.results.glob("*.json")):
+        if "tuned" not in path.name:
+            print(*plan_lines(path), sep="\n")
+    for name, outcome in outcomes.items():
+        print(f"{name}: {outcome}")
+
+
+if __name__ == "__main__":
+    main()
