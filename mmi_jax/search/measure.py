@@ -12,6 +12,7 @@ import numpy as np
 
 from mmi_jax.attention import attend_sparsely
 from mmi_jax.blocks import Blocks
+from mmi_jax.chunk import compile_options
 from mmi_jax.patterns import Pattern
 from mmi_jax.plan import Plan
 from mmi_jax.search.capture import Captured
@@ -35,11 +36,6 @@ class Measured:
 
 _COMPILED: dict[Any, Any] = {}
 
-GPU_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
-"""A trial runs once per layer and prompt, and compiles longer than all of that: choosing how to emit its small fusions
-is a third of XLA's time for it (docs/log.md), and gains nothing that lasts.
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
@@ -52,8 +48,7 @@ class Meter:
         """Compiles the trials side by side: compiling, not running, is most of a search's time on an accelerator."""
         missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, captured) not in _COMPILED]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # lowering holds Python's lock, compiling does not
-            options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
-            programs = [pool.submit(self._lowered(trial, captured).compile, options) for trial in missing]
+            programs = [pool.submit(self._lowered(trial, captured).compile, compile_options()) for trial in missing]
         _COMPILED.update({self._key(t, captured): p.result() for t, p in zip(missing, programs, strict=True)})
 
     def __call__(self, trial: Trial, captured: Captured) -> Measured:
