@@ -58,7 +58,7 @@ Model {run["model"]}, weights {run["weights"]}, {run["dtype"]}, {run["device"]},
 
 Cost is that of attention, estimates included, as a share of dense attention's: from the tiles visited on these very
 prompts, by the cost model `{run["costs"]}`. Baselines have the size with which they cost what "{run["matched to"]}"
-costs. Tables and heat maps are those of `mmi niah`."""
+costs; where there are several lengths, cost and density are of each. Heat maps are those of `mmi niah`."""
 
 
 def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
@@ -70,11 +70,11 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
         rows = []
         for method in dict.fromkeys(cell["method"] for cell in own):
             mine = [cell for cell in own if cell["method"] == method]
-            by_length = [f"{accuracy_of([c for c in mine if c['tokens'] == n]):.1%}" for n in lengths]
-            asked = sum(cell["asked"] for cell in mine)
-            density = float(np.mean([cell["density"] for cell in mine]))
-            figures = [f"{accuracy_of(mine):.1%}", str(asked), f"{mean_share(mine, method):.1%}", f"{density:.1%}"]
-            rows.append([NAMES.get(method, method), *by_length, *figures])
+            by_length = [[cell for cell in mine if cell["tokens"] == n] for n in lengths]
+            right = [f"{accuracy_of(own):.1%}" for own in (*by_length, mine)]
+            cost = " / ".join(f"{mean_share(own, method):.1%}" for own in by_length)
+            density = " / ".join(f"{np.mean([cell['density'] for cell in own]):.1%}" for own in by_length)
+            rows.append([NAMES.get(method, method), *right, str(sum(cell["asked"] for cell in mine)), cost, density])
         columns = ["method", *(f"{n:,} tokens" for n in lengths), "all", "questions", "cost", "density"]
         parts += [f"### {task}", markdown(columns, rows), f"![{task} by length and depth]({pictures}/{task}.png)"]
     return "\n\n".join(parts)

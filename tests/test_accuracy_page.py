@@ -44,8 +44,8 @@ def test_the_page_holds_every_figure(tmp_path):
     results = {"run": RUN, "cells": cells}
     page.write_page(output, results, TABLES, RECALL, SHOWN, notes="By hand.", command="make it")
     text = output.read_text()
-    assert "| ours | 100.0% | 90.0% | 95.0% | 20 | 20.0% | 20.0% |" in text
-    assert "| A-shape | 50.0% | 40.0% | 45.0% | 20 | 20.0% | 20.0% |" in text
+    assert "| ours | 100.0% | 90.0% | 95.0% | 20 | 20.0% / 20.0% | 20.0% / 20.0% |" in text
+    assert "| A-shape | 50.0% | 40.0% | 45.0% | 20 | 20.0% / 20.0% | 20.0% / 20.0% |" in text
     assert "![mm_niah by length and depth](accuracy/mm_niah.png)" in text
     assert "| AShape | 1 | 1 | 1 |" in text and "| Dense | 2 | 2 | 2 |" in text
     assert "0.5000 | 0.9000 | 0.1000 | 0.0500 |" in text
