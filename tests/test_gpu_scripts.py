@@ -111,6 +111,56 @@ case "$*" in *524288*) exit 7 ;; *1048576*) sleep 60 ;; *131072*) echo "$PWD $CU
     assert (tmp_path / "gpu_tuned.json").read_text() == gpu_tuned.PATH.read_text()
 
 
+def hopper(*arguments, **environment):
+    """What the script did."""
+    words = [*BENCH_HOPPER, *map(str, arguments)]
+    return subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """A Python that is killed in the plans of `--before` and prints what else it is asked for."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\ncase "$*" in *-before.json*) kill -9 $$ ;; *) echo "$*" ;; esac\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["results", "--only", "plans"], {}, "jobs must be of plans-128k, .*, got plans"),
+        (["python"], {}, "results must be a directory that can be written, got .*python"),
+        (["python/below"], {}, "results must be a directory that can be written, got .*python/below"),
+        (["results", "--before", "nowhere"], {}, "--before must be a directory, got .*nowhere"),
+        (["results", "--gpus", "0", "0"], {}, "--gpus must be different numbers, got .'0', '0'."),
+        (["results"], dict(CUDA_VISIBLE_DEVICES=""), "--gpus must be different numbers, got .''."),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, monkeypatch, interpreter, arguments, environment, message):
+    monkeypatch.chdir(tmp_path)
+    done = hopper(*arguments, PYTHON=interpreter, **environment)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_no_failure_costs_what_else_is_computed(tmp_path, interpreter):
+    (tmp_path / "gpu_tuned.json").write_text("tuned before")
+    (tmp_path / "broken.json").write_text('{"cases": [{"ca')
+    (tmp_path / "plans-1m.log").mkdir()
+    options = ["--only", "plans-128k", "plans-1m", "plans-32-8", "--gpus", "0", "--before", tmp_path]
+    done = hopper(tmp_path, *options, PYTHON=interpreter)
+    outcomes = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    assert [re.sub(" +", " ", line)[:27] for line in outcomes] == [
+        "broken cannot be read: JSON",
+        "plans-128k: status -9 after",
+        "plans-1m: not run: [Errno 2",
+        "plans-32-8: done in 0 s",
+    ]
+    assert "plans-128k.json" in (tmp_path / "plans-128k.log").read_text(), "the command after the one that was killed"
+    assert (tmp_path / "gpu_tuned.json").read_text() == "tuned before"
+
+
 @pytest.mark.slow
 def test_a_start_s_programs_are_read_back_by_the_prefill_that_is_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
