@@ -72,19 +72,22 @@ def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
     ]  # fmt: skip
 
 
-def run_job(job: Job, gpu: str, results: Path, deadline: float, is_dry: bool) -> str:
+def run_job(job: Job, gpu: str, arguments) -> str:
     """What became of the job; a command that fails does not keep those after it from running."""
     start, failed = time.monotonic(), []
     for command in job.commands:
         print(f"+ GPU {gpu}: {' '.join(command)}\n", end="", flush=True)  # one write: threads print side by side
-        if is_dry:
+        if arguments.dry_run:
             continue
-        left = min(deadline, start + job.seconds) - time.monotonic()
+        left = min(arguments.end, start + job.seconds) - time.monotonic()
+        if left <= 0:
+            return f"ended after {time.monotonic() - start:.0f} s"
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHON": os.environ.get("PYTHON", sys.executable)}
-        with open(results / f"{job.name}.log", "a") as log:
+        with open(arguments.results / f"{job.name}.log", "a") as log:
             process = subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            arguments.running[gpu] = process
             try:
                 status = process.wait(timeout=max(left, 1))
             except subprocess.TimeoutExpired:
@@ -99,25 +102,33 @@ def run_job(job: Job, gpu: str, results: Path, deadline: float, is_dry: bool) ->
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a command and all that it started."""
+    """Ends a command and all that it started, which is a session of its own."""
     with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
+def stop(arguments) -> None:
+    """Ends what runs and lets nothing more begin: the table of what there is is printed all the same."""
+    arguments.end = time.monotonic()
+    for process in list(arguments.running.values()):
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def work(gpu: str, jobs: "queue.SimpleQueue[Job]", outcomes: dict[str, str], arguments) -> None:
     """Runs jobs on one GPU until there are none, or no time."""
-    deadline = arguments.begin + arguments.seconds
     while True:
         try:
             job = jobs.get_nowait()
         except queue.Empty:
             return
-        if time.monotonic() > deadline:
+        if time.monotonic() > arguments.end:
             outcomes[job.name] = "not begun: no time left"
             continue
         try:
-            outcomes[job.name] = run_job(job, gpu, arguments.results, deadline, arguments.dry_run)
+            outcomes[job.name] = run_job(job, gpu, arguments)
         except OSError as error:  # no log, no process: the jobs that wait for this GPU still run
             outcomes[job.name] = f"not run: {error}"
 
@@ -148,24 +159,12 @@ def plan_lines(path: Path) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Runs the jobs and prints what became of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
-    parser.add_argument("--seconds", type=int, default=3600, help="for everything")
-    parser.add_argument("--before", type=Path, help="another checkout, whose plans at 128K are timed first")
-    parser.add_argument("--gpus", nargs="+", default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    arguments = parser.parse_args()
-    arguments.begin = time.monotonic()
-    arguments.results = arguments.results.resolve()
-    before = arguments.before.resolve() if arguments.before else None
-    jobs = all_jobs(os.environ.get("PYTHON", sys.executable), arguments.results, before)
-    if unknown := set(arguments.only) - {job.name for job in jobs}:
-        parser.error(f"jobs must be of {', '.join(job.name for job in jobs)}, got {', '.join(sorted(unknown))}")
-    if before is not None and not before.is_dir():
-        parser.error(f"--before must be a directory, got {before}")
+def check_arguments(parser: argparse.ArgumentParser, arguments, names: list[str]) -> None:
+    """Ends the program with rule and got for what no job could run with; makes the directory of results."""
+    if unknown := set(arguments.only) - set(names):
+        parser.error(f"jobs must be of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    if arguments.before is not None and not arguments.before.is_dir():
+        parser.error(f"--before must be a directory, got {arguments.before}")
     if len(set(arguments.gpus)) < len(arguments.gpus) or not all(arguments.gpus):
         parser.error(f"--gpus must be different numbers, got {arguments.gpus}")
     if not arguments.dry_run:
@@ -177,6 +176,25 @@ def main() -> None:
             parser.error(f"results must be a directory that can be written, got {arguments.results}: {error}")
         if not os.access(arguments.results, os.W_OK):
             parser.error(f"results must be a directory that can be written, got {arguments.results}")
+
+
+def main() -> None:
+    """Runs the jobs and prints what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
+    parser.add_argument("--seconds", type=int, default=3600, help="for everything")
+    parser.add_argument("--before", type=Path, help="another checkout, whose plans at 128K are timed first")
+    parser.add_argument("--gpus", nargs="+", default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    arguments = parser.parse_args()
+    arguments.end, arguments.running = time.monotonic() + arguments.seconds, {}
+    arguments.results = arguments.results.resolve()
+    before = arguments.before.resolve() if arguments.before else None
+    jobs = all_jobs(os.environ.get("PYTHON", sys.executable), arguments.results, before)
+    check_arguments(parser, arguments, [job.name for job in jobs])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop(arguments))
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         if not arguments.only or job.name in arguments.only:

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,24 @@ def test_no_failure_costs_what_else_is_computed(tmp_path, interpreter):
     ]
     assert "plans-128k.json" in (tmp_path / "plans-128k.log").read_text(), "the command after the one that was killed"
     assert (tmp_path / "gpu_tuned.json").read_text() == "tuned before"
+
+
+def test_a_script_that_is_told_to_end_ends_its_jobs_and_says_what_became_of_them(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\necho begun\nsleep 60\n")
+    interpreter.chmod(0o755)
+    command = [*BENCH_HOPPER, str(tmp_path), "--only", "plans-1m", "plans-32-8", "--gpus", "0"]
+    script = subprocess.Popen(command, env=os.environ | {"PYTHON": str(interpreter)}, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "plans-1m.log"
+    while not (log.exists() and log.read_text()):
+        assert script.poll() is None
+        time.sleep(0.02)
+    script.terminate()
+    lines = [line for line in script.communicate(timeout=20)[0].splitlines() if not line.startswith("+")]
+    assert [re.sub(r"\d+ s$", "n s", line) for line in lines] == [
+        "plans-1m: status -9 after n s",
+        "plans-32-8: not begun: no time left",
+    ]
 
 
 @pytest.mark.slow
