@@ -1,5 +1,6 @@
 """prepare: after it a prefill of a prepared length compiles nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 
-from mmi_jax import fit, prefill, prepare
+from mmi_jax import chunk, fit, prefill, prepare
 from mmi_jax.batch import fit_prompt
 from mmi_jax.bench.soak import counted_compilations
 from mmi_jax.chunk import num_compiled_programs
@@ -93,3 +94,13 @@ def test_lengths_and_settings_may_be_of_numpy():
     assert request_for(CONFIG, ours, **SIZES, **settings) == request_for(
         CONFIG, 90, batch=2, max_new_tokens=3, chunk_tokens=32, **SIZES
     )
+
+
+def test_what_is_compiled_beside_a_program_that_fails_is_kept(monkeypatch):
+    monkeypatch.setattr(chunk, "_COMPILED", {})
+    with ThreadPoolExecutor() as pool:
+        parts = chunk._Parts(pool=pool)
+        parts.futures = {"fails": pool.submit(divmod, 1, 0), "compiles": pool.submit(divmod, 7, 2)}
+        with pytest.raises(ZeroDivisionError):
+            parts.finish()
+    assert chunk._COMPILED == {"compiles": (3, 1)}
