@@ -3,10 +3,12 @@
     python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE --only plans-128k plans-1m
 
 All jobs unless some are named. A job that outlasts its time, or the whole's, is ended; figures it has are kept, because
-every command writes its file after every case. Output goes to files in the directory given; a short table comes last.
+every command writes its file after every case. A command or job that fails costs no other. Output goes to files in the
+directory given, which keeps a tuned table that it has; a short table comes last.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,42 +72,73 @@ def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
     ]  # fmt: skip
 
 
-def run_job(job: Job, gpu: str, results: Path, deadline: float, is_dry: bool) -> str:
-    """What became of the job."""
-    start = time.monotonic()
+def run_job(job: Job, gpu: str, arguments) -> str:
+    """What became of the job; a command that fails does not keep those after it from running."""
+    start, failed = time.monotonic(), []
     for command in job.commands:
-        print(f"+ GPU {gpu}: {' '.join(command)}", flush=True)
-        if is_dry:
+        print(f"+ GPU {gpu}: {' '.join(command)}\n", end="", flush=True)  # one write: threads print side by side
+        if arguments.dry_run:
             continue
-        left = min(deadline, start + job.seconds) - time.monotonic()
+        left = min(arguments.end, start + job.seconds) - time.monotonic()
+        if left <= 0:
+            return f"ended after {time.monotonic() - start:.0f} s"
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHON": os.environ.get("PYTHON", sys.executable)}
-        with open(results / f"{job.name}.log", "a") as log:
+        with open(arguments.results / f"{job.name}.log", "a") as log:
             process = subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            arguments.running[gpu] = process
             try:
                 status = process.wait(timeout=max(left, 1))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 return f"ended after {time.monotonic() - start:.0f} s"
+            finally:
+                if process.returncode is None:
+                    end(process)
         if status:
-            return f"status {status} after {time.monotonic() - start:.0f} s"
-    return f"done in {time.monotonic() - start:.0f} s"
+            failed.append(str(status))
+    seconds = time.monotonic() - start
+    return f"status {', '.join(failed)} after {seconds:.0f} s" if failed else f"done in {seconds:.0f} s"
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a command and all that it started, which is a session of its own."""
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def stop(arguments) -> None:
+    """Ends what runs and lets nothing more begin: the table of what there is is printed all the same."""
+    arguments.end = time.monotonic()
+    for process in list(arguments.running.values()):
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def work(gpu: str, jobs: "queue.SimpleQueue[Job]", outcomes: dict[str, str], arguments) -> None:
     """Runs jobs on one GPU until there are none, or no time."""
-    deadline = arguments.begin + arguments.seconds
     while True:
         try:
             job = jobs.get_nowait()
         except queue.Empty:
             return
-        if time.monotonic() > deadline:
+        if time.monotonic() > arguments.end:
             outcomes[job.name] = "not begun: no time left"
             continue
-        outcomes[job.name] = run_job(job, gpu, arguments.results, deadline, arguments.dry_run)
+        try:
+            outcomes[job.name] = run_job(job, gpu, arguments)
+        except OSError as error:  # no log, no process: the jobs that wait for this GPU still run
+            outcomes[job.name] = f"not run: {error}"
+
+
+def lines_of(path: Path) -> list[str]:
+    """`plan_lines`, or one that says why a file has none: whatever lies in the directory, the table is printed."""
+    try:
+        return plan_lines(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return [f"{path.stem:18} cannot be read: {type(error).__name__}: {error}"]
 
 
 def plan_lines(path: Path) -> list[str]:
@@ -126,6 +159,25 @@ def plan_lines(path: Path) -> list[str]:
     return lines
 
 
+def check_arguments(parser: argparse.ArgumentParser, arguments, names: list[str]) -> None:
+    """Ends the program with rule and got for what no job could run with; makes the directory of results."""
+    if unknown := set(arguments.only) - set(names):
+        parser.error(f"jobs must be of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    if arguments.before is not None and not arguments.before.is_dir():
+        parser.error(f"--before must be a directory, got {arguments.before}")
+    if len(set(arguments.gpus)) < len(arguments.gpus) or not all(arguments.gpus):
+        parser.error(f"--gpus must be different numbers, got {arguments.gpus}")
+    if not arguments.dry_run:
+        try:
+            arguments.results.mkdir(parents=True, exist_ok=True)
+            if not (arguments.results / TUNED.name).exists():  # what was tuned is written over this copy
+                shutil.copyfile(TUNED, arguments.results / TUNED.name)
+        except OSError as error:
+            parser.error(f"results must be a directory that can be written, got {arguments.results}: {error}")
+        if not os.access(arguments.results, os.W_OK):
+            parser.error(f"results must be a directory that can be written, got {arguments.results}")
+
+
 def main() -> None:
     """Runs the jobs and prints what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,15 +188,13 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","))
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     arguments = parser.parse_args()
-    arguments.begin = time.monotonic()
+    arguments.end, arguments.running = time.monotonic() + arguments.seconds, {}
     arguments.results = arguments.results.resolve()
     before = arguments.before.resolve() if arguments.before else None
     jobs = all_jobs(os.environ.get("PYTHON", sys.executable), arguments.results, before)
-    if unknown := set(arguments.only) - {job.name for job in jobs}:
-        parser.error(f"jobs must be of {', '.join(job.name for job in jobs)}, got {', '.join(sorted(unknown))}")
-    if not arguments.dry_run:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(TUNED, arguments.results / TUNED.name)  # what is tuned is written over this copy
+    check_arguments(parser, arguments, [job.name for job in jobs])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop(arguments))
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         if not arguments.only or job.name in arguments.only:
@@ -159,7 +209,7 @@ def main() -> None:
         return
     for path in sorted(arguments.results.glob("*.json")):
         if "tuned" not in path.name:
-            print(*plan_lines(path), sep="\n")
+            print(*lines_of(path), sep="\n")
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
 

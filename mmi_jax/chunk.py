@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,10 @@ def compiled_chunks(tasks: Iterable[tuple[Program, tuple[Any, ...]]]) -> list[Ch
     """
     with ThreadPoolExecutor() as pool:
         parts = _Parts(pool=pool)
-        begun = [_begun(parts, program, *args) for program, args in tasks]
-    parts.finish()
+        try:
+            begun = [_begun(parts, program, *args) for program, args in tasks]
+        finally:  # what was begun before a program that cannot be traced is kept, too
+            parts.finish()
     return [
         dataclasses.replace(
             chunk,
@@ -156,8 +158,11 @@ class _Parts:
         return key
 
     def finish(self) -> None:
-        """Adds them to the programs of this process; raises what a compiler raised, and then keeps none of these."""
-        _COMPILED.update({key: future.result() for key, future in self.futures.items()})
+        """Adds them to the programs of this process, those too beside one whose compiler raises; then raises that."""
+        wait(self.futures.values())
+        _COMPILED.update({key: future.result() for key, future in self.futures.items() if future.exception() is None})
+        for future in self.futures.values():
+            future.result()
 
 
 def num_compiled_programs() -> int:

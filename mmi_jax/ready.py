@@ -58,6 +58,8 @@ def prepare(
       ValueError: a length or a setting that `prefill` would refuse.
       DoesNotFitError: the device's memory is known and too small for the longest of them.
     """
+    if not isinstance(lengths, Iterable) or isinstance(lengths, str):
+        raise ValueError(f"lengths must be numbers of tokens, as in [{lengths!r}], got {lengths!r}")
     asked = [
         request_for(
             model.config, num_tokens, batch=batch, table=table, chunk_tokens=chunk_tokens,

@@ -1,6 +1,7 @@
 """Request: what a prefill is to run, decided from lengths and settings before anything touches the device."""
 
 import dataclasses
+import operator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -97,8 +98,14 @@ def request_for(
       held, held_capacity: tokens of each prompt in a cache that is continued, and its capacity.
 
     Raises:
-      ValueError: the prompt is too long, the table is for another model, or the sizes do not fit each other.
+      ValueError: the prompt is too long, the table is for another model, the sizes do not fit each other, or are no
+        whole numbers.
     """
+    num_tokens = _whole_number("num_tokens", num_tokens)
+    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens)
+    chunk_tokens = None if chunk_tokens is None else _whole_number("chunk_tokens", chunk_tokens)
+    if (batch := _whole_number("batch", batch)) < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     blocks = blocks or Blocks()
     table = as_table(table, num_layers=config.num_layers, num_heads=config.num_heads)
     shards = shards_of(mesh, num_kv_heads=config.num_kv_heads)
@@ -127,6 +134,14 @@ def request_for(
         measures_recall=measures_recall,
         mesh=mesh,
     )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """A whole number of any type, NumPy's too, as Python's; raises ValueError for another value."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _faster(table: PatternTable, sizes: Sizes, blocks: Blocks) -> PatternTable:

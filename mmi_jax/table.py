@@ -122,10 +122,12 @@ def as_table(table: PatternTable | Pattern | None, *, num_layers: int, num_heads
     """A table for a model of these sizes: one pattern, or None for dense attention, is that of every head.
 
     Raises:
-      ValueError: the table is for a model of another shape.
+      ValueError: the table is for a model of another shape, or no table.
     """
     if table is None or isinstance(table, Pattern):
         return uniform_table(table or Dense(), num_layers=num_layers, num_heads=num_heads)
+    if not isinstance(table, PatternTable):
+        raise ValueError(f"table must be a PatternTable, a pattern or None, got {table!r}")
     table.check_fits(num_layers=num_layers, num_heads=num_heads)
     return table
 

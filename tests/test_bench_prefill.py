@@ -68,11 +68,22 @@ def test_the_mix_is_checked_before_it_is_timed(tiny_preset, capsys):
         (["--preset", "8b"], "--preset must be one of 3b, 7b"),
         (["--preset", "tiny", "--layers", "3"], "--layers must be at most 2, those of tiny: got 3"),
         (["--preset", "tiny", "--table", "absent.json"], "absent.json"),
+        (["--preset", "tiny", "--table", "grid+nope"], "--table must be dense, cases joined by + (of grid, "),
+        (["--preset", "tiny", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, got 'int8'"),
+        (["--preset", "tiny", "--json-file", "absent/x.json"], "absent/x.json must be in a directory that exists"),
+        (["--tokens", "1048577"], "should be less than or equal to 1048576"),
     ],
 )
 def test_bad_options_end_before_anything_runs(tiny_preset, arguments, message, capsys):
-    assert main(["bench", "prefill", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    for command in ("prefill", "first-token"):
+        assert main(["bench", command, *arguments]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("arguments", [["soak", "--longest", "1048577"], ["soak", "--seed", "-1"]])
+def test_no_soak_begins_that_could_not_end(tiny_preset, arguments, capsys):
+    assert main(["bench", *arguments, "--preset", "tiny"]) == 2
+    assert f"'{arguments[1]}': Input should be" in capsys.readouterr().err
 
 
 def test_dense_seconds_are_measured_up_to_the_limit_and_extrapolated_above():

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,74 @@ case "$*" in *524288*) exit 7 ;; *1048576*) sleep 60 ;; *131072*) echo "$PWD $CU
     assert [outcomes[name].split()[0] for name in names] == ["done", "status", "ended"]
     assert (tmp_path / "plans-128k.log").read_text().split()[0] == str(ROOT)
     assert (tmp_path / "gpu_tuned.json").read_text() == gpu_tuned.PATH.read_text()
+
+
+def hopper(*arguments, **environment):
+    """What the script did."""
+    words = [*BENCH_HOPPER, *map(str, arguments)]
+    return subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """A Python that is killed in the plans of `--before` and prints what else it is asked for."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\ncase "$*" in *-before.json*) kill -9 $$ ;; *) echo "$*" ;; esac\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["results", "--only", "plans"], {}, "jobs must be of plans-128k, .*, got plans"),
+        (["python"], {}, "results must be a directory that can be written, got .*python"),
+        (["python/below"], {}, "results must be a directory that can be written, got .*python/below"),
+        (["results", "--before", "nowhere"], {}, "--before must be a directory, got .*nowhere"),
+        (["results", "--gpus", "0", "0"], {}, "--gpus must be different numbers, got .'0', '0'."),
+        (["results"], dict(CUDA_VISIBLE_DEVICES=""), "--gpus must be different numbers, got .''."),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, monkeypatch, interpreter, arguments, environment, message):
+    monkeypatch.chdir(tmp_path)
+    done = hopper(*arguments, PYTHON=interpreter, **environment)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_no_failure_costs_what_else_is_computed(tmp_path, interpreter):
+    (tmp_path / "gpu_tuned.json").write_text("tuned before")
+    (tmp_path / "broken.json").write_text('{"cases": [{"ca')
+    (tmp_path / "plans-1m.log").mkdir()
+    options = ["--only", "plans-128k", "plans-1m", "plans-32-8", "--gpus", "0", "--before", tmp_path]
+    done = hopper(tmp_path, *options, PYTHON=interpreter)
+    outcomes = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    assert [re.sub(" +", " ", line)[:27] for line in outcomes] == [
+        "broken cannot be read: JSON",
+        "plans-128k: status -9 after",
+        "plans-1m: not run: [Errno 2",
+        "plans-32-8: done in 0 s",
+    ]
+    assert "plans-128k.json" in (tmp_path / "plans-128k.log").read_text(), "the command after the one that was killed"
+    assert (tmp_path / "gpu_tuned.json").read_text() == "tuned before"
+
+
+def test_a_script_that_is_told_to_end_ends_its_jobs_and_says_what_became_of_them(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\necho begun\nsleep 60\n")
+    interpreter.chmod(0o755)
+    command = [*BENCH_HOPPER, str(tmp_path), "--only", "plans-1m", "plans-32-8", "--gpus", "0"]
+    script = subprocess.Popen(command, env=os.environ | {"PYTHON": str(interpreter)}, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "plans-1m.log"
+    while not (log.exists() and log.read_text()):
+        assert script.poll() is None
+        time.sleep(0.02)
+    script.terminate()
+    lines = [line for line in script.communicate(timeout=20)[0].splitlines() if not line.startswith("+")]
+    assert [re.sub(r"\d+ s$", "n s", line) for line in lines] == [
+        "plans-1m: status -9 after n s",
+        "plans-32-8: not begun: no time left",
+    ]
 
 
 @pytest.mark.slow

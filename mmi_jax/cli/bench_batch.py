@@ -33,7 +33,8 @@ def batch(
     preset: PresetOption = "7b",
     layers: LayersOption = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1024, help="Tokens of a prompt; repeated, for each. 2K to 32K on a GPU.")
+        list[int] | None,
+        typer.Option(min=1024, max=Buckets.largest, help="Tokens of a prompt; repeated, for each. 2K to 32K on a GPU."),
     ] = None,
     table: TableOption = "mix",
     dtype: BenchDTypeOption = None,
@@ -50,10 +51,11 @@ def batch(
         on_gpu = jax.default_backend() == "gpu"
         config = config_of(preset, layers)
         chosen = table_of(table, config)
+        dtype = bench_dtype(dtype)
         lengths = list(tokens or (ON_GPU if on_gpu else ELSEWHERE))
 
         def measure(_: Any) -> dict[str, Any]:
-            model = random_weights(config, bench_dtype(dtype))
+            model = random_weights(config, dtype)
             prompts = [video_prompt(config, n) for n in lengths]
             settings = dict(table=chosen, measures_recall=False)
             prepare_requests(model, requests_of(config, lengths, settings))

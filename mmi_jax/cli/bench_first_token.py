@@ -30,6 +30,7 @@ from mmi_jax.cli.plan import vision_bytes
 from mmi_jax.engine import prefill
 from mmi_jax.ready import prepare
 from mmi_jax.table import PatternTable
+from pallas_kernels.attention.gpu_tuned import check_target
 
 FPS = 2
 """Pictures per second, of the file and sampled: all of them are used, and a temporal patch is a second."""
@@ -61,6 +62,8 @@ def first_token(
     prefills of all lengths are compiled first, side by side.
     """
     with one_line_errors(shows_traceback=debug):
+        if json_file is not None:
+            check_target(json_file)  # here, since much is compiled and checked before the cases begin
         take_memory(NEARLY_ALL)
         on_gpu = jax.default_backend() == "gpu"
         config = config_of(preset, layers)

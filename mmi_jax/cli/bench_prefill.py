@@ -33,6 +33,7 @@ from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.start_child import start_seconds
 from mmi_jax.table import PatternTable, as_table, load_table
+from pallas_kernels.attention.gpu_tuned import check_target
 
 NEARLY_ALL = 0.96
 """Of a GPU's memory: a million tokens take 112 GiB of it."""
@@ -65,6 +66,8 @@ def prefill(
     Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.
     """
     with one_line_errors(shows_traceback=debug):
+        if json_file is not None:
+            check_target(json_file)  # here, since much is compiled and checked before the cases begin
         take_memory(NEARLY_ALL)
         on_gpu = jax.default_backend() == "gpu"
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
@@ -172,12 +175,15 @@ def config_of(preset: str, layers: int | None) -> Any:
 
 
 def table_of(name: str, config: Any) -> PatternTable:
-    """The table that `--table` names, for the layers that run."""
+    """The table that `--table` names, for the layers that run; raises ValueError where it names none."""
     if set(cases := name.split("+")) <= set(PLAN_CASES):
         return mixed_table(config.num_layers, config.num_heads, cases)
     if name == "dense":
         table = as_table(None, num_layers=config.num_layers, num_heads=config.num_heads)
         return dataclasses.replace(table, model="dense")
+    if not Path(name).is_file():
+        known = ", ".join(PLAN_CASES)
+        raise ValueError(f"--table must be dense, cases joined by + (of {known}), or a file that exists, got {name!r}")
     table = load_table(Path(name))
     if table.num_layers > config.num_layers:
         table = dataclasses.replace(table, layers=table.layers[: config.num_layers])

@@ -40,10 +40,10 @@ def run_soak(
     layers: Annotated[int, typer.Option(min=1, help="Run the first layers only.")] = 4,
     prompts: Annotated[int, typer.Option(min=9, help="Random prompts: text, images, videos, several of them.")] = 50,
     shortest: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, at least.")] = 2**12,
-    longest: Annotated[int, typer.Option(min=1024, help="Tokens of a prompt, at most.")] = 2**18,
+    longest: Annotated[int, typer.Option(min=1024, max=Buckets.largest, help="Tokens of a prompt, at most.")] = 2**18,
     table: TableOption = "mix",
     dtype: BenchDTypeOption = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:

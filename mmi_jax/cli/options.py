@@ -7,6 +7,7 @@ from typing import Annotated
 import jax
 import typer
 
+from mmi_jax.buckets import Buckets
 from mmi_jax.cli import compiled
 
 
@@ -28,7 +29,8 @@ CostsOption = Annotated[
 PresetOption = Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b; weights are random.")]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="Run the first layers only.")]
 LengthsOption = Annotated[
-    list[int] | None, typer.Option(min=1024, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K.")
+    list[int] | None,
+    typer.Option(min=1024, max=Buckets.largest, help="Tokens of the prompt; may be repeated. 128K on a GPU, else 2K."),
 ]
 TableOption = Annotated[
     str, typer.Option(help="mix, grid+vertical-slash (cases of `bench plans`), dense, or a JSON pattern table.")
@@ -37,5 +39,7 @@ BenchDTypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU, e
 
 
 def bench_dtype(asked: str | None) -> str:
-    """What `BenchDTypeOption` stands for on the default device."""
+    """What `BenchDTypeOption` stands for on the default device; raises ValueError for a type no model computes in."""
+    if asked is not None and asked not in list(DType):
+        raise ValueError(f"--dtype must be one of {', '.join(DType)}, got {asked!r}")
     return asked or ("bfloat16" if jax.default_backend() == "gpu" else "float32")

@@ -44,7 +44,10 @@ def check_inputs(inputs: AttentionInputs) -> None:
     (num_q_heads, t, d), (num_kv_heads, s, d_k), x = inputs.q.shape, inputs.k.shape, inputs.k_extra.shape[1]
     index = inputs.index
     rules = [
-        (num_q_heads % num_kv_heads == 0, f"{num_q_heads=} must be a multiple of {num_kv_heads=}"),
+        (min(num_q_heads, num_kv_heads, t) > 0,
+         f"there must be heads and queries, got {num_q_heads=}, {num_kv_heads=}, {t=}"),
+        (index.start.shape[1] > 0, f"lists must have room for an entry, got index.start {index.start.shape}"),
+        (num_q_heads % max(num_kv_heads, 1) == 0, f"{num_q_heads=} must be a multiple of {num_kv_heads=}"),
         (d == d_k, f"q and k must have one head dim: q has {d}, k has {d_k}"),
         (inputs.v.shape == inputs.k.shape, f"v must have k's shape {inputs.k.shape}, got {inputs.v.shape}"),
         (inputs.k.dtype == inputs.q.dtype == inputs.v.dtype, "q, k and v must have one dtype: "

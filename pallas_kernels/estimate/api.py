@@ -1,6 +1,7 @@
 """column_mass and line_mass: attention that a few queries of each head spend on every key, and at every distance."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -43,9 +44,10 @@ def column_mass(
       implementation: a named backend runs or raises; None walks `DEFAULT_ORDER`.
 
     Raises:
-      ValueError: the implementation's name is unknown.
+      ValueError: the shapes do not fit each other, one is empty, or the implementation's name is unknown.
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
+    _check(q, k, kv_head, q_pos, kv_pos, scale)
     (mass,) = _folding("column_mass", implementation, scale=scale)(k, kv_pos, kv_head, q, q_pos)
     return mass
 
@@ -73,7 +75,28 @@ def line_mass(
       Mass per key; and per band, `ceil(s / band) + 1` of them: band `n` holds the distances from `n * band - band // 2`
       up to, not including, `n * band + (band + 1) // 2`.
     """
+    _check(q, k, kv_head, q_pos, kv_pos, scale)
+    if band < 1 or q_row.shape != q_pos.shape:
+        raise ValueError(f"{band=} must be at least 1 key, and q_row {q_pos.shape} as q_pos, got {q_row.shape}")
     return _folding("line_mass", implementation, scale=scale, band=band)(k, kv_pos, kv_head, q, q_pos, q_row)
+
+
+def _check(q, k, kv_head, q_pos, kv_pos, scale: float) -> None:
+    """Raises ValueError, with rule and got, for arguments that no backend could honour."""
+    rules = [
+        (min(*q.shape, *k.shape, kv_pos.shape[0]) > 0, "q, k and kv_pos must not be empty: "
+         f"got {q.shape}, {k.shape}, {kv_pos.shape}"),
+        (q.shape[2] == k.shape[2], f"q and k must have one head dim: got {q.shape[2]}, {k.shape[2]}"),
+        (kv_head.shape == q.shape[:1], f"kv_head must be [{q.shape[0]}], got {kv_head.shape}"),
+        (q_pos.shape == q.shape[:2], f"q_pos must be {q.shape[:2]}, got {q_pos.shape}"),
+        (kv_pos.shape[1] == k.shape[0], f"kv_pos must have {k.shape[0]} positions in a row, got {kv_pos.shape[1]}"),
+        (k.shape[1] % max(kv_pos.shape[0], 1) == 0, "kv heads must share the rows of kv_pos evenly: "
+         f"got {k.shape[1]} kv heads, {kv_pos.shape[0]} rows"),
+        (math.isfinite(scale), f"scale must be finite, got {scale}"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
 
 
 @functools.cache

@@ -29,6 +29,9 @@ RESIDENT_BYTES = 2**16
 NUM_PROGRAMS = 2 * 132
 """Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
 
+LEAST_SCALE = 1e-6
+"""Below about 1e-8 a hidden key's scaled score, of `MASKED`, would no longer be below `LOWEST`, and would count."""
+
 
 def column_mass(
     k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
@@ -66,7 +69,7 @@ def check_supported(q, k, scale: float, band: int = 16) -> None:
         (q.shape[2] in (64, 128, 256), f"head_dim must be 64, 128 or 256, got {q.shape[2]}"),
         (q.shape[1] <= NUM_QUERIES, f"a head may have at most {NUM_QUERIES} queries, got {q.shape[1]}"),
         (k.shape[0] % TILE_KEYS == 0, f"keys must be a multiple of {TILE_KEYS}, got {k.shape[0]}"),
-        (scale > 0, f"scale must be positive, got {scale}"),
+        (scale >= LEAST_SCALE, f"scale must be at least {LEAST_SCALE}, got {scale}"),
         (band in (8, 16, 32, 64), f"a band must be 8, 16, 32 or 64 keys, got {band}"),
     ]  # fmt: skip
     for holds, message in limits:

@@ -1,5 +1,6 @@
 """prepare: after it a prefill of a prepared length compiles nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 
-from mmi_jax import fit, prefill, prepare
+from mmi_jax import chunk, fit, prefill, prepare
 from mmi_jax.batch import fit_prompt
 from mmi_jax.bench.soak import counted_compilations
 from mmi_jax.chunk import num_compiled_programs
@@ -62,3 +63,44 @@ def test_what_prefill_refuses_is_refused(monkeypatch):
     monkeypatch.setattr(fit, "room_of", lambda device: Room(limit=10_000))
     with pytest.raises(DoesNotFitError, match="1 x 80 tokens must fit the device"):
         prepare(tiny_model(), [64, 75], **SIZES)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("lengths", "settings", "message"),
+    [
+        (64, {}, "lengths must be numbers of tokens, as in .64., got 64"),
+        ("64", {}, "lengths must be numbers of tokens"),
+        ([64, 80.0], {}, "num_tokens must be a whole number, got 80.0"),
+        ([None], {}, "num_tokens must be a whole number, got None"),
+        ([64], dict(batch=0), "batch must be at least 1, got 0"),
+        ([64], dict(batch=1.5), "batch must be a whole number, got 1.5"),
+        ([64], dict(max_new_tokens=3.5), "max_new_tokens must be a whole number, got 3.5"),
+        ([64], dict(chunk_tokens="32"), "chunk_tokens must be a whole number, got '32'"),
+        ([64], dict(table="mix"), "table must be a PatternTable, a pattern or None, got 'mix'"),
+    ],
+)
+def test_what_is_no_length_or_setting_is_refused_before_anything_is_compiled(lengths, settings, message):
+    programs = num_compiled_programs()
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny_model(), lengths, **SIZES, **settings)
+    assert num_compiled_programs() == programs
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_lengths_and_settings_may_be_of_numpy():
+    settings: dict[str, Any] = dict(batch=np.int32(2), max_new_tokens=np.int64(3), chunk_tokens=np.int64(32))
+    ours: Any = np.int64(90)
+    assert request_for(CONFIG, ours, **SIZES, **settings) == request_for(
+        CONFIG, 90, batch=2, max_new_tokens=3, chunk_tokens=32, **SIZES
+    )
+
+
+def test_what_is_compiled_beside_a_program_that_fails_is_kept(monkeypatch):
+    monkeypatch.setattr(chunk, "_COMPILED", {})
+    with ThreadPoolExecutor() as pool:
+        parts = chunk._Parts(pool=pool)
+        parts.futures = {"fails": pool.submit(divmod, 1, 0), "compiles": pool.submit(divmod, 7, 2)}
+        with pytest.raises(ZeroDivisionError):
+            parts.finish()
+    assert chunk._COMPILED == {"compiles": (3, 1)}

@@ -238,6 +238,8 @@ def wrong_inputs():
     two_q_heads = change(q=fewer, q_pos=fewer, k_extra=fewer, v_extra=fewer)
     return {
         "heads": (three_kv_heads, "num_q_heads=4 must be a multiple of num_kv_heads=3"),
+        "no kv heads": (change(k=lambda x: x[:0], v=lambda x: x[:0]), "heads and queries, got .*num_kv_heads=0, t=40"),
+        "no queries": (change(q=lambda x: x[:, :0], q_pos=lambda x: x[:, :0]), "heads and queries, got .*t=0"),
         "head_dim": (change(k=twice(2), v=twice(2)), "q and k must have one head dim: q has 16, k has 32"),
         "v": (change(v=twice(1)), "v must have k's shape"),
         "dtype": (change(v=bf16), "q, k and v must have one dtype: got float32, float32, bfloat16"),
@@ -265,6 +267,16 @@ def test_bad_input_is_one_clear_value_error(rng, no_shape_checks, rule):
     arguments: dict[str, Any] = {name: as_array(x) for name, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(q, k, v, problem.index, **arguments)
+
+
+def test_lists_without_room_for_an_entry_are_refused(rng, no_shape_checks):
+    problem = random_problem(rng)
+    none = {name: getattr(problem.index, name)[:, :0] for name in ("start", "interval")}
+    index = dataclasses.replace(problem.index, **none)
+    q, k, v = (jnp.asarray(x) for x in (problem.q, problem.k, problem.v))
+    kwargs: dict[str, Any] = {name: jnp.asarray(x) for name, x in problem.kwargs.items()}
+    with pytest.raises(ValueError, match="room for an entry, got index.start .4, 0."):
+        block_sparse_attention(q, k, v, index, **kwargs)
 
 
 def test_when_every_backend_refuses_each_reason_is_told(rng, monkeypatch):

@@ -1,6 +1,7 @@
 """Attention mass per key and band: meaning in float64, vmap without copies, the Hopper kernel interpreted, lowered."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,37 @@ def test_mapped_heads_and_examples_join_the_heads(rng):
 def test_unknown_implementation_is_named(rng):
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         column_mass(**problem(rng), scale=SCALE, implementation="cuda")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_keys=0), "must not be empty: got .3, 50, 64., .0, 2, 64."),
+        (dict(num_queries=0), "must not be empty"),
+        (dict(q_pos=np.zeros((3, 49), np.int32)), "q_pos must be .3, 50., got .3, 49."),
+        (dict(kv_head=np.zeros(2, np.int32)), "kv_head must be .3., got .2,."),
+        (dict(kv_pos=np.zeros((1, 511), np.int32)), "512 positions in a row, got 511"),
+        (dict(kv_pos=np.zeros((3, 512), np.int32)), "got 2 kv heads, 3 rows"),  # would read past the rows on a GPU
+        (dict(scale=float("nan")), "scale must be finite, got nan"),
+        (dict(q_row=np.zeros((3, 50), np.int32), band=0), "band=0 must be at least 1"),
+        (dict(q_row=np.zeros((3, 49), np.int32), band=16), "q_row .3, 50. as q_pos, got .3, 49."),
+    ],
+)
+def test_what_no_backend_could_honour_is_refused(change, message):
+    sizes = {name: x for name, x in change.items() if name.startswith("num_")}
+    q, k = jnp.zeros((3, sizes.get("num_queries", 50), 64)), jnp.zeros((sizes.get("num_keys", 512), 2, 64))
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+    args: dict[str, Any] = dict(q=q, k=k, kv_head=zeros(3), q_pos=zeros(*q.shape[:2]), kv_pos=zeros(1, k.shape[0]))
+    args |= dict(scale=SCALE) | {name: x for name, x in change.items() if name not in sizes}
+    with pytest.raises(ValueError, match=message):
+        (line_mass if "band" in args else column_mass)(**args)
+
+
+def test_check_supported_refuses_a_scale_at_which_hidden_keys_would_count(rng):
+    args = problem(rng)
+    with pytest.raises(NotImplementedError, match="scale must be at least 1e-06, got 1e-12"):
+        mosaic_gpu.check_supported(args["q"], args["k"], 1e-12)
 
 
 @pytest.mark.skipif(has_hopper_gpu(), reason="there is a Hopper GPU")
