@@ -15,7 +15,7 @@ HOST_STAGES = (
     "time without a kernel is not known."
 )
 
-LAYERS_TITLE = "min / mean / max over heads\ndensity: computed, of causal attention; whole tiles of a short prompt: > 1"
+LAYERS_TITLE = "min / mean / max over heads\ndensity: tiles computed, over causal's; above 1 in short prompts"
 
 
 def print_result(result: TaskResult, console: Console) -> None:
