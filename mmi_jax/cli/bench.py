@@ -28,7 +28,7 @@ from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
-app = typer.Typer(name="bench", help="Time attention beside its dense baseline; outputs are checked first.")
+app = typer.Typer(name="bench", help="Time kernels and whole prefills beside a baseline; outputs are checked first.")
 
 ALONE, BESIDE_TORCH = 0.92, 0.70
 """Shares of a GPU's memory that JAX may take."""

@@ -7,19 +7,23 @@ import typer
 
 from mmi_jax.bench.decode import DecodeSizes, bench_decode
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption, RepeatsOption, check_known, take_memory
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, RepeatsOption, check_known, take_memory
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.options import BenchDTypeOption, PresetOption, bench_dtype
 
+XlaOption = Annotated[bool, typer.Option("--baseline/--no-baseline", help="Also time the same by XLA.")]
+
 
 def decode(
     preset: PresetOption = "7b",
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in the cache; may be repeated.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens in the cache; may be repeated. 128K unless given.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of that length.")] = 1,
     dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 5,
-    baseline: BaselineOption = True,
+    baseline: XlaOption = True,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -45,7 +49,7 @@ def vision(
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video, two pictures each.")] = 128,
     dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 5,
-    baseline: BaselineOption = True,
+    baseline: XlaOption = True,
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:

@@ -138,3 +138,10 @@ def print_plan(request: PlanRequest, out: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if request.device in GPUS:
+        out.print(
+            f"JAX takes {memory_fraction():.0%} of this GPU; {FRACTION_VARIABLE} gives it another share",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -15,6 +15,8 @@ HOST_STAGES = (
     "time without a kernel is not known."
 )
 
+LAYERS_TITLE = "min / mean / max over heads\ndensity: tiles computed, over causal's; above 1 in short prompts"
+
 
 def print_result(result: TaskResult, console: Console) -> None:
     """Everything a prefill found, the answer last."""
@@ -74,7 +76,7 @@ def stages_table(stages: StageTimes) -> Table:
 
 def layers_table(report: PrefillReport) -> Table:
     """Patterns, density and estimated recall of each layer; min, mean, max over its heads."""
-    table = _table("layer", "patterns", "density", "estimated recall", title="min / mean / max over heads")
+    table = _table("layer", "patterns", "density", "estimated recall", title=LAYERS_TITLE)
     for n, heads in enumerate(report.table.layers):
         counts = Counter(type(pattern).__name__ for pattern in heads)
         patterns = ", ".join(f"{name} x {count}" for name, count in counts.items())
