@@ -48,7 +48,7 @@ def niah(
                 model=model,
                 tasks=read_tasks(task or []),
                 haystack=haystack,
-                tokens=tuple(tokens or (4096,)),
+                tokens=tuple(sorted(set(tokens or [4096]))),
                 num_depths=depths,
                 samples=samples,
                 methods=methods,
