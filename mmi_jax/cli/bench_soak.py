@@ -28,6 +28,9 @@ from mmi_jax.table import PatternTable
 type Grid = tuple[int, int, int]
 """Frames, rows and columns of an image or a video, in patches."""
 
+ROUNDS = 2
+"""How often every prompt comes."""
+
 FRAME_SIDES = (8, 16)
 """Tokens along the side of a frame or image."""
 
@@ -49,8 +52,9 @@ def run_soak(
 ) -> None:
     """Random prompts in one process: programs, compilations, and bytes of host and device after each of them.
 
-    All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. The
-    growth compares the last third of the prompts with the middle one.
+    All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. Every
+    prompt comes twice, all of them in turn, because a program's first run takes memory of the host; the growth compares
+    the last third of the rows with the middle one.
     """
     from models.qwen2_5_vl.random_weights import with_random_weights
     from models.qwen2_5_vl.weights import abstract_model
@@ -70,7 +74,7 @@ def run_soak(
             several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
             ready = made_ready(model, chosen, several)
             run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
-            rows = soak(run, several, on_row=lambda row: tell(row, lengths[row["prompt"]]))
+            rows = soak(run, several * ROUNDS, on_row=lambda row: tell(row, lengths[row["prompt"] % prompts]))
             return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "ready": ready}
 
         run_all(
@@ -128,7 +132,11 @@ def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str,
     used = len({Buckets().length_for(length) for length in lengths})
     last = {name: rows[-1][name] for name in ("programs", "compilations")}
     seconds = round(sum(row["seconds"] for row in rows), 2)
-    return grown | last | {"prompts": len(rows), "buckets": used, "seconds": seconds, "rows": list(rows)}
+    return (
+        grown
+        | last
+        | {"prompts": len(lengths), "runs": len(rows), "buckets": used, "seconds": seconds, "rows": list(rows)}
+    )
 
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:

@@ -93,6 +93,7 @@ def test_nothing_is_compiled_once_a_soak_has_begun(monkeypatch, tmp_path, capsys
     printed = capsys.readouterr()
     case = json.loads(printed.out.strip().splitlines()[-1])["cases"][0]
     assert case["compilations"] == 0 and {row["compilations"] for row in case["rows"]} == {0}
+    assert (case["prompts"], case["runs"], len(case["rows"])) == (9, 18, 18), "each comes twice"
     assert case["buckets"] == 7 and {row["programs"] for row in case["rows"]} == {case["programs"]}
     assert case["ready"]["programs"] > 0 and case["ready"]["embeddings"] > 0
     assert "ready: 7 buckets" in printed.err and "prompt 8, 1,087 tokens" in printed.err
