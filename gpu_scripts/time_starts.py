@@ -74,8 +74,8 @@ def prefill_times(options: argparse.Namespace, directory: Path) -> None:
     """Compile seconds, median and fastest seconds of one table's prefills at one length."""
     from mmi_jax.bench.prefill import bench_prefill
     from mmi_jax.cli import compiled
-    from mmi_jax.cli.bench import take_memory
-    from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, random_weights, table_of
+    from mmi_jax.cli.bench_prefill import config_of, random_weights, table_of
+    from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
     from mmi_jax.cli.made_prompts import video_prompt
 
     take_memory(NEARLY_ALL)

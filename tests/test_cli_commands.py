@@ -1,11 +1,12 @@
 """`mmi` itself, `mmi show` and `mmi doctor`."""
 
+import os
 from importlib import metadata
 
 import pytest
 
 from mmi_jax import AShape, Dense, Grid, PatternTable
-from mmi_jax.cli import compiled, doctor, main
+from mmi_jax.cli import compiled, doctor, gpu_memory, main
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,22 @@ def test_the_cache_directory_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiled.default_cache_directory() == tmp_path / "mmi-jax" / "compiled"
     assert compiled.cache_contents(tmp_path / "absent") == compiled.CacheContents(num_programs=0, num_bytes=0)
+
+
+def test_commands_take_nearly_all_of_a_gpu_unless_told_otherwise(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    gpu_memory.take_memory(gpu_memory.NEARLY_ALL)
+    assert gpu_memory.memory_fraction() == 0.5
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    assert main(["doctor", "--plan", "7b", "--tokens", "4096", "--device", "h200"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "of 134.1 GiB: it fits" in printed and "mmi takes 96% of this GPU, JAX in a program of your own 75%" in printed
+    )
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    gpu_memory.take_memory(gpu_memory.ALONE)
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.92"
 
 
 def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):

@@ -23,15 +23,13 @@ from mmi_jax.bench.tune import TuneProblem, check_table, tune_and_keep
 from mmi_jax.cli import bench_table
 from mmi_jax.cli.bench_run import Run, in_own_process, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import ALONE, BESIDE_TORCH, take_memory
 from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
 app = typer.Typer(name="bench", help="Time kernels and whole prefills beside a baseline; outputs are checked first.")
-
-ALONE, BESIDE_TORCH = 0.92, 0.70
-"""Shares of a GPU's memory that JAX may take."""
 
 CaseOption = Annotated[
     list[str] | None, typer.Option("--case", help="A case by name, or a pattern such as 'all *'; may be repeated.")
@@ -152,7 +150,7 @@ def check(
 
     with one_line_errors(shows_traceback=debug):
         check_known("--implementation", implementation, get_args(Implementation))
-        take_memory()
+        take_memory(ALONE)
         names = _chosen(case, list(RULE_CASES), list(RULE_CASES))
         runs = [Run(name, name) for name in names]
         run_all(runs, measure, bench_table.check_table, json_file, stops_at_error=debug, times_matmul=False)
@@ -177,7 +175,7 @@ def tune_configs(
         return tune_and_keep(problem, table, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        take_memory()
+        take_memory(ALONE)
         if not has_hopper_gpu():
             raise NotImplementedError(f"tune needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
         check_table(table)
@@ -213,12 +211,6 @@ def _heads(text: str) -> tuple[int, int]:
     if len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):
         raise ValueError(f"--heads must be query heads / kv heads, as in 28/4: got {text!r}")
     return int(numbers[0]), int(numbers[1])
-
-
-def take_memory(fraction: float = ALONE) -> None:
-    """Lets JAX take memory of a GPU as it needs it, at most this share; before it opens the device."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.2f}")
 
 
 def _dense_fits(num_heads: int, num_tokens: int) -> bool:

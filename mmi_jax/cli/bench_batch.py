@@ -13,10 +13,11 @@ import typer
 from mmi_jax.bench.rows import row
 from mmi_jax.buckets import Buckets
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench import DebugOption, JsonFileOption, RepeatsOption, take_memory
-from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, random_weights, table_of
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, RepeatsOption
+from mmi_jax.cli.bench_prefill import config_of, random_weights, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine import prefill

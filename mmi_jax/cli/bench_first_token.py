@@ -20,10 +20,11 @@ from mmi_jax.bench.prefill import DenseBaseline, dense_seconds, is_all_dense, me
 from mmi_jax.bench.rows import row
 from mmi_jax.buckets import Buckets
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption, take_memory
-from mmi_jax.cli.bench_prefill import NEARLY_ALL, config_of, head_shapes, own_programs, table_of
+from mmi_jax.cli.bench import BaselineOption, DebugOption, JsonFileOption
+from mmi_jax.cli.bench_prefill import config_of, head_shapes, own_programs, table_of
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.made_prompts import made_prompt, video_pieces, video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.plan import vision_bytes

@@ -7,9 +7,10 @@ import typer
 
 from mmi_jax.bench.decode import DecodeSizes, bench_decode
 from mmi_jax.cli import bench_table
-from mmi_jax.cli.bench import DebugOption, JsonFileOption, RepeatsOption, check_known, take_memory
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, RepeatsOption, check_known
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import ALONE, take_memory
 from mmi_jax.cli.options import BenchDTypeOption, PresetOption, bench_dtype
 
 XlaOption = Annotated[bool, typer.Option("--baseline/--no-baseline", help="Also time the same by XLA.")]
@@ -34,7 +35,7 @@ def decode(
         return bench_decode(model, f"{preset} {num_tokens}", sizes, with_baseline=baseline, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        take_memory()
+        take_memory(ALONE)
         model = _random_model(preset, dtype, "decoder")
         runs = [Run(f"{preset} {n}", n) for n in tokens or [2**17]]
         run_all(runs, measure, bench_table.decode_table, json_file, stops_at_error=debug, times_matmul=False)
@@ -62,7 +63,7 @@ def vision(
         return bench_vision(tower, name, size, num_frames=frames, with_baseline=baseline, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
-        take_memory()
+        take_memory(ALONE)
         grids = [(text, _grid(text)) for text in grid or ["12x12", "16x16", "20x36"]]
         tower = _random_model(preset, dtype, "vision")
         merge = tower.config.merge_size

@@ -26,17 +26,15 @@ from mmi_jax.bench.prefill import (
 from mmi_jax.bench.rows import row
 from mmi_jax.bench.torch_model import transformers_rows
 from mmi_jax.cli import bench_table, compiled
-from mmi_jax.cli.bench import DebugOption, JsonFileOption, check_known, take_memory
+from mmi_jax.cli.bench import DebugOption, JsonFileOption, check_known
 from mmi_jax.cli.bench_run import Run, run_all
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.made_prompts import video_prompt
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.cli.start_child import start_seconds
 from mmi_jax.table import PatternTable, as_table, load_table
 from pallas_kernels.attention.gpu_tuned import check_target
-
-NEARLY_ALL = 0.96
-"""Of a GPU's memory: a million tokens take 112 GiB of it."""
 
 PLANTED_NATS = 14.0
 """Scores of a head at what it looks at, above those of far tokens."""

@@ -7,6 +7,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
 
 
@@ -39,6 +40,7 @@ def niah(
 ) -> None:
     """Measure how often a model finds what it is asked for; a killed run goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        take_memory(NEARLY_ALL)
         from mmi_jax.cli.niah_run import run_niah  # here, so that the other commands start without models
         from mmi_jax.cli.niah_task import NiahTask, read_methods, read_tasks
 

@@ -1,7 +1,6 @@
 """`mmi doctor --plan`: what a prefill would hold on a device that may not be here, and what would fit it."""
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.chips import CHIPS, GB, GIB
+from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
 from mmi_jax.cli.prefill import chosen_patterns
 from mmi_jax.fit import Room, check_fits, describe, room_of, weight_bytes
 from mmi_jax.memory import MemoryTask
@@ -21,9 +21,6 @@ from mmi_jax.table import as_table
 
 GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
 """Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""
-
-FRACTION_VARIABLE, DEFAULT_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75
-"""What share of a GPU JAX takes (JAX documentation, "GPU memory allocation")."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,11 +111,6 @@ def room_for(device: str | None) -> Room:
     return Room(limit=round(GPUS[device] * memory_fraction()))
 
 
-def memory_fraction() -> float:
-    """The share of a GPU's memory that JAX takes, as the environment says."""
-    return float(os.environ.get(FRACTION_VARIABLE) or DEFAULT_FRACTION)
-
-
 def print_plan(request: PlanRequest, out: Console) -> None:
     """The buffers of the prefill, and that it fits.
 
@@ -140,7 +132,8 @@ def print_plan(request: PlanRequest, out: Console) -> None:
     )
     if request.device in GPUS:
         out.print(
-            f"JAX takes {memory_fraction():.0%} of this GPU; {FRACTION_VARIABLE} gives it another share",
+            f"mmi takes {memory_fraction():.0%} of this GPU, JAX in a program of your own {JAX_DEFAULT:.0%}; "
+            f"{FRACTION_VARIABLE} gives another share",
             style="dim",
             highlight=False,
             soft_wrap=True,

@@ -8,6 +8,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import CacheDirOption, DebugOption, DType
 from mmi_jax.cli.task import Outputs, PrefillTask, Sampling
 from mmi_jax.codec import parse
@@ -61,6 +62,7 @@ def prefill(
     from models.media import MAX_FRAMES
 
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        take_memory(NEARLY_ALL)
         if distributed:
             jax.distributed.initialize()
         if is_demo:

@@ -7,6 +7,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import CacheDirOption, DebugOption, DType
 from mmi_jax.cli.prefill import chosen_patterns
 
@@ -28,6 +29,7 @@ def qa(
 ) -> None:
     """Ask a model every question of a set: options by the logits of their letters, open questions by decoding."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        take_memory(NEARLY_ALL)
         from mmi_jax.cli.qa_run import QaTask, run_qa  # here, so that the other commands start without models
 
         run_qa(

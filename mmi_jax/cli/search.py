@@ -7,6 +7,7 @@ import typer
 
 from mmi_jax.cli import compiled
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
 from mmi_jax.cli.search_task import Calibration, Dial, SearchTask
 
@@ -45,6 +46,7 @@ def search(
 ) -> None:
     """Find a pattern for every head and write the table; a killed search goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
+        take_memory(NEARLY_ALL)
         if from_minference is not None:
             convert(from_minference, output)
             return
