@@ -37,10 +37,10 @@ class Buckets:
         """
         if not 0 < num_tokens <= self.largest:
             raise ValueError(f"a prompt must have 1 to {self.largest} tokens (the largest bucket), got {num_tokens}")
-        num_tokens = max(num_tokens, self.smallest)
-        octave = 2 ** max((num_tokens - 1).bit_length() - 1, 0)  # the power of two below
-        step = max(octave // 8 // self.multiple, 1) * self.multiple
-        return min(-(-num_tokens // step) * step, self.largest)
+        units = -(-max(num_tokens, self.smallest) // self.multiple)
+        octave = 2 ** max((units - 1).bit_length() - 1, 0)  # the power of two below
+        step = max(octave // 8, 1)
+        return min(-(-units // step) * step * self.multiple, self.largest)
 
     def lengths(self) -> list[int]:
         """All padded lengths, ascending."""

@@ -40,6 +40,7 @@ def run(capsys, *arguments):
     return out, json.loads(out.strip().splitlines()[-1])["cases"][0]
 
 
+@pytest.mark.slow
 def test_a_length_has_its_figures_with_dense_and_stages_beside_them(tiny_preset, table, tmp_path, capsys):
     out, case = run(capsys, "--table", table, "--profile", tmp_path / "trace", "--no-check", "--debug")
     assert (case["tokens"], case["padded_tokens"], case["layers"], case["heads"]) == (1024, 1024, 1, "6/2")

@@ -167,6 +167,7 @@ def test_a_whole_that_differs_from_its_parts_is_not_timed(monkeypatch):
         bench_plan("a-shape", SIZES, implementation="xla", repeats=1)
 
 
+@pytest.mark.slow
 def test_heads_that_run_dense_are_counted_and_checked_as_dense(monkeypatch):
     dense_is_free = CostModel(
         dense_ms=0.0, dense_ns_per_tile=0.0, sparse_ms=1.0, plan_ms=1.0, sparse_ns_per_tile=1.0, move_ns=1.0,

@@ -36,6 +36,7 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_decode_counts_the_bytes_that_a_token_reads(capsys):
     assert main(["bench", "decode", "--preset", "tiny", "--tokens", "70", "--batch", "2", "--repeats", "1"]) == 0
     (case,) = last_line(capsys)["cases"]
@@ -64,6 +65,7 @@ def test_a_wrong_step_is_not_timed(capsys, monkeypatch):
     assert "relative error must be at most" in last_line(capsys)["cases"][0]["error"]
 
 
+@pytest.mark.slow
 def test_vision_counts_frames_tokens_and_operations(capsys):
     arguments = ["bench", "vision", "--preset", "tiny", "--grid", "4x6", "--frames", "3", "--repeats", "1"]
     assert main(arguments) == 0

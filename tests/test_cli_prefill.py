@@ -212,6 +212,7 @@ def test_without_json_the_report_is_on_stdout(random, capsys, monkeypatch, tmp_p
     assert "loading weights" in printed.err
 
 
+@pytest.mark.slow
 def test_a_traced_plan_is_the_one_that_prefill_ran(random):
     model, processor = load(random.model, dtype=jnp.float32), Processor.from_directory(random.model)
     prompt = processor([read_video(DEMO_VIDEO, fps=2.0, max_frames=8, resize=processor.fit_frame), "What?"])

@@ -16,6 +16,11 @@ def program(x):
     return x
 
 
+@pytest.fixture(autouse=True)
+def quick_programs_are_kept(monkeypatch):
+    monkeypatch.setattr(compiled, "MIN_COMPILE_SECONDS", 0.0)
+
+
 def run(directory):
     """The program's result, compiled or read back."""
     with compiled.kept_programs(directory):

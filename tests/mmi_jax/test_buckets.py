@@ -1,7 +1,7 @@
 """Buckets: padded lengths by hand, their spacing, and what is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmi_jax import Buckets
@@ -21,6 +21,7 @@ def test_lengths_by_hand(num_tokens, expected):
     smallest=st.integers(1, 8),
     largest=st.integers(0, 5000),
 )
+@example(num_tokens=3934, multiple=69, smallest=1, largest=60)
 def test_a_length_is_whole_near_and_its_own_bucket(num_tokens, multiple, smallest, largest):
     buckets = Buckets(smallest=smallest * multiple, largest=(smallest + largest) * multiple, multiple=multiple)
     num_tokens = min(num_tokens, buckets.largest)

@@ -131,6 +131,7 @@ def test_a_prompt_that_does_not_fit_is_told_what_would():
     assert "1 prompt at a time" in message and "at most 655,360 tokens in the same way" in message
 
 
+@pytest.mark.slow
 def test_what_is_said_to_fit_fits_and_what_is_longer_does_not():
     limit, one = 54 * GIB, task(Grid(), num_tokens=2**19)
     assert plan_memory(one).peak > limit

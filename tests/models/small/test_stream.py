@@ -56,6 +56,7 @@ def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
     np.testing.assert_array_equal(draw(bank, jnp.asarray(frames)), pixels(frames, HAYSTACK))
 
 
+@pytest.mark.slow
 def test_padding_changes_no_logits(bank):
     config = small_config(num_layers=2, embed_dim=128, mlp_dim=64, num_heads=2, vision_dim=32)
     model = Qwen2_5_VL(config, rngs=nnx.Rngs(0))
