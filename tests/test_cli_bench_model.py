@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmi_jax.bench import timing
-from mmi_jax.cli import main
+from mmi_jax.cli import bench_model, main
 from mmi_jax.cli.bench_vision import frame_flops
 from models.qwen2_5_vl import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.presets import PRESETS
@@ -97,6 +98,12 @@ def test_operations_of_a_frame_by_hand():
 def test_bad_options_are_refused_first(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_type_that_the_message_names_is_taken(dtype):
+    tower = bench_model._random_model("tiny", dtype, "vision")
+    assert {str(a.dtype) for a in jax.tree.leaves(nnx.state(tower))} == {dtype}
 
 
 def test_the_copy_rate_counts_bytes_read_and_written():

@@ -78,8 +78,7 @@ def _random_model(preset: str, dtype: str | None, part: Literal["decoder", "visi
     from models.qwen2_5_vl.weights import abstract_model
 
     check_known("--preset", preset, PRESETS)
-    check_known("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    chosen = bench_dtype(dtype)
+    chosen = bench_dtype(dtype, ("float32", "bfloat16", "float16"))
     abstract = abstract_model(PRESETS[preset], dtype=chosen)
     if part == "vision":
         return with_random_weights(abstract.vision)

@@ -1,6 +1,7 @@
 """Options that several commands take."""
 
 import enum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +39,8 @@ TableOption = Annotated[
 BenchDTypeOption = Annotated[str | None, typer.Option(help="bfloat16 on a GPU, else float32.")]
 
 
-def bench_dtype(asked: str | None) -> str:
-    """What `BenchDTypeOption` stands for on the default device; raises ValueError for a type no model computes in."""
-    if asked is not None and asked not in list(DType):
-        raise ValueError(f"--dtype must be one of {', '.join(DType)}, got {asked!r}")
+def bench_dtype(asked: str | None, known: Sequence[str] = tuple(DType)) -> str:
+    """What `BenchDTypeOption` stands for on the default device; raises ValueError for a type that is not known."""
+    if asked is not None and asked not in known:
+        raise ValueError(f"--dtype must be one of {', '.join(known)}, got {asked!r}")
     return asked or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
