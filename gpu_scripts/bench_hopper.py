@@ -93,28 +93,26 @@ def run_job(job: Job, gpu: str, arguments) -> str:
             except subprocess.TimeoutExpired:
                 return f"ended after {time.monotonic() - start:.0f} s"
             finally:
-                if process.returncode is None:
-                    end(process)
+                kill(process)
+                process.wait()
         if status:
             failed.append(str(status))
     seconds = time.monotonic() - start
     return f"status {', '.join(failed)} after {seconds:.0f} s" if failed else f"done in {seconds:.0f} s"
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends a command and all that it started, which is a session of its own."""
-    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def kill(process: subprocess.Popen) -> None:
+    """Kills a command that is not known to have ended, and all that it started, which is a session of its own."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def stop(arguments) -> None:
     """Ends what runs and lets nothing more begin: the table of what there is is printed all the same."""
     arguments.end = time.monotonic()
     for process in list(arguments.running.values()):
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
 
 
 def work(gpu: str, jobs: "queue.SimpleQueue[Job]", outcomes: dict[str, str], arguments) -> None:

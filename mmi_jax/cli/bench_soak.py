@@ -132,12 +132,9 @@ def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str,
     grown = {f"{name}_growth": growth(rows, name) for name in names}
     used = len({Buckets().length_for(length) for length in lengths})
     last = {name: rows[-1][name] for name in ("programs", "compilations")}
+    sizes = {"prompts": len(lengths), "runs": len(rows), "buckets": used}
     seconds = round(sum(row["seconds"] for row in rows), 2)
-    return (
-        grown
-        | last
-        | {"prompts": len(lengths), "runs": len(rows), "buckets": used, "seconds": seconds, "rows": list(rows)}
-    )
+    return grown | last | sizes | {"seconds": seconds, "rows": list(rows)}
 
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:

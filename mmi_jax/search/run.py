@@ -105,8 +105,9 @@ def same_modalities(prompts: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _check_finite(figure: Measured, what: str) -> None:
     """Raises ValueError at once: a mean over prompts would only tell at the end, and not where."""
-    if not np.isfinite(np.asarray(figure.error)).all():
-        heads = sorted({int(h) for _, h in np.argwhere(~np.isfinite(np.asarray(figure.error)))})
+    is_finite = np.isfinite(figure.error).all(axis=0)
+    if not is_finite.all():
+        heads = np.flatnonzero(~is_finite).tolist()
         raise ValueError(f"errors of trials must be finite, got NaN or infinity in heads {heads} of {what}")
 
 
