@@ -14,7 +14,9 @@ from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
 def niah(
     model: Annotated[str, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")],
     output: Annotated[Path, typer.Option(help="Directory for cells, tables and heat maps.")],
-    task: Annotated[list[str] | None, typer.Option(help="v-niah, mm-niah, middle or match; all unless given.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="v-niah, mm-niah, middle, match: all unless given; or silent-match.")
+    ] = None,
     haystack: Annotated[str, typer.Option(help="'generated', or a folder of videos.")] = "generated",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompts; may be given several times.")] = None,
     depths: Annotated[int, typer.Option(help="Depths of the needle, from the first to the last place.")] = 5,

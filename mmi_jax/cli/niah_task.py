@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mmi_jax import PatternTable
-from mmi_jax.cli.samples import SHORT_NAMES, task_name
+from mmi_jax.cli.samples import DEFAULT_TASKS, task_name
 from mmi_jax.search.costs import cost_models
 from mmi_jax.search.families import FAMILIES
 from mmi_jax.table import load_table
@@ -92,5 +92,5 @@ def read_methods(given: list[str], table: Path | None) -> tuple[tuple[str, ...],
 
 
 def read_tasks(given: list[str]) -> tuple[str, ...]:
-    """The tasks' own names; all of them when none is given."""
-    return tuple(map(task_name, given or SHORT_NAMES))
+    """The tasks' own names; those for any model when none is given."""
+    return tuple(map(task_name, given or DEFAULT_TASKS))

@@ -8,8 +8,17 @@ from models.qwen2_5_vl.processor import Processor
 from models.tasks import TASKS, FolderHaystack, GeneratedHaystack, Haystack, Measure, Sample
 
 GENERATED = "generated"
-SHORT_NAMES = {"v-niah": "v_niah", "mm-niah": "mm_niah", "middle": "middle_questions", "match": "matching_frames"}
+SHORT_NAMES = {
+    "v-niah": "v_niah",
+    "mm-niah": "mm_niah",
+    "middle": "middle_questions",
+    "match": "matching_frames",
+    "silent-match": "silent_matching",
+}
 """Names that the command line takes for the tasks."""
+
+DEFAULT_TASKS = ("v-niah", "mm-niah", "middle", "match")
+"""Those that any model can be asked; `silent-match` only those that were trained to say what a picture shows."""
 
 
 def task_name(name: str) -> str:

@@ -17,6 +17,8 @@ from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
 """A batch has room for one label per so many tokens."""
+AGAIN_SHARE = 0.4
+"""Pictures that come again within a video, for every card or picture that is new."""
 LEAST_SEEN = 4
 """Cards, or pictures, that must have come before one is asked for. Where few have come, attending to any of them is
 right so often that the model learns to pick one with certainty, and then learns nothing more: see docs/log.md."""
@@ -121,15 +123,19 @@ class _Builder:
         self.text_debt = 0.0
 
     def add_clip(self) -> None:
-        """A piece of video in which new cards and pictures may come, the last of them perhaps an old one."""
+        """A piece of video in which new cards and pictures may come, and pictures again without their digits."""
         room = (self.room - self.reserve - 2) // GRID_TOKENS
         length = int(np.clip(round(self.rng.exponential(self.piece_grids)), 1, room))
         frames = unmarked(self.haystack.shots(2 * length, self.rng))
         is_first = self.num_cards + self.num_pictures == 0
         count = min(max(int(self.rng.poisson(self.density * length)), int(is_first)), length)
-        grids = {int(grid) for grid in self.rng.permutation(length)[:count]}
-        for grid in sorted(grids):
-            self._put_needle(frames, grid, may_last=grid + 2 < length and not {grid + 1, grid + 2} & grids)
+        seen = self.num_pictures
+        again = int(self.rng.poisson(AGAIN_SHARE * self.density * length)) if seen >= LEAST_SEEN else 0
+        grids = self.rng.permutation(length)[: count + again].tolist()
+        for grid in sorted(grids[:count]):
+            self._put_needle(frames, grid, may_last=grid + 2 < length and not {grid + 1, grid + 2} & set(grids))
+        for grid in grids[count:]:
+            self._put_again(frames, grid, seen)
         self.parts.append(Clip(frames=frames, fps=self.fps))
         self._spend(2 + GRID_TOKENS * length)
 
@@ -149,6 +155,11 @@ class _Builder:
                 show(frames, card, 2 * grid)
             else:  # longer, and not in step with the pairs
                 show(frames, card, 2 * grid + int(self.rng.integers(2)), 3 + int(self.rng.integers(2)))
+
+    def _put_again(self, frames: Frames, grid: int, seen: int) -> None:
+        """One of the first `seen` pictures without its digit, which the last token of this pair of frames tells."""
+        frames[2 * grid : 2 * grid + 2] = self.pictures[self.rng.integers(seen)]
+        frames[2 * grid : 2 * grid + 2, DIGIT] = -1
 
     def add_text(self) -> None:
         """A document, if text is due."""

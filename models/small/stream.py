@@ -10,7 +10,7 @@ from models.media import Image, Video
 from models.qwen2_5_vl.processor import Processor, Row
 from models.small.config import GRID_TOKENS, colour_tokens
 from models.tasks.digits import SIDE, digit_labels
-from models.tasks.rows import part_ends
+from models.tasks.rows import answer_rows, part_ends
 from models.tasks.sample import Question
 from models.tasks.script import COLOUR, NUM_BASE, Clip, Frames, Script, ScriptPart
 from models.tasks.script import DIGIT as SHOWN
@@ -22,9 +22,10 @@ CAPTION_WEIGHT = 0.3
 """Weight of the labels on a card's own last tokens beside that of a question."""
 END_WEIGHT = 0.1
 """Weight of the token that ends the answer."""
-KINDS = ("caption", "digit", "letter", "match")
-"""Labels: what a picture shows or which option is right, and answers: a card's digit, a letter, a picture's digit."""
-CAPTION, DIGIT, LETTER, MATCH = range(len(KINDS))
+KINDS = ("caption", "digit", "letter", "match", "silent")
+"""Labels: what a picture shows or which option is right, and answers: a card's digit, a letter, a picture's digit, and
+the same told by the picture's own last token when it comes again."""
+CAPTION, DIGIT, LETTER, MATCH, SILENT = range(len(KINDS))
 COLOUR_BEFORE = 2
 """Tokens from the colour in a card's question to the question mark, where the digit is a label already."""
 OPTION_TOKENS = 5
@@ -80,11 +81,10 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
     ends, num_tokens = part_ends(parts, processor)
     frames = [part.frames for part in script.parts if not isinstance(part, str)]
     frames = np.concatenate([f if len(f) % 2 == 0 else np.concatenate([f, f[-1:]]) for f in frames])
-    asked = [
-        (num_tokens - 1 if q.after_part is None else int(ends[q.after_part]), _answer(q, processor.tokenizer))
-        for q in script.questions
-    ]
+    places = answer_rows(script.questions, parts, ends, num_tokens, processor).tolist()
+    asked = [(place, _answer(q, processor.tokenizer)) for place, q in zip(places, script.questions, strict=True)]
     labels = [(*answer, 1.0, _kind(q, script)) for answer, q in zip(asked, script.questions, strict=True)]
+    labels += [(*answer, 1.0, SILENT) for answer in _silent(row, frames, processor.tokenizer) if answer not in asked]
     captions = _captions(row, frames, processor.tokenizer) + _options(script, ends, processor.tokenizer)
     for (place, token), question in zip(asked, script.questions, strict=True):
         if _kind(question, script) == DIGIT and question.after_part is not None:
@@ -155,22 +155,39 @@ def _answer(question: Question, tokenizer: Tokenizer) -> int:
 
 
 def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """(row, token) of what frames show, at their last tokens: colour and digit, or the digit that was there before."""
-    places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
-    pairs = frames.reshape(-1, 2, frames.shape[1])
-    is_shown = (pairs[:, 0, SHOWN] >= 0) & (pairs[:, 0, NUM_BASE:] == pairs[:, 1, NUM_BASE:]).all(axis=1)
+    """(row, token) of what frames show, at their last tokens: colour and digit."""
+    places, pairs, is_shown = _pairs(row, frames)
     names = colour_tokens()
     found = []
     for grid in np.flatnonzero(is_shown):
         colour, image = pairs[grid, 0, NUM_BASE:]
-        found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
+        found.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
         if colour >= 0:
             found.append((int(places[grid, -2]), names[colour]))
+    return found
+
+
+def _silent(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """(row, token) of pictures that come again without their digit: at their last token, the digit they had."""
+    places, pairs, is_shown = _pairs(row, frames)
     before = {tuple(pair[0, :NUM_BASE]): int(pair[0, SHOWN]) for pair in pairs[is_shown] if pair[0, COLOUR] < 0}
+    found = []
     for grid in np.flatnonzero((pairs[:, :, SHOWN] < 0).all(axis=1) & (pairs[:, 0] == pairs[:, 1]).all(axis=1)):
         if (image := before.get(tuple(pairs[grid, 0, :NUM_BASE]))) is not None:
-            found.append((int(places[grid, -1]), tokenizer.token_id(str(digit_labels()[image]))))
+            found.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
     return found
+
+
+def _pairs(row: Row, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens of every pair of frames, what the two show, and whether both show the same digit."""
+    places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
+    pairs = frames.reshape(-1, 2, frames.shape[1])
+    return places, pairs, (pairs[:, 0, SHOWN] >= 0) & (pairs[:, 0, NUM_BASE:] == pairs[:, 1, NUM_BASE:]).all(axis=1)
+
+
+def _digit(image: int, tokenizer: Tokenizer) -> int:
+    """The token of the digit of an image."""
+    return tokenizer.token_id(str(digit_labels()[image]))
 
 
 def _options(script: Script, ends: np.ndarray, tokenizer: Tokenizer) -> list[tuple[int, int]]:
@@ -187,8 +204,11 @@ def _options(script: Script, ends: np.ndarray, tokenizer: Tokenizer) -> list[tup
 def _kind(question: Question, script: Script) -> int:
     if question.choices == LETTERS:
         return LETTER
-    is_match = question.after_part is not None and script.parts[question.after_part] == MATCHING_QUESTION
-    return MATCH if is_match else DIGIT
+    if question.after_part is None:
+        return DIGIT
+    if question.after_frames is not None:
+        return SILENT
+    return MATCH if script.parts[question.after_part] == MATCHING_QUESTION else DIGIT
 
 
 def _append(row: Row, tokens: tuple[int, ...]) -> Row:

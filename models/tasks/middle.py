@@ -1,13 +1,13 @@
-"""Two harder tasks, in which rows in the middle look far back: dense attention at a prompt's end does not help."""
+"""Harder tasks, in which rows in the middle look far back: dense attention at a prompt's end does not help."""
 
 import numpy as np
 
-from models.tasks.cards import blank_video, draw_cards, draw_digits, free_grid, interleave, show, still
+from models.tasks.cards import Card, blank_video, draw_cards, draw_digits, free_grid, interleave, show, still
 from models.tasks.digits import digit_labels
 from models.tasks.haystack import Haystack
 from models.tasks.measure import Measure
 from models.tasks.sample import Question
-from models.tasks.script import DIGIT, Script, ScriptPart, unmarked
+from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION
 
 FIRST, LAST = 0.4, 0.95
@@ -49,14 +49,63 @@ def matching_frames(
     Args and errors as of `v_niah`; `depth` is the place of the picture's first coming in what precedes its second.
     """
     rng = np.random.default_rng([seed, 3])
-    pictures = unmarked(haystack.stills(num_questions + num_distractors, rng))
-    images = draw_digits(rng.integers(0, 10, len(pictures)), rng, is_held_out=is_held_out)
-    beside: list[ScriptPart] = [MATCHING_QUESTION, still(draw_cards(1, rng, is_held_out=False)[0])] * num_questions
-    num_grids = measure.grids_in(num_tokens, least=4 * len(pictures), beside=beside)
+    beside: list[ScriptPart] = [MATCHING_QUESTION, still(Card(colour=0, image=0))] * num_questions
+    frames, stops, answers = _returning_pictures(
+        num_tokens, depth, rng, haystack, measure, beside, counts=(num_questions, num_distractors),
+        is_held_out=is_held_out,
+    )  # fmt: skip
+    parts = interleave(frames, fps, [(2 * stop, [MATCHING_QUESTION]) for stop in stops])
+    places = [i for i, part in enumerate(parts) if isinstance(part, str)]
+    questions = tuple(
+        Question(choices=DIGITS, answer=answer, after_part=place, depth=depth)
+        for place, answer in zip(places, answers, strict=True)
+    )
+    return Script(parts=tuple(parts), questions=questions, depth=depth)
+
+
+def silent_matching(
+    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
+    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
+) -> Script:  # fmt: skip
+    """The same without a word: one video, and the last token of each picture that comes again tells its digit.
+
+    So a row of video must look far back, and no row of text can do it in its place. Only a model that was trained to
+    predict what a picture shows, as the small one is, can be asked so.
+
+    Args and errors as of `v_niah`; `depth` as of `matching_frames`.
+    """
+    rng = np.random.default_rng([seed, 4])
+    frames, stops, answers = _returning_pictures(
+        num_tokens, depth, rng, haystack, measure, [], counts=(num_questions, num_distractors), is_held_out=is_held_out
+    )
+    questions = tuple(
+        Question(choices=DIGITS, answer=answer, after_part=0, after_frames=2 * stop, depth=depth)
+        for stop, answer in zip(stops, answers, strict=True)
+    )
+    return Script(parts=(Clip(frames=frames, fps=fps),), questions=questions, depth=depth)
+
+
+def _returning_pictures(
+    num_tokens: int, depth: float, rng: np.random.Generator, haystack: Haystack, measure: Measure,
+    beside: list[ScriptPart], *, counts: tuple[int, int], is_held_out: bool,
+) -> tuple[Frames, list[int], list[int]]:  # fmt: skip
+    """A video of pictures with digits, some of which come again without.
+
+    Args:
+        beside: what else the prompt holds.
+        counts: pictures that come again, and others.
+
+    Returns:
+        the frames; after how many pairs of frames each has come again; and the digits they had.
+    """
+    num_questions, num_pictures = counts[0], sum(counts)
+    pictures = unmarked(haystack.stills(num_pictures, rng))
+    images = draw_digits(rng.integers(0, 10, num_pictures), rng, is_held_out=is_held_out)
+    num_grids = measure.grids_in(num_tokens, least=4 * num_pictures, beside=beside)
     frames = blank_video(2 * num_grids, haystack, rng)
     stops = _stops(num_questions, num_grids)
     taken = {stop - 1 for stop in stops}
-    for i in range(len(pictures)):
+    for i in range(num_pictures):
         is_asked = i < num_questions
         wanted = round(depth * (stops[i] - 2)) if is_asked else int(rng.integers(num_grids))
         first = free_grid(wanted, taken, stops[i] - 1 if is_asked else num_grids)
@@ -64,13 +113,7 @@ def matching_frames(
         frames[2 * first : 2 * first + 2, DIGIT] = images[i]
         if is_asked:
             frames[2 * stops[i] - 2 : 2 * stops[i]] = pictures[i]
-    parts = interleave(frames, fps, [(2 * stop, [MATCHING_QUESTION]) for stop in stops])
-    places = [i for i, part in enumerate(parts) if isinstance(part, str)]
-    questions = tuple(
-        Question(choices=DIGITS, answer=int(digit_labels()[image]), after_part=place, depth=depth)
-        for place, image in zip(places, images, strict=False)
-    )
-    return Script(parts=tuple(parts), questions=questions, depth=depth)
+    return frames, stops, [int(digit_labels()[image]) for image in images[:num_questions]]
 
 
 def _stops(num_questions: int, num_grids: int) -> list[int]:

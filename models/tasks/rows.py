@@ -14,8 +14,27 @@ from models.tokenizer import Tokenizer
 def question_rows(sample: Sample, processor: Processor) -> Int32[np.ndarray, " n"]:
     """For each question of the sample the row, in the sample's prompt, of the token that predicts its answer."""
     ends, num_tokens = part_ends(sample.parts, processor)
-    rows = [num_tokens - 1 if q.after_part is None else ends[q.after_part] for q in sample.questions]
-    return np.array(rows, np.int32)
+    return answer_rows(sample.questions, sample.parts, ends, num_tokens, processor)
+
+
+def answer_rows(
+    questions: Sequence[Question], parts: Sequence[str | Image | Video], ends: np.ndarray, num_tokens: int,
+    processor: Processor,
+) -> Int32[np.ndarray, " n"]:  # fmt: skip
+    """The same, given what `part_ends` found; pixels are not looked at."""
+
+    def row(question: Question) -> int:
+        if question.after_part is None:
+            return num_tokens - 1
+        end, part = int(ends[question.after_part]), parts[question.after_part]
+        if question.after_frames is None:
+            return end
+        assert isinstance(part, Video), "checked by the sample"
+        length, num_grids = processor.num_tokens(part), processor.grid(part)[0]
+        grids_seen = -(-question.after_frames // processor.video.temporal_patch_size)
+        return end - length + length // num_grids * grids_seen - 1
+
+    return np.array(list(map(row, questions)), np.int32)
 
 
 def choice_ids(question: Question, tokenizer: Tokenizer) -> Int32[np.ndarray, " c"]:

@@ -1,6 +1,7 @@
 """Sample: one prompt, and the questions in it with the rows whose logits answer them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from models.media import Image, Video
 
@@ -14,12 +15,15 @@ class Question:
         answer: index of the right one.
         after_part: the answer is predicted by the token that ends this part of the prompt (a text's last token, the
             end mark of an image or video); None for the prompt's last token.
+        after_frames: the part is a video, and the answer is predicted within it, by the last token of so many of its
+            frames; None for the part's end.
         depth: how far back the needle is: its place as a share of what precedes the question, 0 first, 1 last.
     """
 
     choices: tuple[str, ...]
     answer: int
     after_part: int | None = None
+    after_frames: int | None = None
     depth: float
 
     def __post_init__(self):
@@ -50,13 +54,22 @@ class Sample:
 
     def __post_init__(self):
         """Checks that there is something to ask, after a part that exists."""
-        check_questions(self.questions, len(self.parts))
+        check_questions(self.questions, [p.num_frames if isinstance(p, Video) else 0 for p in self.parts])
 
 
-def check_questions(questions: tuple[Question, ...], num_parts: int) -> None:
-    """Raises ValueError unless there are questions, each after one of the prompt's parts."""
+def check_questions(questions: tuple[Question, ...], num_frames: Sequence[int]) -> None:
+    """Raises ValueError unless there are questions, each after a part of the prompt or within one that is a video.
+
+    Args:
+        num_frames: of every part; 0 for what is no video.
+    """
     if not questions:
         raise ValueError("a sample must ask a question, got none")
     for question in questions:
-        if question.after_part is not None and not 0 <= question.after_part < num_parts:
-            raise ValueError(f"a question must follow one of the {num_parts} parts, got {question.after_part=}")
+        if question.after_part is not None and not 0 <= question.after_part < len(num_frames):
+            raise ValueError(f"a question must follow one of the {len(num_frames)} parts, got {question.after_part=}")
+        most = 0 if question.after_part is None else num_frames[question.after_part]
+        if question.after_frames is not None and not 1 <= question.after_frames <= most:
+            raise ValueError(
+                f"a question within a part must follow 1 to {most} of its frames, got {question.after_frames=}"
+            )

@@ -51,7 +51,7 @@ class Script:
 
     def __post_init__(self):
         """Checks that there is something to ask."""
-        check_questions(self.questions, len(self.parts))
+        check_questions(self.questions, [len(p.frames) if isinstance(p, Clip) else 0 for p in self.parts])
 
     @property
     def num_frames(self) -> int:

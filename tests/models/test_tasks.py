@@ -22,6 +22,7 @@ from models.tasks import (
     mm_niah,
     part_ends,
     question_rows,
+    silent_matching,
     v_niah,
 )
 from models.tasks.digits import digit_labels
@@ -93,6 +94,24 @@ def test_middle_questions_look_far_back_from_the_middle(task):
     assert not answers
 
 
+def test_silent_matching_is_read_off_the_video_at_pictures_that_came_before():
+    script = make(silent_matching, depth=0.1)
+    (clip,) = script.parts
+    assert isinstance(clip, Clip)
+    prompt = small_processor()(script.render(HAYSTACK).parts)
+    rows = question_rows(script.render(HAYSTACK), small_processor())
+    layout = prompt.layout
+    assert len(rows) == 4 and (layout.modality[0, rows] == VISION).all()
+    assert (layout.frame[0, rows + 1] == layout.frame[0, rows] + 1).all()  # the last token of its pair of frames
+    for row, question in zip(rows, script.questions, strict=True):
+        place = 2 * int(layout.frame[0, row])
+        assert question.after_frames == place + 2
+        before = clip.frames[:place]
+        (first, *_) = np.flatnonzero((before[:, :DIGIT] == clip.frames[place, :DIGIT]).all(axis=1))
+        assert first < 0.2 * place and clip.frames[place, DIGIT] == -1
+        assert question.answer == digit_labels()[before[first, DIGIT]]
+
+
 def test_rows_are_those_of_the_last_tokens():
     video = Video(frames=np.zeros((4, 112, 112, 3), np.uint8), fps=2.0)
     parts = (video, "Which digit?", Image(pixels=video.frames[0]), "Why?")
@@ -118,6 +137,9 @@ def test_bad_samples_and_choices_are_refused():
         Sample(parts=("x",), questions=(), depth=0.0, num_frames=0)
     with pytest.raises(ValueError, match="follow one of the 1 parts, got question.after_part=1"):
         Sample(parts=("x",), questions=(dataclasses.replace(good, after_part=1),), depth=0.0, num_frames=0)
+    within = dataclasses.replace(good, after_part=0, after_frames=1)
+    with pytest.raises(ValueError, match="follow 1 to 0 of its frames, got question.after_frames=1"):
+        Sample(parts=("x",), questions=(within,), depth=0.0, num_frames=0)
     with pytest.raises(ValueError, match="single token .* got \\['12'\\]"):
         choice_ids(dataclasses.replace(good, choices=("1", "12")), small_processor().tokenizer)
     with pytest.raises(ValueError, match="needs 4 pairs of frames of 16 tokens"):

@@ -6,16 +6,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmi_jax.layout import VISION
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.small.bank import draw, make_bank, patches
-from models.small.config import VOCAB_SIZE, colour_tokens, small_config, small_measure, small_processor, small_tokenizer
+from models.small.config import (
+    GRID_TOKENS,
+    VOCAB_SIZE,
+    colour_tokens,
+    small_config,
+    small_measure,
+    small_processor,
+    small_tokenizer,
+)
 from models.small.curriculum import training_script
 from models.small.forward import Compute, _spread, row_logits
-from models.small.stream import CAPTION, stack_streams, stream
+from models.small.stream import CAPTION, SILENT, stack_streams, stream
 from models.tasks import TASKS, GeneratedHaystack, question_rows
 from models.tasks.digits import digit_labels
 from models.tasks.pictures import COLOURS
-from models.tasks.script import pixels
+from models.tasks.script import DIGIT, pixels
 from models.tasks.text import MATCHING_QUESTION
 
 HAYSTACK = GeneratedHaystack()
@@ -44,10 +53,11 @@ def test_a_stream_is_the_processors_prompt(name, bank):
     painted = patches(bank, jnp.asarray(made.frames), jnp.float32)
     np.testing.assert_allclose(painted.reshape(prompt.patches.shape), prompt.patches, atol=2e-6)
     rows = question_rows(sample, small_processor())
-    np.testing.assert_array_equal(made.rows[made.kind != CAPTION], rows)
+    np.testing.assert_array_equal(made.rows[: len(rows)], rows)
+    assert set(made.kind[len(rows) :].tolist()) <= {CAPTION, SILENT}
     tokenizer = small_tokenizer()
     answers = [tokenizer.token_id(q.choices[q.answer]) for q in script.questions]
-    assert made.labels[made.kind != CAPTION].tolist() == answers
+    assert made.labels[: len(rows)].tolist() == answers
 
 
 def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
@@ -96,17 +106,38 @@ def test_the_derivative_of_spreading_is_that_of_a_gather(rng):
     np.testing.assert_allclose(jax.grad(spread)(vision), jax.grad(gather)(vision), atol=1e-6)
 
 
-def test_captions_say_what_is_shown_and_what_was_there_before():
+def of_kind(made, kind):
+    return dict(zip(made.rows[made.kind == kind].tolist(), made.labels[made.kind == kind].tolist(), strict=True))
+
+
+def test_labels_say_what_is_shown_and_what_was_there_before():
     tokenizer = small_tokenizer()
     script = TASKS["matching_frames"](num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
     made = stream(script, small_processor())
-    is_caption = made.kind == CAPTION
-    captions = dict(zip(made.rows[is_caption].tolist(), made.labels[is_caption].tolist(), strict=True))
-    assert len(captions) == 8 + 4  # 8 pictures, of which 4 come again
-    for row, question in zip(made.rows[made.kind != CAPTION], script.questions, strict=True):
+    shown, again = (of_kind(made, kind) for kind in (CAPTION, SILENT))
+    assert len(shown) == 8 and len(again) == 4  # 8 pictures, of which 4 come again
+    for row, question in zip(made.rows[:4], script.questions, strict=True):
         # Before the question stand its other tokens and the end of the video.
         place = int(row) - len(tokenizer.encode(MATCHING_QUESTION)) - 1
-        assert tokenizer.token_text(captions[place]) == question.choices[question.answer]
+        assert tokenizer.token_text(again[place]) == question.choices[question.answer]
+
+
+def test_pictures_come_again_within_the_videos_of_the_training():
+    again = 0
+    for seed in range(4):
+        script = training_script(4096, np.random.default_rng([8, seed]))
+        made = stream(script, small_processor())
+        vision = np.flatnonzero(np.asarray(made.row.layout.modality) == VISION)
+        place = {int(token): number // GRID_TOKENS for number, token in enumerate(vision)}
+        pairs = made.frames.reshape(-1, 2, 7)
+        for row, label in of_kind(made, SILENT).items():
+            shown = pairs[place[row], 0]
+            assert shown[DIGIT] == -1
+            before = pairs[: place[row], 0]
+            (same,) = {int(x) for x in before[(before[:, :5] == shown[:5]).all(axis=1), DIGIT]} - {-1}
+            assert small_tokenizer().token_text(label) == str(digit_labels()[same])
+        again += (made.kind == SILENT).sum() - sum(part == MATCHING_QUESTION for part in script.parts)
+    assert again > 8
 
 
 def test_captions_say_which_option_is_right():
