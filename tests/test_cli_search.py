@@ -11,8 +11,14 @@ import pytest
 import mmi_jax
 from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
+from mmi_jax.cli.niah_run import Runner
+from mmi_jax.cli.niah_task import NiahTask
+from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.search.costs import cost_models
+from mmi_jax.search.journal import Journal
 from mmi_jax.table import load_table, uniform_table
 from models.demo import build_demo_model
+from models.small.config import small_processor
 
 TOKENS = "700"  # 64 of them for every two frames
 
@@ -165,6 +171,33 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     cells = (output / "cells.jsonl").read_bytes()
     monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a cell ran again"))
     assert main(options) == 0 and (output / "cells.jsonl").read_bytes() == cells
+
+
+def test_a_baseline_keeps_its_size_where_the_cost_to_match_is_about_the_same(tmp_path, monkeypatch):
+    task = NiahTask(
+        model="m", tasks=("v_niah",), haystack="generated", tokens=(1024,), num_depths=1, samples=1,
+        methods=("a-shape", "swin"), tables={}, match_to="dense", margin=0.1, output=tmp_path, dtype="float32",
+        costs=None, batch=1, side_by_side=1, seed=0,
+    )  # fmt: skip
+    source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
+    journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
+    runner = Runner(
+        task=task, model=None, processor=source.processor, source=source, costs=cost_models()["tiles"], journal=journal
+    )
+    sized, shares = [], iter((0.20, 0.21, 0.30, 0.19, 0.31, 0.30))
+
+    def sizes(self, names, share, batch):
+        sized.extend((name, share) for name in names)
+        return [AShape(sink=128, local=round(1000 * share)) for _ in names]
+
+    monkeypatch.setattr(Runner, "_sized", sizes)
+    monkeypatch.setattr(Runner, "_share_to_match", lambda *_: next(shares))
+    batches = runner.batches("v_niah", 1024, 0)
+    assert [runner.methods(("a-shape",), 1024, batches)["a-shape"] for _ in range(5)] == [
+        AShape(sink=128, local=local) for local in (200, 200, 300, 200, 300)
+    ]
+    assert runner.methods(("dense", "swin"), 1024, batches)["dense"] is None
+    assert sized == [("a-shape", 0.20), ("a-shape", 0.30), ("swin", 0.3)]
 
 
 @pytest.mark.parametrize(

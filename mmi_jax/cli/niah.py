@@ -31,7 +31,9 @@ def niah(
     match_cost: Annotated[
         str | None, typer.Option(help="The method whose cost the baselines are brought to: 'ours' if there is one.")
     ] = None,
-    margin: Annotated[float, typer.Option(help="Difference in cost from which a baseline is marked.")] = 0.1,
+    margin: Annotated[
+        float, typer.Option(help="Share by which costs may differ: beyond it a baseline gets another size, or a mark.")
+    ] = 0.1,
     costs: CostsOption = None,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
     batch: Annotated[int, typer.Option(help="Prompts of one prefill.")] = 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from mmi_jax import Blocks, PatternTable, codec, console
 from mmi_jax.buckets import Buckets
@@ -67,31 +68,47 @@ class Runner:
     def methods(
         self, names: Sequence[str], tokens: int, batches: Sequence[Asked]
     ) -> dict[str, PatternTable | Pattern | None]:
-        """What the methods run on prompts of a length; a baseline's size is chosen on the first samples and kept."""
-        key = {"kind": "size", "tokens": tokens}
-        missing = [n for n in names if n in FAMILIES and n not in self.task.tables and not self.find(**key, method=n)]
-        if missing:
-            sized = self._sized(missing, batches[0])
-            for name, pattern in zip(missing, sized, strict=True):
-                self.journal.add(key | {"method": name, "pattern": codec.to_json(pattern)})
-        rows = {name: self.find(**key, method=name) for name in names}
-        return {
-            name: self.task.tables.get(name) if row is None else codec.from_json(row["pattern"])
-            for name, row in rows.items()
-        }
+        """What the methods run on these samples; a baseline keeps its size where the matched method costs alike."""
+        baselines = [name for name in names if name in FAMILIES and name not in self.task.tables]
+        share = self._share_to_match(batches[0]) if baselines else None
+        kept = {name: self._kept(name, tokens, share) for name in baselines}
+        missing = [name for name, pattern in kept.items() if pattern is None]
+        for name, pattern in zip(missing, self._sized(missing, share, batches[0]), strict=True):
+            row = {"kind": "size", "tokens": tokens, "method": name, "share": share}
+            self.journal.add(row | {"pattern": codec.to_json(pattern)})
+            kept[name] = pattern
+        return {name: kept[name] if name in kept else self.task.tables.get(name) for name in names}
 
-    def _sized(self, names: Sequence[str], batch: Asked) -> list[Pattern]:
-        """The members of families that cost what the method to be matched costs; the published ones without such."""
+    def _share_to_match(self, batch: Asked) -> float | None:
+        """What the method to be matched costs on these prompts, of dense attention; None without such a method."""
         if self.task.match_to is None:
-            return [published(name, self.source.measure.grid) for name in names]
+            return None
         cost = self.ask([batch], self.task.tables.get(self.task.match_to))
+        return cost["cost"] / cost["dense_cost"]
+
+    def _kept(self, name: str, tokens: int, share: float | None) -> Pattern | None:
+        """The size that the journal has of a baseline for a length and about this cost."""
+        for row in self.journal.rows:
+            if (row.get("kind"), row.get("tokens"), row.get("method")) != ("size", tokens, name):
+                continue
+            of_share = row.get("share")
+            if share is None or (of_share is not None and abs(of_share / share - 1) <= self.task.margin):
+                return codec.from_json(row["pattern"])
+        return None
+
+    def _sized(self, names: Sequence[str], share: float | None, batch: Asked) -> list[Pattern]:
+        """The members of families that cost this share of dense attention; the published ones where there is none."""
+        if not names:
+            return []
+        if share is None:
+            return [published(name, self.source.measure.grid) for name in names]
         number = min(LAYERS_LOOKED_AT, self.model.config.num_layers)
         prompt = self.processor(list(batch.samples[0].parts))
         layers = list(captured_layers(self.model, prompt, blocks=Blocks(), num_layers=number))
+        num_tokens = round(float(np.mean(np.asarray(batch.prompt.layout.is_real).sum(axis=-1))))
 
         def member(name: str) -> Pattern:
-            ladder = FAMILIES[name].ladder(round(cost["prompt_tokens"]))
-            return member_of_cost(ladder, cost["cost"] / cost["dense_cost"], layers, self.costs, Blocks())[0]
+            return member_of_cost(FAMILIES[name].ladder(num_tokens), share, layers, self.costs, Blocks())[0]
 
         with ThreadPoolExecutor(max_workers=self.task.side_by_side) as pool:
             return list(pool.map(member, names))
@@ -147,11 +164,12 @@ def _fill(runner: Runner, on_cell) -> list[dict[str, Any]]:
             if waiting := [p for p in unfilled[unfilled.index(place) + 1 :] if p not in coming] if batches else []:
                 coming[waiting[0]] = pool.submit(runner.batches, *waiting[0])
             tables = runner.methods(missing[place], tokens, batches) if batches else {}
-            cold = [method for method in tables if (method, _bucket(batches)) not in warmed]
+            programs = {method: (method, _named(table), _bucket(batches)) for method, table in tables.items()}
+            cold = [method for method, program in programs.items() if program not in warmed]
             if cold and task.side_by_side > 1:
                 on_cell(len(cells), total, f"compiling: {what}")
                 runner.warm([tables[method] for method in cold], batches)
-                warmed.update((method, _bucket(batches)) for method in cold)
+                warmed.update(programs.values())
             for method in task.methods:
                 on_cell(len(cells), total, f"{method}: {what}")
                 key = _key(task, place, method)

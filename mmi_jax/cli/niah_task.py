@@ -26,7 +26,8 @@ class NiahTask:
       methods: "dense", names of `FAMILIES`, and names of `tables`.
       tables: by the name of the method.
       match_to: the method whose cost the families are brought to; None gives them the paper's sizes.
-      margin: a family whose cost differs by more is marked.
+      margin: share by which the cost to be matched may differ between tasks before a family gets another size for it,
+        and beyond which a family's own cost is marked.
       batch: prompts of one prefill.
       side_by_side: methods whose programs are compiled at once, and whose prefills then share the memory.
     """
