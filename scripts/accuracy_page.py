@@ -93,8 +93,8 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     return "\n\n".join(
         [
             "## What the search found",
-            "The target holds on every calibration prompt; the cost is that of the dearest one. Half of an error is that "
-            "of the rows from which answers are read.",
+            "The target holds on every calibration prompt; the cost is that of the dearest one. Half of an error is "
+            "that of the rows from which answers are read.",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
             markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),

@@ -14,7 +14,6 @@ from mmi_jax.search.trials import DENSE, Trial
 from mmi_jax.table import HeadScores
 from pallas_kernels.notation import Float
 
-
 ROUNDING = 1e-9
 """By which a sum of floats may exceed a budget that it meets."""
 

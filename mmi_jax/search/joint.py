@@ -42,7 +42,7 @@ def joint_trials(scores: Scores, most: int) -> tuple[Trial, ...]:
                     within = _best(scores, own, layer, n, head, price)
                     across = _best(scores, cross, layer, n, head, price)
                     inner |= {(m, k): (within if m == k else across).candidate for k in modalities}
-                    for trial, sign in ((within, 1), (across, 1), (OWN_DENSE, -1)):  # the first two hold the rest dense
+                    for trial, sign in ((within, 1), (across, 1), (OWN_DENSE, -1)):  # the dense rest is in both trials
                         error += sign * float(scores.errors[trial][layer, n, head]) / len(modalities)
                         share += sign * scores.tile_share(trial, layer, n, head)
                 total = error + price * float(share.max())

@@ -90,7 +90,7 @@ def test_a_pattern_that_ruins_the_rows_that_are_asked_is_avoided():
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    lengths=st.lists(st.integers(2_000, 200_000), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(10_000, 400_000), min_size=1, max_size=4),
     target=st.one_of(
         st.builds(TargetDensity, share=st.floats(0.3, 1)), st.builds(TargetSpeedup, times=st.floats(1, 2.5))
     ),
