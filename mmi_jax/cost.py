@@ -56,7 +56,7 @@ class CostModel:
         return float(self.head_of(pattern, -(-num_tokens // blocks.q) * visited, num_tokens, blocks))
 
     def head_of(
-        self, pattern: Pattern, tiles: float | np.ndarray, num_tokens: int, blocks: Blocks
+        self, pattern: Pattern, tiles: float | np.ndarray, num_tokens: int | np.ndarray, blocks: Blocks
     ) -> float | np.ndarray:
         """The same by the tiles that the head's plan visits: `head` guesses them."""
         tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)

@@ -24,10 +24,11 @@ class HeadScores:
     """What a search found of each head's pattern.
 
     Args:
-      error: relative squared error of the attention output against dense attention.
-      density: visited tiles over those of a dense head.
-      cost: what the head adds to its layer's attention call, in the unit of the cost model that `provenance` names.
-      dense_cost: of a dense head.
+      error: relative squared error of the attention output against dense attention, the mean over calibration prompts.
+      density: visited tiles over those of a dense head, on the dearest calibration prompt.
+      cost: what the head adds to its layer's attention call, on the dearest calibration prompt, in the unit of the cost
+        model that `provenance` names.
+      dense_cost: of a dense head, on that prompt.
     """
 
     error: PerHead

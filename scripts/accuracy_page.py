@@ -83,7 +83,8 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
 def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     """How the tables were found, and which patterns they hold."""
     ours = tables["ours"]
-    wanted = ("target", "costs", "attention cost", "error", "held-out error", "calibration", "candidates")
+    costs, errors = ("costs", "attention cost", "held-out cost"), ("error", "held-out error")
+    wanted = ("target", *costs, *errors, "calibration", "candidates")
     rows = [[name, *(t.provenance.get(name, "") for t in tables.values())] for name in wanted]
     kinds = {name: Counter(type(p).__name__ for row in t.layers for p in row) for name, t in tables.items()}
     counts = [
@@ -92,6 +93,8 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     return "\n\n".join(
         [
             "## What the search found",
+            "The target holds on every calibration prompt; the cost is that of the dearest one. Half of an error is "
+            "that of the rows from which answers are read.",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
             markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),
@@ -107,7 +110,8 @@ def heads(table: PatternTable, recall: Mapping[str, Any], pictures: str) -> str:
     found = rows[1:]
     intro = (
         "Recall is the share of dense attention on the visited keys, measured on a prompt of "
-        f"{recall['tokens']:,} tokens; error and cost are those of the search. All heads: "
+        f"{recall['tokens']:,} tokens; error and cost are those of the search, the cost on its dearest calibration "
+        "prompt. All heads: "
         f"[{pictures}/heads.csv]({pictures}/heads.csv)."
     )
     if len(found) <= MOST_ROWS:

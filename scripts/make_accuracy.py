@@ -26,7 +26,6 @@ from mmi_jax.cli.pictures import write_figure
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
 from mmi_jax.plan import plan_heads, prompt_geometry
-from mmi_jax.search.budget import Option
 from mmi_jax.search.capture import Captured, captured_layers
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.journal import read_journal
@@ -132,10 +131,8 @@ def search_scores(task: Task, modalities: tuple[int, ...], table: PatternTable) 
     most = max(map(len, keys.values()))
     names = sorted({prompt for (prompt, _), found in keys.items() if len(found) == most})
     trials = [trial_of(key) for key in sorted(set.intersection(*(keys[key] for key in keys if key[0] in names)))]
-    return read_scores(
-        rows, names, trials, num_layers=table.num_layers, modalities=modalities,
-        num_tokens=task.calibration_tokens, blocks=Blocks(),
-    )  # fmt: skip
+    lengths = dict.fromkeys(names, task.calibration_tokens)
+    return read_scores(rows, lengths, trials, num_layers=table.num_layers, modalities=modalities, blocks=Blocks())
 
 
 def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern, float] | None:
@@ -148,15 +145,10 @@ def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern
     found = []
     for layer in range(scores.num_layers):
         for head in range(scores.num_heads):
-            options = scores.options(layer, head, DENSITY)
-            dense = options[0].cost
-            options += [
-                Option(what=c, error=scores.error(c, layer, head), cost=scores.cost(DENSITY, c, layer, head))
-                for c in own
-            ]
+            options = scores.options(layer, head, DENSITY) + [scores.option(c, layer, head, DENSITY) for c in own]
             for option in options:
                 if isinstance(option.what.pattern, kind):
-                    price = option.error + PICTURE_PRICE * option.cost / dense
+                    price = option.error + PICTURE_PRICE * option.cost
                     found.append((price, layer, head, option.what.pattern, option.error))
     return min(found, key=lambda row: row[:3])[1:] if found else None
 

@@ -15,8 +15,12 @@ from mmi_jax.cli.search_task import Calibration, Dial, SearchTask
 def search(
     output: Annotated[Path, typer.Option(help="The pattern table to write, JSON.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")] = None,
-    target_speedup: Annotated[float | None, typer.Option(help="Attention so many times as fast as dense.")] = None,
-    target_density: Annotated[float | None, typer.Option(help="Visited tiles, as a share of all causal ones.")] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Attention so many times as fast as dense, on every calibration prompt.")
+    ] = None,
+    target_density: Annotated[
+        float | None, typer.Option(help="Visited tiles, as a share of all causal ones, on every prompt.")
+    ] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A calibration video; several give several samples.")] = None,
     prompt: Annotated[str, typer.Option(help="The question that follows each video.")] = "Describe this video.",
     fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,

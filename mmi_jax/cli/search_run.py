@@ -9,27 +9,23 @@ import jax.numpy as jnp
 
 from mmi_jax import PatternTable, console
 from mmi_jax.bench.machine import machine
-from mmi_jax.cli.digest import prompt_digest, run_on
-from mmi_jax.cli.samples import SampleSource, haystack_of, task_name
-from mmi_jax.cli.search_task import Calibration, SearchTask
+from mmi_jax.cli.digest import run_on
+from mmi_jax.cli.search_prompts import Prompts, calibration_prompts, held_out_prompts
+from mmi_jax.cli.search_task import SearchTask
 from mmi_jax.cli.table_view import print_table
 from mmi_jax.cost import CostModel
-from mmi_jax.search.best import Best, best_choice, total_share
+from mmi_jax.search.best import Best, best_choice, shares_of_dense
 from mmi_jax.search.candidates import Candidates
 from mmi_jax.search.costs import cost_models, default_costs
 from mmi_jax.search.journal import Journal
-from mmi_jax.search.measure import modalities_of
+from mmi_jax.search.measure import FIELDS, modalities_of
 from mmi_jax.search.run import Search
 from mmi_jax.search.scores import Scores
 from mmi_jax.search.trials import first_trials
 from models.hub import locate
-from models.media import MAX_FRAMES, read_video
 from models.prompt import Prompt
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
-
-FIRST_HELD_OUT = 1_000_000
-"""Seed of the first held-out sample, far from those of calibration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,20 +56,20 @@ def run_search(task: SearchTask) -> Found:
         model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
     name = task.costs or default_costs()
     costs = cost_models()[name]
-    out.print(forecast(candidates, prompts, model.config, name, costs), markup=False, soft_wrap=True)
+    out.print(forecast(candidates, prompts.by_name, model.config, name, costs), markup=False, soft_wrap=True)
     start = time.perf_counter()
     with console.work_bar("trials") as on_trial:
         search = Search(model=model, journal=journal, on_trial=on_trial)
-        scores = search.calibrate(prompts, candidates)
+        scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows)
     with console.spinner("choosing"):
         best = best_choice(scores, task.dial.target, costs, excluded=task.excluded)
-    held_out_error = None
-    if held_out:
+    on_others = None
+    if held_out.by_name:
         with console.work_bar("trials") as on_trial:
             search = dataclasses.replace(search, on_trial=on_trial)
-            search.measure(held_out, best.trials, "held-out prompts")
-        held_out_error = best.error_on(search.scores(held_out, best.trials))
-    provenance = _provenance(task, journal, name, best, scores, costs, held_out_error)
+            search.measure(held_out.by_name, best.trials, "held-out prompts", answer_rows=held_out.answer_rows)
+        on_others = search.scores(held_out.by_name, best.trials)
+    provenance = _provenance(task, journal, name, best, scores, costs, on_others)
     provenance["seconds of this run"] = f"{time.perf_counter() - start:.0f}"
     table = PatternTable(
         layers=tuple(tuple(choice.pattern for choice in row) for row in best.choices),
@@ -84,54 +80,21 @@ def run_search(task: SearchTask) -> Found:
     table.save(task.output)
     print_table(table, console.stdout_console())
     print(f"wrote {task.output}")
+    held_out_error = None if on_others is None else best.error_on(on_others)
     return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def calibration_prompts(processor: Processor, calibration: Calibration) -> dict[str, Prompt]:
-    """The prompts that errors are averaged over, by name."""
-    found = {f"{path}": _video_prompt(processor, calibration, path) for path in calibration.videos}
-    return found | _task_prompts(processor, calibration, calibration.samples, calibration.seed)
-
-
-def held_out_prompts(processor: Processor, calibration: Calibration) -> dict[str, Prompt]:
-    """The prompts that the table is checked on, by name."""
-    found = {f"held out {path}": _video_prompt(processor, calibration, path) for path in calibration.held_out}
-    first = calibration.seed + FIRST_HELD_OUT
-    return found | _task_prompts(processor, calibration, calibration.held_out_samples, first)
-
-
-def _video_prompt(processor: Processor, calibration: Calibration, path: Path) -> Prompt:
-    most = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
-    video = read_video(path, fps=calibration.fps, max_frames=most, resize=processor.fit_frame)
-    return processor([video, calibration.text])
-
-
-def _task_prompts(processor: Processor, calibration: Calibration, number: int, first_seed: int) -> dict[str, Prompt]:
-    """So many samples of every task, their needles spread over the depths."""
-    if not calibration.tasks or not number:
-        return {}
-    source = SampleSource(processor=processor, haystack=haystack_of(calibration.haystack))
-    found = {}
-    for name in map(task_name, calibration.tasks):
-        for n in range(number):
-            depth = (n + 0.5) / number
-            sample = source.sample(name, num_tokens=calibration.tokens, depth=depth, seed=first_seed + n)
-            found[f"{name} seed {first_seed + n} depth {depth:.2f}"] = processor(list(sample.parts))
-    return found
-
-
-def _run_of(task: SearchTask, directory: Path, prompts: Mapping[str, Prompt]) -> dict[str, str]:
-    """What the trials' figures depend on: a work file of anything else is refused."""
-    described = (f"{name} ({p.tokens.shape[1]} tokens, {prompt_digest(p)})" for name, p in prompts.items())
-    return run_on(task.model, directory, task.dtype) | {"calibration": "; ".join(described)}
+def _run_of(task: SearchTask, directory: Path, prompts: Prompts) -> dict[str, str]:
+    """What the trials' figures are and depend on: a work file of anything else is refused."""
+    run = run_on(task.model, directory, task.dtype)
+    return run | {"measured": ", ".join(FIELDS), "calibration": prompts.description}
 
 
 def _provenance(
     task: SearchTask, journal: Journal, cost_name: str, best: Best, scores: Scores, costs: CostModel,
-    held_out_error: float | None,
+    on_others: Scores | None,
 ) -> dict[str, str]:  # fmt: skip
     """How the table was found, as text by name."""
-    share = total_share(best, scores, costs)
     candidates = task.read_candidates()
     error = best.error_on(scores)
     where = machine()
@@ -140,8 +103,9 @@ def _provenance(
         **journal.run,
         "target": str(task.dial.target),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
-        "attention cost": f"{share:.4f} of dense, speed-up {1 / share:.2f}",
-        "error": f"{error:.6g} (mean over heads of the relative squared error of the attention output)",
+        "attention cost": _dearest(best.shares, "calibration prompt"),
+        "error": f"{error:.6g} (mean over heads of the relative squared error of the attention output, half of it that "
+        "of the rows from which answers are read)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",
         "excluded": ", ".join(sorted(task.excluded)) or "nothing",
@@ -149,9 +113,18 @@ def _provenance(
         "commit": where["commit"],
         "jax": where["jax"],
     }
-    if held_out_error is not None:
+    if on_others is not None:
+        held_out_error = best.error_on(on_others)
+        found["held-out cost"] = _dearest(shares_of_dense(best.choices, on_others, costs), "held-out prompt")
         found["held-out error"] = f"{held_out_error:.6g} ({held_out_error / max(error, 1e-12) - 1:+.1%})"
     return found
+
+
+def _dearest(shares: Mapping[str, float], what: str) -> str:
+    """The cost of the prompt with the largest one, and the mean beside it."""
+    name, share = max(shares.items(), key=lambda item: item[1])
+    mean = sum(shares.values()) / len(shares)
+    return f"{share:.4f} of dense, speed-up {1 / share:.2f}, on the dearest {what} ({name}); {mean:.4f} on their mean"
 
 
 def forecast(candidates: Candidates, prompts: Mapping[str, Prompt], config, cost_name: str, costs: CostModel) -> str:

@@ -37,7 +37,7 @@ class Dial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The prompts that errors are averaged over, and those that the table is checked on.
+    """The prompts that errors are averaged over and the target holds on, and those that the table is checked on.
 
     Args:
       videos, held_out: files; each with `text` after it is one prompt.

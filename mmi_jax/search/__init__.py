@@ -3,13 +3,13 @@
 candidates   what is tried
 trials       one candidate in one use, on all heads: the paper's three steps
 capture      a prompt's attention inputs, one layer at a time
-measure      error on the output and visited tiles of a trial
-scores       averaged over prompts; what each head may do
+measure      errors on the output and visited tiles of a trial
+scores       those of several prompts; what each head may do
 joint        the inter-modality step: which combinations are worth a trial
 run          all of it on a model, resumable (journal)
 costs        tiles at the price of a device
 budget       one option per head within a budget
-best         the dial, and the table it gives
+best         the dial, and the table that keeps to it on every prompt
 minference   tables that MInference published
 """
 

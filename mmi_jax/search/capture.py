@@ -1,11 +1,12 @@
 """The queries, keys, values and dense outputs of a prompt, layer by layer; never more than one layer is held."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmi_jax.attention import attend_sparsely
 from mmi_jax.batch import fit_prompt
@@ -14,7 +15,7 @@ from mmi_jax.buckets import Buckets
 from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense
 from mmi_jax.plain import is_plain
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import AnyArray, Array, Bool, Float
 from pallas_kernels.pytree import pytree
 
 
@@ -26,6 +27,7 @@ class Captured:
       q, k, v: after rotation.
       out: dense attention.
       layout: fields [1, t].
+      is_answer: whether an answer is read from the row.
     """
 
     q: Float[Array, "1 t h d"]
@@ -33,34 +35,50 @@ class Captured:
     v: Float[Array, "1 t g d"]
     out: Float[Array, "1 t h d"]
     layout: TokenLayout
+    is_answer: Bool[AnyArray, "1 t"]
 
 
 def captured_layers(
-    model: Any, prompt: Any, *, blocks: Blocks, buckets: Buckets | None = None, num_layers: int | None = None
-) -> Iterator[Captured]:
+    model: Any, prompt: Any, *, blocks: Blocks, buckets: Buckets | None = None, num_layers: int | None = None,
+    answer_rows: Sequence[int] = (),
+) -> Iterator[Captured]:  # fmt: skip
     """Each layer's attention on one prompt, from the first on; what a layer hands on is the DENSE output.
 
     Args:
       model: a `VisionLanguageModel`.
       prompt: a batch of one.
       num_layers: stop after so many; all when None.
+      answer_rows: the prompt's tokens whose logits answer a question.
 
     Raises:
-      ValueError: the batch holds several prompts.
+      ValueError: the batch holds several prompts, or an answer row is none of the prompt's.
     """
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
     if prompt.tokens.shape[0] != 1:
         raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
-    num_tokens = int(prompt.layout.is_real.sum())
+    num_tokens = num_tokens_of(prompt)
+    check_rows(answer_rows, num_tokens)
     padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
+    is_answer = np.isin(np.arange(padded.tokens.shape[1]), np.asarray(answer_rows, np.int64))[None]
     x, rotary = model.embed(padded), model.rotary(jnp.asarray(padded.rope_pos))
     starts_plain, layout = is_plain(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
     graphdef, state = nnx.split(model.layers)
     for n in range(model.config.num_layers if num_layers is None else num_layers):
         weights = jax.tree.map(lambda a, n=n: a[n], state)
         x, (q, k, v, out) = _run_layer(graphdef, blocks, starts_plain, weights, x, rotary, layout)
-        yield Captured(q=q, k=k, v=v, out=out, layout=layout)
+        yield Captured(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
+
+
+def num_tokens_of(prompt: Any) -> int:
+    """Tokens of a batch of one, padding left out."""
+    return int(np.asarray(prompt.layout.is_real).sum())
+
+
+def check_rows(rows: Sequence[int], num_tokens: int) -> None:
+    """Raises ValueError for a row that is no token of a prompt of so many."""
+    if outside := [int(row) for row in rows if not 0 <= row < num_tokens]:
+        raise ValueError(f"answers are read from rows of the prompt: expected 0 to {num_tokens - 1}, got {outside}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

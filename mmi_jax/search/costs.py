@@ -71,7 +71,9 @@ def default_costs() -> str:
     return names.get(kind, "tpu7x" if kind.startswith(("tpu7", "tpuv7")) else "tiles")
 
 
-def layer_cost(costs: CostModel, patterns: Sequence[Pattern], heads: Sequence[float], num_tokens: int) -> float:
+def layer_cost(
+    costs: CostModel, patterns: Sequence[Pattern], heads: Sequence[float] | np.ndarray, num_tokens: int
+) -> float:
     """Milliseconds of one layer whose heads add so much: launches included, a dense call where all heads are dense."""
     if all(pattern == Dense() for pattern in patterns):
         return min(costs.dense(len(patterns), num_tokens), float(np.sum(heads)) + costs.sparse_ms)

@@ -6,13 +6,14 @@ enough to choose which to try; what is tried is then measured as a whole.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from mmi_jax.patterns import Boundary2D, Dense, Pattern
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.scores import Scores
-from mmi_jax.search.trials import DENSE, NUM_MODALITIES, Trial
+from mmi_jax.search.trials import NUM_MODALITIES, Trial
 
 PRICES = (0.01, 0.03, 0.1, 0.3)
 """Error that a head may make to save all of its tiles: one combination is foretold for each price and head."""
@@ -33,32 +34,29 @@ def joint_trials(scores: Scores, most: int) -> tuple[Trial, ...]:
     gains: dict[Boundary2D, float] = defaultdict(float)
     for layer in range(scores.num_layers):
         for head in range(scores.num_heads):
-            dense = float(scores.by_trial[DENSE].tiles[layer, :, head].sum())
-            others = [(o.error, scores.tiles(o.what, layer, head) / dense)
-                      for o in scores.options(layer, head, DENSITY)]  # fmt: skip
+            others = scores.options(layer, head, DENSITY)
             for price in PRICES:
                 inner: dict[tuple[int, int], Pattern] = {}
-                total = 0.0
+                error, share = 0.0, np.zeros(len(scores.lengths))  # of a dense head, on each prompt
                 for n, m in enumerate(modalities):
-                    within, loss = _best(scores, own, layer, n, head, price / dense)
-                    across, cross_loss = _best(scores, cross, layer, n, head, price / dense)
-                    base = float(scores.by_trial[OWN_DENSE].tiles[layer, n, head])
-                    total += loss + cross_loss - price * base / dense  # both sums hold the dense rest once
-                    inner |= {(m, k): within if m == k else across for k in modalities}
-                best_other = min(error + price * share for error, share in others)
+                    within = _best(scores, own, layer, n, head, price)
+                    across = _best(scores, cross, layer, n, head, price)
+                    inner |= {(m, k): (within if m == k else across).candidate for k in modalities}
+                    for trial, sign in ((within, 1), (across, 1), (OWN_DENSE, -1)):  # the dense rest is in both trials
+                        error += sign * float(scores.errors[trial][layer, n, head]) / len(modalities)
+                        share += sign * scores.tile_share(trial, layer, n, head)
+                total = error + price * float(share.max())
+                best_other = min(option.error + price * option.cost for option in others)
                 if total < best_other and set(inner.values()) != {Dense()}:
                     gains[Boundary2D(inner)] += best_other - total
     ranked = sorted(gains, key=lambda pattern: (-gains[pattern], repr(pattern)))
     return tuple(Trial(step="joint", candidate=pattern) for pattern in ranked[:most])
 
 
-def _best(scores: Scores, trials, layer: int, n: int, head: int, price_per_tile: float) -> tuple[Pattern, float]:
-    """The candidate with the least error plus price for the queries of modality number `n`, and that sum."""
-    share = 1 / len(scores.modalities)
+def _best(scores: Scores, trials: Sequence[Trial], layer: int, n: int, head: int, price: float) -> Trial:
+    """The trial with the least error plus price for the queries of modality number `n`, on its dearest prompt."""
     losses = [
-        share * float(scores.by_trial[t].error[layer, n, head])
-        + price_per_tile * float(scores.by_trial[t].tiles[layer, n, head])
+        scores.errors[t][layer, n, head] / len(scores.modalities) + price * scores.tile_share(t, layer, n, head).max()
         for t in trials
     ]
-    least = int(np.argmin(losses))
-    return trials[least].candidate, losses[least]
+    return trials[int(np.argmin(losses))]

@@ -1,4 +1,4 @@
-"""What a trial leaves out and what it visits: squared error on the attention output, and tiles, per head."""
+"""What a trial leaves out and what it visits: squared errors on the attention output, and tiles, per head."""
 
 import dataclasses
 import os
@@ -17,21 +17,28 @@ from mmi_jax.patterns import Pattern
 from mmi_jax.plan import Plan
 from mmi_jax.search.capture import Captured
 from mmi_jax.search.trials import Trial
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree
 
 
 @pytree
 class Measured:
-    """One trial on one layer, or means over several; split by the modality of the query.
+    """One trial on one layer of one prompt, or on several; split by the modality of the query.
 
     Args:
       error: sum over queries of the squared distance from dense attention, over that of dense attention from zero.
+      answer_error: the same over those queries alone from which answers are read, a few among tens of thousands;
+        `error` where the modality has none.
       tiles: visited (q block, kv block) tiles.
     """
 
-    error: Float[Array | np.ndarray, "*layers n h"]
-    tiles: Float[Array | np.ndarray, "*layers n h"]
+    error: Float[Array | np.ndarray, "*prompts_and_layers n h"]
+    answer_error: Float[Array | np.ndarray, "*prompts_and_layers n h"]
+    tiles: Float[Array | np.ndarray, "*prompts_and_layers n h"]
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Measured))
+"""What is measured, as journals name it."""
 
 
 _COMPILED: dict[Any, Any] = {}
@@ -73,14 +80,25 @@ def measured(pattern: Pattern, captured: Captured, *, modalities: tuple[int, ...
     """The figures of one pattern on all heads of a layer: one sparse attention call, nothing of [t, s]."""
     result = attend_sparsely(captured.q, captured.k, captured.v, pattern, layout=captured.layout, blocks=blocks)
     modality = captured.layout.modality[0]
-    is_of = jnp.stack([modality == m for m in modalities]).astype(jnp.float32)
-    error, norm = (
-        jnp.einsum("nt,th->nh", is_of, jnp.sum(jnp.square(x[0].astype(jnp.float32)), axis=-1))
+    is_of = jnp.stack([modality == m for m in modalities])
+    is_answer = is_of & captured.is_answer
+    lost, whole = (
+        jnp.sum(jnp.square(x[0].astype(jnp.float32)), axis=-1)
         for x in (result.out.astype(jnp.float32) - captured.out.astype(jnp.float32), captured.out)
     )
+    error = _share_lost(is_of, lost, whole)
+    answer_error = jnp.where(is_answer.any(axis=1, keepdims=True), _share_lost(is_answer, lost, whole), error)
     assert result.plan is not None, "a plain dense call has no plan: trials run sparsely, dense ones too"
     tiles = tiles_by_modality(jax.tree.map(lambda x: x[0], result.plan), modality, modalities)
-    return Measured(error=error / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny), tiles=tiles)
+    return Measured(error=error, answer_error=answer_error, tiles=tiles)
+
+
+def _share_lost(
+    is_of: Bool[Array, "n t"], lost: Float[Array, "t h"], whole: Float[Array, "t h"]
+) -> Float[Array, "n h"]:
+    """Of the squared output, the share that is lost in the rows of each set."""
+    lost, whole = (jnp.einsum("nt,th->nh", is_of.astype(jnp.float32), x) for x in (lost, whole))
+    return lost / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
 
 
 def tiles_by_modality(plan: Plan, modality: Int32[Array, " t"], modalities: tuple[int, ...]) -> Float[Array, "n h"]:

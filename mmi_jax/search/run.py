@@ -9,15 +9,18 @@ import numpy as np
 from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.search.candidates import Candidates
-from mmi_jax.search.capture import captured_layers
+from mmi_jax.search.capture import captured_layers, check_rows, num_tokens_of
 from mmi_jax.search.joint import joint_trials
 from mmi_jax.search.journal import Journal
-from mmi_jax.search.measure import Measured, Meter, modalities_of
+from mmi_jax.search.measure import FIELDS, Measured, Meter, modalities_of
 from mmi_jax.search.scores import Scores, read_scores, trials_of_rows
 from mmi_jax.search.trials import Trial, first_trials
 
 MOST_JOINT = 12
 """2D-Boundary combinations that are tried on every head."""
+
+type AnswerRows = Mapping[str, Sequence[int]]
+"""The tokens of prompts from whose logits answers are read, by the prompt's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,24 +39,36 @@ class Search:
     buckets: Buckets = dataclasses.field(default_factory=Buckets)
     on_trial: Callable[[int, int, str], None] = lambda done, total, what: None
 
-    def calibrate(self, prompts: Mapping[str, Any], candidates: Candidates, *, most_joint: int = MOST_JOINT) -> Scores:
-        """The scores of all three steps (paper, Alg. 4), averaged over the prompts.
+    def calibrate(
+        self, prompts: Mapping[str, Any], candidates: Candidates, *, most_joint: int = MOST_JOINT,
+        answer_rows: AnswerRows | None = None,
+    ) -> Scores:  # fmt: skip
+        """The scores of all three steps (paper, Alg. 4) on the prompts.
 
         Args:
           prompts: by name, each a batch of one.
+          answer_rows: the tokens from whose logits answers are read, by the name of the prompt, which count for half of
+            the error; prompts that are not named have none. The journal's `run` must tell of these as of the prompts.
 
         Raises:
-          ValueError: no prompt, prompts of different modalities, or attention that gives NaN or infinity.
+          ValueError: no prompt, prompts of different modalities, an answer row that no prompt has, attention that gives
+            NaN or infinity, or a journal of another version.
         """
         modalities = same_modalities(prompts)
         first = first_trials(candidates, modalities)
-        self.measure(prompts, first, "intra- and cross-modality")
+        self.measure(prompts, first, "intra- and cross-modality", answer_rows=answer_rows)
         joint = joint_trials(self.scores(prompts, first), most_joint)
-        self.measure(prompts, joint, "inter-modality")
+        self.measure(prompts, joint, "inter-modality", answer_rows=answer_rows)
         return self.scores(prompts, (*first, *joint))
 
-    def measure(self, prompts: Mapping[str, Any], trials: Sequence[Trial], what: str) -> None:
-        """Runs the trials that the journal lacks; a prompt's layers one by one, each written down when it is done."""
+    def measure(
+        self, prompts: Mapping[str, Any], trials: Sequence[Trial], what: str, *, answer_rows: AnswerRows | None = None
+    ) -> None:
+        """Runs the trials that the journal lacks; a prompt's layers one by one, each written down when it is done.
+
+        Args and errors as of `calibrate`.
+        """
+        rows = _rows_by_prompt(prompts, answer_rows or {})
         num_layers = self.model.config.num_layers
         found = trials_of_rows(self.journal.rows)
         missing = {
@@ -66,7 +81,14 @@ class Search:
         meter = Meter(same_modalities(prompts), self.blocks)
         for name, prompt in prompts.items():
             last = max((layer for layer in range(num_layers) if missing[name, layer]), default=-1)
-            layers = captured_layers(self.model, prompt, blocks=self.blocks, buckets=self.buckets, num_layers=last + 1)
+            layers = captured_layers(
+                self.model,
+                prompt,
+                blocks=self.blocks,
+                buckets=self.buckets,
+                num_layers=last + 1,
+                answer_rows=rows[name],
+            )
             for layer, captured in enumerate(layers):
                 if missing[name, layer]:
                     self.on_trial(done, total, f"{what}: compiling")
@@ -75,7 +97,7 @@ class Search:
                 for trial in missing[name, layer]:
                     figure = meter(trial, captured)
                     _check_finite(figure, f"{trial.key} in layer {layer} of {name}")
-                    figures[trial.key] = {"error": _floats(figure.error), "tiles": _floats(figure.tiles)}
+                    figures[trial.key] = {field: _floats(getattr(figure, field)) for field in FIELDS}
                     done += 1
                     self.on_trial(done, total, f"{what}: layer {layer} of {name}")
                 if figures:
@@ -83,14 +105,12 @@ class Search:
 
     def scores(self, prompts: Mapping[str, Any], trials: Iterable[Trial]) -> Scores:
         """What the journal says of these trials on these prompts."""
-        lengths = [int(np.asarray(prompt.layout.is_real).sum()) for prompt in prompts.values()]
         return read_scores(
             self.journal.rows,
-            tuple(prompts),
+            {name: num_tokens_of(prompt) for name, prompt in prompts.items()},
             trials,
             num_layers=self.model.config.num_layers,
             modalities=same_modalities(prompts),
-            num_tokens=round(float(np.mean(lengths))),
             blocks=self.blocks,
         )
 
@@ -103,9 +123,18 @@ def same_modalities(prompts: Mapping[str, Any]) -> tuple[int, ...]:
     return found.pop()
 
 
+def _rows_by_prompt(prompts: Mapping[str, Any], answer_rows: AnswerRows) -> dict[str, Sequence[int]]:
+    """The answer rows of each prompt, none where none are named; refused before anything runs."""
+    if unknown := sorted(set(answer_rows) - set(prompts)):
+        raise ValueError(f"answer rows must be those of {', '.join(prompts)}, got some of {', '.join(unknown)}")
+    for name, rows in answer_rows.items():
+        check_rows(rows, num_tokens_of(prompts[name]))
+    return {name: answer_rows.get(name, ()) for name in prompts}
+
+
 def _check_finite(figure: Measured, what: str) -> None:
     """Raises ValueError at once: a mean over prompts would only tell at the end, and not where."""
-    is_finite = np.isfinite(figure.error).all(axis=0)
+    is_finite = (np.isfinite(figure.error) & np.isfinite(figure.answer_error)).all(axis=0)
     if not is_finite.all():
         heads = np.flatnonzero(~is_finite).tolist()
         raise ValueError(f"errors of trials must be finite, got NaN or infinity in heads {heads} of {what}")

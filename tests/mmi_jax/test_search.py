@@ -1,7 +1,5 @@
 """The search: what a trial measures, that planted heads get their patterns, and that a kill changes nothing."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +14,10 @@ from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.planted import LOCAL, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.search import Candidates, Journal, Search, TargetDensity, best_choice
 from mmi_jax.search.capture import Captured, captured_layers
-from mmi_jax.search.costs import DENSITY, TILES
+from mmi_jax.search.costs import TILES
 from mmi_jax.search.measure import Measured, Meter, measured
-from mmi_jax.search.scores import Choice, Scores
-from mmi_jax.search.trials import DENSE, Trial, first_trials, of_queries, trial_of
+from mmi_jax.search.scores import Scores
+from mmi_jax.search.trials import Trial, first_trials, of_queries, trial_of
 
 SMALL = Blocks(q=16, kv=16, granule=16)
 
@@ -32,20 +30,24 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def captured(layout, q, k, v, blocks=SMALL) -> Captured:
+def captured(layout, q, k, v, blocks=SMALL, answer_rows=()) -> Captured:
     """Attention of one example with its dense output."""
+    is_answer = jnp.isin(jnp.arange(len(q)), jnp.array(answer_rows, jnp.int32))[None]
     q, k, v, layout = jax.tree.map(lambda x: jnp.asarray(x)[None], (q, k, v, layout))
     out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks).out
-    return Captured(q=q, k=k, v=v, out=out, layout=layout)
+    return Captured(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
+
+
+ANSWERS = (77, 95)
 
 
 @pytest.fixture(scope="module")
 def mixed() -> Captured:
-    """96 tokens of text and video, 4 query heads on 2 kv heads."""
+    """96 tokens of text and video, 4 query heads on 2 kv heads; answers are read from two tokens of the last text."""
     rng = np.random.default_rng(0)
     layout = concatenate([text_tokens(20), vision_tokens(4, 3, 4), text_tokens(28)])
     q, k, v = (rng.normal(size=(96, heads, 8)).astype(np.float32) * 2 for heads in (4, 2, 2))
-    return captured(layout, q, k, v)
+    return captured(layout, q, k, v, answer_rows=ANSWERS)
 
 
 def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
@@ -62,6 +64,12 @@ def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
         rows = modality == n
         expected = np.square(sparse - dense)[rows].sum(axis=(0, 2)) / np.square(dense)[rows].sum(axis=(0, 2))
         np.testing.assert_allclose(found.error[n], expected, rtol=1e-4)
+        if n == 1:  # no answer is read from the video
+            np.testing.assert_array_equal(found.answer_error[n], found.error[n])
+    answers = list(ANSWERS)
+    expected_answers = np.square(sparse - dense)[answers].sum(axis=(0, 2)) / np.square(dense)[answers].sum(axis=(0, 2))
+    np.testing.assert_allclose(found.answer_error[0], expected_answers, rtol=1e-4)
+    assert not np.allclose(found.answer_error[0], found.error[0], rtol=0.1)
     np.testing.assert_allclose(np.sum(found.tiles, axis=0), plan.index.visited_tiles(), rtol=1e-6)
     assert expected.min() > 0
 
@@ -111,66 +119,18 @@ def test_planted_heads_get_their_patterns():
     candidates = Candidates(within=(AShape(64, 64), VerticalSlash(96, 16, local=16), grid), across=())
     meter = Meter((1,), blocks)
     figures = {trial: meter(trial, layer) for trial in first_trials(candidates, (1,))}
-    by_trial = {t: dataclasses.replace(f, error=f.error[None], tiles=f.tiles[None]) for t, f in figures.items()}
-    scores = Scores(modalities=(1,), num_tokens=2048, blocks=blocks, by_trial=by_trial)
+    by_trial = {t: jax.tree.map(lambda x: x[None, None], figure) for t, figure in figures.items()}
+    scores = Scores(modalities=(1,), lengths={"video": 2048}, blocks=blocks, by_trial=by_trial)
     best = best_choice(scores, TargetDensity(share=0.22), TILES)
     found = {name: type(choice.pattern) for name, choice in zip(PLANTED, best.choices[0], strict=True)}
     assert found == BEST, {t.candidate: np.round(f.error, 3).tolist() for t, f in figures.items()}
     assert np.max(best.scores.error) < 0.01
 
 
-def random_scores(rng, num_layers, num_heads) -> Scores:
-    """Scores of made-up trials over two modalities; dense is dearest and without error."""
-    patterns = (Dense(), AShape(16, 64), TriShape(16, 64, 16), VerticalSlash(64, 64))
-    trials = {t for p in patterns for t in (Trial(step="whole", candidate=p), of_queries(p))}
-    joint = Trial(step="joint", candidate=Boundary2D({(1, 1): AShape(16, 32)}))
-    by_trial = {}
-    for trial in sorted({*trials, joint}, key=lambda t: t.key):
-        error, tiles = rng.random((2, num_layers, 2, num_heads))
-        is_dense = trial == DENSE
-        by_trial[trial] = tiny_measured(0 * error if is_dense else error, 1 + 0 * tiles if is_dense else tiles)
-    return Scores(modalities=(0, 1), num_tokens=4096, blocks=Blocks(), by_trial=by_trial)
-
-
-def tiny_measured(error, tiles):
-    from mmi_jax.search.measure import Measured
-
-    return Measured(error=error, tiles=tiles)
-
-
-def test_options_hold_every_kind_and_q_boundaries_of_different_patterns(rng):
-    scores = random_scores(rng, 1, 1)
-    options = scores.options(0, 0, DENSITY)
-    assert options[0].what == Choice(pattern=Dense(), trials=(DENSE, DENSE)) and options[0].error == 0
-    kinds = [type(option.what.pattern) for option in options]
-    assert {QBoundary, Boundary2D, AShape, VerticalSlash} <= set(kinds)
-    for option in options:
-        parts = [scores.by_trial[t] for t in option.what.trials]
-        assert option.error == pytest.approx(np.mean([p.error[0, n, 0] for n, p in enumerate(parts)]))
-        tiles = sum(p.tiles[0, n, 0] for n, p in enumerate(parts))
-        assert scores.tiles(option.what, 0, 0) == pytest.approx(tiles)
-
-
-def test_excluded_patterns_are_nowhere(rng):
-    scores = random_scores(rng, 1, 1)
-    options = scores.options(0, 0, DENSITY, excluded=frozenset({"AShape", "Boundary2D"}))
-    assert not [o for o in options if "AShape" in repr(o.what.pattern) or "Boundary2D" in repr(o.what.pattern)]
-    assert "QBoundary" in repr(options)
-
-
-def test_more_budget_never_means_more_error_and_all_of_it_means_dense(rng):
-    scores = random_scores(rng, 3, 4)
-    errors = [best_choice(scores, TargetDensity(share=share), TILES).error_on(scores) for share in (0.4, 0.6, 0.8, 1.0)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] == 0 and errors[0] > 0
-
-
-def test_a_target_out_of_reach_names_what_can_be_reached(rng):
-    with pytest.raises(ValueError, match="is out of reach on prompts of 4096 tokens: the cheapest table costs"):
-        best_choice(random_scores(rng, 2, 2), TargetDensity(share=0.001), TILES)
-
-
 STATIC = Candidates(within=(AShape(sink=16, local=16),), across=())
 PROMPTS = {"one": tiny.prompt(1, 9, (8, 3, 4), 20), "two": tiny.prompt(2, 5, (8, 3, 4), 12)}
+ROWS = {"one": (110, 126)}
+"""Two has no question."""
 
 
 def search(path, on_trial=lambda *_: None) -> Search:
@@ -181,7 +141,7 @@ def search(path, on_trial=lambda *_: None) -> Search:
 
 def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
     whole = search(tmp_path / "whole.jsonl")
-    scores = whole.calibrate(PROMPTS, STATIC, most_joint=1)
+    scores = whole.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
     best = best_choice(scores, TargetDensity(share=0.75), TILES)
     assert {trial.step for trial in scores.by_trial} >= {"whole", "per_query", "own"}
     assert 0 < best.error_on(scores) < 1
@@ -195,24 +155,24 @@ def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            search(path, killed).calibrate(PROMPTS, STATIC, most_joint=1)
+            search(path, killed).calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) - int(rng.integers(0, 9))])  # a kill in the middle of a write
         resumed = search(path)
         assert len(resumed.journal.rows) < len(whole.journal.rows)
-        again = best_choice(resumed.calibrate(PROMPTS, STATIC, most_joint=1), TargetDensity(share=0.75), TILES)
-        assert again == best
+        scores = resumed.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
+        assert best_choice(scores, TargetDensity(share=0.75), TILES) == best
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_what_is_in_the_journal_is_not_run_again(tmp_path):
-    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, most_joint=1)
+    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
     again = search(tmp_path / "work.jsonl", lambda done, total, what: pytest.fail("a trial ran again"))
-    again.calibrate(PROMPTS, STATIC, most_joint=1)
+    again.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
 
 
 def test_an_error_that_is_no_number_ends_the_search_and_is_not_kept(tmp_path, monkeypatch):
-    nan = Measured(error=np.full((2, 4), np.nan), tiles=np.ones((2, 4)))
+    nan = Measured(error=np.zeros((2, 4)), answer_error=np.full((2, 4), np.nan), tiles=np.ones((2, 4)))
     monkeypatch.setattr(Meter, "__call__", lambda self, trial, captured: nan)
     with pytest.raises(
         ValueError, match=r"errors of trials must be finite.*heads \[0, 1, 2, 3\] of whole .*layer 0 of"
@@ -223,7 +183,7 @@ def test_an_error_that_is_no_number_ends_the_search_and_is_not_kept(tmp_path, mo
 
 def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
     run = search(tmp_path / "work.jsonl")
-    scores = run.calibrate(PROMPTS, STATIC, most_joint=1)
+    scores = run.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
     best = best_choice(scores, TargetDensity(share=0.75), TILES)
     other = {"other": tiny.prompt(3, 9, (8, 3, 4), 20)}
     run.measure(other, best.trials, "held-out prompts")
@@ -257,3 +217,28 @@ def test_captured_layers_continue_with_the_dense_output():
 def test_prompts_of_different_modalities_are_refused(tmp_path):
     with pytest.raises(ValueError, match="all of the same modalities: got"):
         search(tmp_path / "work.jsonl").calibrate(PROMPTS | {"text": tiny.prompt(4, 30)}, STATIC)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"one": (128,)}, r"answers are read from rows of the prompt: expected 0 to 126, got \[128\]"),
+        ({"two": (-1, 3)}, r"expected 0 to 114, got \[-1\]"),
+        ({"three": (1,)}, "answer rows must be those of one, two, got some of three"),
+    ],
+)
+def test_answer_rows_that_no_prompt_has_are_refused_before_anything_runs(rows, message, tmp_path):
+    run = search(tmp_path / "work.jsonl", lambda *_: pytest.fail("a trial ran"))
+    with pytest.raises(ValueError, match=message):
+        run.calibrate(PROMPTS, STATIC, answer_rows=rows)
+
+
+def test_answer_rows_reach_the_measure_and_a_prompt_without_has_the_error_of_all_rows(tmp_path):
+    run = search(tmp_path / "work.jsonl")
+    run.measure(PROMPTS, first_trials(STATIC, (0, 1))[:2], "some", answer_rows=ROWS)
+    key = Trial(step="whole", candidate=AShape(sink=16, local=16)).key
+    figures = {(row["prompt"], row["layer"]): row["trials"][key] for row in run.journal.rows}
+    assert len(figures) == 6
+    for (name, _), found in figures.items():
+        text, video = (np.array(found["answer_error"][n]) != found["error"][n] for n in (0, 1))
+        assert not video.any() and text.all() == (name == "one") and text.any() == (name == "one")

@@ -85,7 +85,7 @@ def captured(num_tokens) -> Captured:
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, num_tokens, heads, 8)), jnp.float32) for heads in (2, 1))
     layout = jax.tree.map(lambda x: jnp.asarray(x)[None], text_tokens(num_tokens))
-    return Captured(q=q, k=k, v=k, out=q, layout=layout)
+    return Captured(q=q, k=k, v=k, out=q, layout=layout, is_answer=np.zeros((1, num_tokens), bool))
 
 
 def test_a_baseline_is_brought_to_a_cost():
