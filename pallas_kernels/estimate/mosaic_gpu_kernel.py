@@ -20,8 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 NUM_QUERIES = 64
 """Queries of a head: wgmma has M = 64."""
 
-TILE_KEYS = 64
-"""Keys of one step: rows of the second pass."""
+LEAST_TILE = 64
+"""Keys of one step are a multiple of these: rows of the second pass."""
+
+MOST_TILE = 128
+"""Keys of one step, where a share has them: with fewer, matrix unit and exponentials wait for each other more often."""
 
 MASKED = -1e38
 """The product of a query and a key it does not see: finite, and so far below `LOWEST` that its weight is an exact 0."""
@@ -39,27 +42,32 @@ class EstimateShape:
 
     Args:
       num_kv_heads: kv heads.
-      num_tiles: tiles of `TILE_KEYS` keys in a thread block's share.
+      num_keys: keys in a thread block's share.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
       score_scale: factor on the scores, for base-2 exponentials.
-      band: keys in a band of diagonals, a divisor of `TILE_KEYS`; 0 in the passes that know none.
+      band: keys in a band of diagonals, a divisor of `LEAST_TILE`; 0 in the passes that know none.
     """
 
     num_kv_heads: int
-    num_tiles: int
+    num_keys: int
     kv_heads_per_row: int
     score_scale: float
     band: int = 0
 
     @property
-    def num_keys(self) -> int:
-        """Keys of a share."""
-        return self.num_tiles * TILE_KEYS
+    def tile(self) -> int:
+        """Keys of one step."""
+        return min(self.num_keys, MOST_TILE)
+
+    @property
+    def num_tiles(self) -> int:
+        """Steps of a share."""
+        return self.num_keys // self.tile
 
     @property
     def bands_per_tile(self) -> int:
         """Bands of one query that cross a tile: a tile rarely begins where a band does."""
-        return TILE_KEYS // self.band + 1
+        return self.tile // self.band + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +127,7 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
     """Writes the mass of each of this thread block's keys, for each head."""
 
     def head(work: Work):
-        head_lse = _along(1, lse.at[work.head])
+        head_lse = _along(1, lse.at[work.head], shape.tile)
 
         def tile(n, _):
             weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=0) - head_lse)
@@ -144,12 +152,12 @@ def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
     none = jnp.zeros((NUM_QUERIES, shape.band), jnp.float32)
 
     def head(work: Work):
-        head_lse, head_skew = _along(0, lse.at[work.head]), _along(0, skew.at[work.head], width=shape.band)
+        head_lse, head_skew = _along(0, lse.at[work.head], shape.tile), _along(0, skew.at[work.head], shape.band)
         is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
         def tile(n, _):
             weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=1) - head_lse)
-            cuts = range(0, TILE_KEYS, shape.band)
+            cuts = range(0, shape.tile, shape.band)
             pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
             for band in range(shape.bands_per_tile):
                 in_band = jnp.sum(jnp.where(is_past, pieces[band], pieces[band + 1]), axis=1)
@@ -190,12 +198,12 @@ def _each_head(refs: Refs, shape: EstimateShape, body):
 
 def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
     """Scores of the head's queries and the n-th tile of keys, which lie along `key_axis`; base 2."""
-    k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * TILE_KEYS, TILE_KEYS), TILE_KEYS)]
+    k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * shape.tile, shape.tile), shape.tile)]
 
     def hide(product):
-        q_pos = _along(1 - key_axis, refs.q_pos.at[work.head])
+        q_pos = _along(1 - key_axis, refs.q_pos.at[work.head], shape.tile)
         row = work.kv_head // shape.kv_heads_per_row
-        kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)])
+        kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)], NUM_QUERIES)
         return jnp.where(kv_pos <= q_pos, product, MASKED)
 
     product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
@@ -204,7 +212,7 @@ def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
 
 def _rows(shape: EstimateShape, work: Work, n):
     """The n-th tile's rows of k."""
-    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * TILE_KEYS, TILE_KEYS), TILE_KEYS)
+    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * shape.tile, shape.tile), shape.tile)
 
 
 def _product(rows, columns):
@@ -217,7 +225,7 @@ def _product(rows, columns):
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((rows.shape[0], columns.shape[0]), jnp.float32))
 
 
-def _along(axis: int, ref, width: int = TILE_KEYS):
-    """A vector in device memory along one axis of a tile of scores, `width` of its columns."""
+def _along(axis: int, ref, width: int):
+    """A vector in device memory along one axis of a tile of scores, `width` numbers wide along the other."""
     x = plgpu.load(ref, layout=LAYOUT.reduce(1 - axis), optimized=False)
-    return lax.broadcast_in_dim(x, (NUM_QUERIES, width), [axis])
+    return lax.broadcast_in_dim(x, (*x.shape, width) if axis == 0 else (width, *x.shape), [axis])
