@@ -44,7 +44,7 @@ class EstimateShape:
       num_kv_heads: kv heads.
       num_keys: keys in a thread block's share.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
-      score_scale: factor on the scores, for base-2 exponentials.
+      score_scale: factor on the products, for base-2 exponentials; positive.
       band: keys in a band of diagonals, a divisor of `LEAST_TILE`; 0 in the passes that know none.
     """
 
@@ -111,9 +111,9 @@ def lse_pass(refs: Refs, top_out: Any, total_out: Any, shape: EstimateShape):
     def head(work: Work):
         def tile(n, carry):
             top, total = carry
-            scores = _scores(refs, shape, work, n, key_axis=1)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+            product = _products(refs, shape, work, n, key_axis=1)
+            new_top = jnp.maximum(top, jnp.max(product, axis=1) * shape.score_scale)
+            weights = jnp.exp2(product * shape.score_scale - lax.broadcast_in_dim(new_top, product.shape, [0]))
             return new_top, total * jnp.exp2(top - new_top) + jnp.sum(weights, axis=1)
 
         fill = lambda x: plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))  # noqa: E731
@@ -130,7 +130,7 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
         head_lse = _along(1, lse.at[work.head], shape.tile)
 
         def tile(n, _):
-            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=0) - head_lse)
+            weights = jnp.exp2(_products(refs, shape, work, n, key_axis=0) * shape.score_scale - head_lse)
             mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=1)
 
         lax.fori_loop(0, shape.num_tiles, tile, None)
@@ -156,7 +156,7 @@ def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
         is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
         def tile(n, _):
-            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=1) - head_lse)
+            weights = jnp.exp2(_products(refs, shape, work, n, key_axis=1) * shape.score_scale - head_lse)
             cuts = range(0, shape.tile, shape.band)
             pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
             for band in range(shape.bands_per_tile):
@@ -196,8 +196,8 @@ def _each_head(refs: Refs, shape: EstimateShape, body):
         lax.fori_loop(first, end, step, None)
 
 
-def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
-    """Scores of the head's queries and the n-th tile of keys, which lie along `key_axis`; base 2."""
+def _products(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
+    """Products of the head's queries and the n-th tile of keys, which lie along `key_axis`; not yet scaled."""
     k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * shape.tile, shape.tile), shape.tile)]
 
     def hide(product):
@@ -207,7 +207,7 @@ def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
         return jnp.where(kv_pos <= q_pos, product, MASKED)
 
     product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
-    return lax.cond(work.sees_all, lambda product: product, hide, product) * shape.score_scale
+    return lax.cond(work.sees_all, lambda product: product, hide, product)
 
 
 def _rows(shape: EstimateShape, work: Work, n):
