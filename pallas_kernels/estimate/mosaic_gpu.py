@@ -15,7 +15,7 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
     NUM_QUERIES,
     EstimateShape,
     Refs,
-    band_pass,
+    line_pass,
     lse_pass,
     mass_pass,
 )
@@ -25,6 +25,9 @@ from pallas_kernels.notation import Array, Float, Int32
 
 RESIDENT_BYTES = 2**16
 """Keys that a thread block keeps in shared memory, at most: two thread blocks share a multiprocessor."""
+
+SCRATCH_BYTES = 2**13
+"""Through which warps add up their sums over queries; two thread blocks share a multiprocessor even so."""
 
 NUM_PROGRAMS = 2 * 132
 """Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
@@ -80,7 +83,7 @@ def check_supported(q, k, scale: float, band: int = 16) -> None:
 def launch(
     k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS
 ) -> tuple[Any, ...]:
-    """The masses per key, and per band where `q_row` and `band` are given, by two passes or three."""
+    """The masses per key, and per band where `q_row` and `band` are given, by two passes."""
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
@@ -109,13 +112,12 @@ def launch(
     lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
     lse = jnp.maximum(lse, LOWEST)  # of a query that sees nothing; weights of hidden keys stay 0
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
-    (mass,) = _launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,))
     if q_row is None:
-        return (mass,)
+        return tuple(_launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,)))
     q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
     past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
     per_band = jax.ShapeDtypeStruct((num_heads, num_keys // shape.tile, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
-    (tile_mass,) = _launch(band_pass, arrays, (lse, past_start % band), shape, num_shares, (per_band,))
+    mass, tile_mass = _launch(line_pass, arrays, (lse, past_start % band), shape, num_shares, (per_key, per_band))
     nearest = jnp.where(q_row >= 0, past_start // band, -1)
     return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, nearest, num_bands_of(num_keys, band))
 
@@ -168,6 +170,6 @@ def _launch(body: Callable[..., None], arrays, more, shape: EstimateShape, num_s
         scratch_types=scratch,
         grid=(shape.num_kv_heads * num_shares,),
         grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=SCRATCH_BYTES),
     )
     return run(*arrays.values(), *more)

@@ -1,12 +1,13 @@
-"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key or band.
+"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key, or by
+key and by band.
 
 Scores are cheap (64 queries a head) and HBM is not, so all passes compute them from k and nothing of size
 [queries, keys] is written. A thread block, one warpgroup, keeps a share of one kv head's keys in shared memory and
 walks over the heads that read them; while it computes on one head's queries the next ones arrive.
 
-    pass 1   scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
-    pass 2   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
-    pass 3   scores = q k^T    rows are queries: a row's sums over the few bands of diagonals that cross a tile
+    lse_pass    scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
+    mass_pass   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
+    line_pass   scores = q k^T    instead: sums over the queries, and a row's over the few bands that cross a tile
 """
 
 import dataclasses
@@ -138,8 +139,8 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
     _each_head(refs, shape, head)
 
 
-def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
-    """Writes, for each of this thread block's tiles, the mass of each query in each of its bands, nearest last.
+def line_pass(refs: Refs, lse: Any, skew: Any, mass: Any, band_mass: Any, shape: EstimateShape):
+    """Writes what `mass_pass` does and, for each tile, the mass of each query in each of its bands, nearest last.
 
     Query `q` is `skew[q]` keys, less than a band, past the start of its band of distance 0. So its bands cut a tile
     that begins at a multiple of the band's width after keys `skew`, `skew + band`, ...: here for a band of 4 and tiles
@@ -157,11 +158,12 @@ def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
 
         def tile(n, _):
             weights = jnp.exp2(_products(refs, shape, work, n, key_axis=1) * shape.score_scale - head_lse)
+            mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=0)
             cuts = range(0, shape.tile, shape.band)
             pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
             for band in range(shape.bands_per_tile):
                 in_band = jnp.sum(jnp.where(is_past, pieces[band], pieces[band + 1]), axis=1)
-                mass[work.head, work.share * shape.num_tiles + n, band] = in_band
+                band_mass[work.head, work.share * shape.num_tiles + n, band] = in_band
 
         lax.fori_loop(0, shape.num_tiles, tile, None)
 
