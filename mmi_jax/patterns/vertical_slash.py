@@ -109,6 +109,7 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
     covered_before = jnp.concatenate([far[None], start[:-1]])
     high = jnp.minimum(end[None] - bands[:, None], covered_before)
     number = jnp.where(start < covered_before, floor_divide(high - start, tile), 0)
-    num_below = jnp.clip(-floor_divide(start, tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
+    # Tiles that begin below row 0 hold only the gathered first block.
+    num_below = jnp.clip(-floor_divide(start, tile), 0, number)
     rows = (start + num_below * tile) * blocks.granule
     return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]
