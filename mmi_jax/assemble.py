@@ -68,14 +68,13 @@ def assemble(
         intervals=intervals,
         blocks=blocks,
     )
-    *lists, word = entries.lists(runs, q_blocks, extents, variant)
+    *lists, start, interval = entries.lists(runs, q_blocks, extents, variant)
     # A head whose lists do not fit runs dense, which is slower and never wrong.
     is_dense = jnp.sum(runs.num_blocks, dtype=jnp.int32) > capacity
     is_first_view = jnp.arange(len(part_of_block)) < len(part_of_block) // inverse.shape[0]
     takes_all = jnp.where(is_dense, is_first_view, sees_everything)
     everything = _everything(q_blocks, extents, num_prompt_rows, blocks)
     rows = [jnp.where(takes_all, a, jnp.where(is_dense, 0, b)) for a, b in zip(everything, lists, strict=True)]
-    start, interval = entries.read(word)
     return HeadPlan(
         order=order,
         inverse=inverse,

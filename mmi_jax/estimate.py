@@ -51,7 +51,8 @@ def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: To
     frame, _, total, number = _segment_sums(begins, excess, is_counted)
     mean = jnp.where(number > 1, total / jnp.maximum(number, 1), 0.0)  # a lone token has no frame to stand out of
     excess -= mean[frame]
-    return jnp.where(is_counted, jnp.clip(excess, -MOST_SALIENCE, MOST_SALIENCE), 0.0)
+    found = jnp.where(is_counted, jnp.clip(excess, -MOST_SALIENCE, MOST_SALIENCE), 0.0)
+    return jax.lax.optimization_barrier(found)  # folds read it in other orders: XLA would compute all this at each read
 
 
 def fold_score(

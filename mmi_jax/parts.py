@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.blocks import Blocks
+from mmi_jax.blocks import Blocks, floor_divide
 from mmi_jax.views import KeyView
 from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.notation import Array, Bool, Float, Int32
@@ -95,8 +95,8 @@ class Part:
 
 def blocks_between(view: KeyView, first_row, end_row, blocks: Blocks, interval=(0, NO_LIMIT)) -> Runs:
     """One run per q block: the whole kv blocks of `view` that hold rows `first_row` up to `end_row` (int32 [i])."""
-    first = first_row // blocks.kv
-    num_blocks = jnp.where(end_row > first_row, -(-end_row // blocks.kv) - first, 0)
+    first = floor_divide(first_row, blocks.kv)
+    num_blocks = jnp.where(end_row > first_row, -floor_divide(-end_row, blocks.kv) - first, 0)
     start = view.offset + first * blocks.kv
     return Runs(start=start[:, None], num_blocks=num_blocks[:, None], interval=interval)
 

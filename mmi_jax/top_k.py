@@ -1,7 +1,6 @@
 """largest: which `k` of a million numbers are the largest, without sorting them where sorting is slow."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,10 @@ from pallas_kernels.notation import Array, Bool, Float, Int32
 KEY_BITS = 32
 
 MOST_COUNTED = 512
-"""Numbers of which one partial sum counts those that reach a threshold, at most."""
+"""Numbers of which one partial sum counts those that reach a threshold."""
+
+GROUP = 8
+"""Numbers of which only the largest is looked at first, where there are very many."""
 
 SIGN = np.uint32(2**31)
 MOST_SORTED_ON_GPU = 2**16
@@ -36,9 +38,33 @@ def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
 
 
 def largest_places(x: Float[Array, " n"], k: int) -> Int32[Array, " k"]:
-    """The places of the `k` largest numbers, ascending."""
-    (places,) = jnp.nonzero(largest(x, k), size=k)
-    return places.astype(jnp.int32)
+    """The places of the `k` largest numbers, ascending; the first among equals."""
+    is_worth_it = len(x) % GROUP == 0 and len(x) // GROUP > max(MOST_SORTED_ON_GPU, k)
+    return by_groups(x, k, GROUP) if is_worth_it else places_of(largest(x, k), k)
+
+
+def by_groups(x: Float[Array, " n"], k: int, group: int) -> Int32[Array, " k"]:
+    """`largest_places`, from the `k` groups of neighbours with the largest maxima: all other numbers are read once.
+
+    A group that is not among them holds none of the largest: each of the `k` has a number before it in their order.
+
+        x = 3 1 | 2 4 | 0 2 | 1 3, k = 2    ->    of 3 1 2 4 the largest are 3 4
+
+    Args:
+      x, k: as for `largest`.
+      group: numbers of a group, a divisor of `n`; there must be `k` groups.
+    """
+    groups = x.reshape(-1, group)
+    chosen = places_of(largest(groups.max(axis=1), k), k)
+    place = places_of(largest(groups[chosen].reshape(-1), k), k)
+    return chosen[place // group] * group + place % group
+
+
+def places_of(is_chosen: Bool[Array, " n"], most: int) -> Int32[Array, " most"]:
+    """The places of the first `most` chosen, ascending; `n` where there are fewer."""
+    n = len(is_chosen)
+    rank = jnp.where(is_chosen, jnp.cumsum(is_chosen, dtype=jnp.int32) - 1, most)
+    return jnp.full(most, n, jnp.int32).at[rank].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
 
 
 def by_top_k(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
@@ -61,7 +87,7 @@ def by_bits(x: Float[Array, " n"], k: int, *, bits_at_once: int = 2) -> Bool[Arr
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     key = jnp.where(bits >= SIGN, ~bits, bits | SIGN)
-    parts = key.reshape(-1, math.gcd(len(x), MOST_COUNTED))
+    parts = jnp.pad(key, (0, -len(x) % MOST_COUNTED)).reshape(-1, MOST_COUNTED)  # with 0, which reaches no threshold
 
     def gain_bits(n, threshold):
         shift = (KEY_BITS - bits_at_once * (n + 1)).astype(jnp.uint32)

@@ -122,17 +122,15 @@ class Scope:
         return columns[0], bands[0]
 
 
-def gathered_columns(scope: Scope, is_chosen: Bool[Array, " s"], most: int) -> Columns:
-    """The chosen rows of the group's view as columns, ascending by position; at most `most` are chosen."""
-    view = scope.view
-    rank = jnp.cumsum(is_chosen) - 1
-    is_chosen &= rank < most  # a key hidden in its view and not gathered would be lost
-    place = jnp.where(is_chosen, rank, len(is_chosen))
-    tokens = jnp.full(scope.blocks.round_kv(most), -1, jnp.int32).at[place].set(view.order, mode="drop")
-    num_rows = len(scope.geometry.order)
-    is_hidden = jnp.zeros(num_rows + len(is_chosen), bool)  # empty rows of a view may lie past the joint view's end
-    is_hidden = jax.lax.dynamic_update_slice_in_dim(is_hidden, is_chosen, view.offset, axis=0)
-    return Columns(tokens=tokens, is_hidden=is_hidden[:num_rows])
+def gathered_columns(scope: Scope, rows: Int32[Array, " x"]) -> Columns:
+    """Rows of the group's view as columns, ascending; rows past the view's end, and empty ones, are none."""
+    view, num_rows = scope.view, len(scope.geometry.order)
+    tokens = view.order.at[rows].get(mode="fill", fill_value=-1)
+    hidden = jnp.where(tokens >= 0, view.offset + rows, num_rows)
+    return Columns(
+        tokens=jnp.pad(tokens, (0, scope.blocks.round_kv(len(rows)) - len(rows)), constant_values=-1),
+        is_hidden=jnp.zeros(num_rows, bool).at[hidden].set(True, mode="drop"),
+    )
 
 
 def mean_up_to(most: int | float, num_kv_blocks: int) -> float:

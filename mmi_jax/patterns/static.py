@@ -11,6 +11,7 @@ from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
 from mmi_jax.patterns.dense import all_keys_part
 from mmi_jax.patterns.streaming import window_blocks, window_part
+from mmi_jax.top_k import places_of
 from mmi_jax.views import Group, KeyView, SortedBy, View
 from pallas_kernels.block_index import NO_LIMIT
 
@@ -112,7 +113,7 @@ class SparseTransformerFixed(Pattern):
         segment_of_row = view.pos // self.stride
         is_first = (view.order >= 0) & (segment_of_row != jnp.roll(segment_of_row, 1).at[0].set(-2))
         max_blocks = scope.bound(-(-(self.stride + blocks.q) // blocks.kv) + 2) + scope.num_kv_blocks
-        columns = gathered_columns(scope, is_first, -(-len(view.order) // self.stride))
+        columns = gathered_columns(scope, places_of(is_first, -(-len(view.order) // self.stride)))
         return [Part(member=scope.member, visits=segment, max_blocks=max_blocks, columns=(columns,))]
 
 

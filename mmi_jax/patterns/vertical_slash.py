@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.blocks import Blocks
+from mmi_jax.blocks import Blocks, floor_divide
 from mmi_jax.parts import Columns, Part, Runs
 from mmi_jax.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.patterns.checks import check_at_least
-from mmi_jax.top_k import largest, largest_places
+from mmi_jax.top_k import largest_places
 
 BANDS_AT_ONCE = 64
 """Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
@@ -77,8 +77,7 @@ class VerticalSlash(Pattern):
         view, blocks = scope.view, scope.blocks
         num_columns = min(max(self.vertical, blocks.kv), len(view.order))
         mass = jnp.where(jnp.cumsum(view.order >= 0) <= blocks.kv, jnp.inf, mass)
-        is_chosen = largest(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns) & (view.order >= 0)
-        return gathered_columns(scope, is_chosen, num_columns)
+        return gathered_columns(scope, largest_places(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns))
 
     def _bands(self, mass, blocks: Blocks):
         """The heaviest bands of diagonals, the nearest forced, nearest first; int32 [n]."""
@@ -96,12 +95,12 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
     query inside an image of one position sees all of it.
     """
     tile = blocks.kv // blocks.granule
-    first, end = first_anchor // blocks.granule, last_anchor // blocks.granule + 1
+    first, end, own = (floor_divide(x, blocks.granule) for x in (first_anchor, last_anchor + blocks.granule, first_own))
 
     def cover(covered_from, band):
-        low = jnp.where(band == 0, jnp.minimum(first, first_own // blocks.granule), first - band)
+        low = jnp.where(band == 0, jnp.minimum(first, own), first - band)
         high = jnp.minimum(end - band, covered_from)
-        number = jnp.where(high > 0, jnp.maximum(-(-(high - low) // tile), 0), 0)
+        number = jnp.where(high > 0, jnp.maximum(-floor_divide(low - high, tile), 0), 0)
         covered_from = jnp.where(number > 0, high - number * tile, covered_from)
         return covered_from, covered_from
 
@@ -109,7 +108,8 @@ def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blo
     _, start = jax.lax.scan(cover, far, bands, unroll=min(BANDS_AT_ONCE, len(bands)))
     covered_before = jnp.concatenate([far[None], start[:-1]])
     high = jnp.minimum(end[None] - bands[:, None], covered_before)
-    number = jnp.where(start < covered_before, (high - start) // tile, 0)
-    num_below = jnp.clip(-(start // tile), 0, number)  # tiles that begin below row 0 hold only the gathered first block
+    number = jnp.where(start < covered_before, floor_divide(high - start, tile), 0)
+    # Tiles that begin below row 0 hold only the gathered first block.
+    num_below = jnp.clip(-floor_divide(start, tile), 0, number)
     rows = (start + num_below * tile) * blocks.granule
     return [Runs(start=(offset + rows).T, num_blocks=(number - num_below).T)]

@@ -10,12 +10,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.estimate.mosaic_gpu_kernel import (
+    LEAST_TILE,
     LOWEST,
     NUM_QUERIES,
-    TILE_KEYS,
     EstimateShape,
     Refs,
-    band_pass,
+    line_pass,
     lse_pass,
     mass_pass,
 )
@@ -25,6 +25,9 @@ from pallas_kernels.notation import Array, Float, Int32
 
 RESIDENT_BYTES = 2**16
 """Keys that a thread block keeps in shared memory, at most: two thread blocks share a multiprocessor."""
+
+SCRATCH_BYTES = 2**13
+"""Through which warps add up their sums over queries; two thread blocks share a multiprocessor even so."""
 
 NUM_PROGRAMS = 2 * 132
 """Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
@@ -68,7 +71,7 @@ def check_supported(q, k, scale: float, band: int = 16) -> None:
          f"q and k must be both bfloat16 or both float16, got {q.dtype}, {k.dtype}"),
         (q.shape[2] in (64, 128, 256), f"head_dim must be 64, 128 or 256, got {q.shape[2]}"),
         (q.shape[1] <= NUM_QUERIES, f"a head may have at most {NUM_QUERIES} queries, got {q.shape[1]}"),
-        (k.shape[0] % TILE_KEYS == 0, f"keys must be a multiple of {TILE_KEYS}, got {k.shape[0]}"),
+        (k.shape[0] % LEAST_TILE == 0, f"keys must be a multiple of {LEAST_TILE}, got {k.shape[0]}"),
         (scale >= LEAST_SCALE, f"scale must be at least {LEAST_SCALE}, got {scale}"),
         (band in (8, 16, 32, 64), f"a band must be 8, 16, 32 or 64 keys, got {band}"),
     ]  # fmt: skip
@@ -80,19 +83,19 @@ def check_supported(q, k, scale: float, band: int = 16) -> None:
 def launch(
     k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS
 ) -> tuple[Any, ...]:
-    """The masses per key, and per band where `q_row` and `band` are given, by two passes or three."""
+    """The masses per key, and per band where `q_row` and `band` are given, by two passes."""
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
     num_heads, (num_keys, num_kv_heads, _) = q.shape[0], k.shape
     shape = EstimateShape(
         num_kv_heads=num_kv_heads,
-        num_tiles=tiles_per_share(k, num_programs),
+        num_keys=keys_per_share(k, num_programs),
         kv_heads_per_row=num_kv_heads // kv_pos.shape[0],
         score_scale=scale * math.log2(math.e),
         band=band,
     )
-    num_shares, num_tiles = num_keys // shape.num_keys, num_keys // TILE_KEYS
+    num_shares = num_keys // shape.num_keys
     arrays = {
         "q": q,
         "k": k,
@@ -109,22 +112,21 @@ def launch(
     lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
     lse = jnp.maximum(lse, LOWEST)  # of a query that sees nothing; weights of hidden keys stay 0
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
-    (mass,) = _launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,))
     if q_row is None:
-        return (mass,)
+        return tuple(_launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,)))
     q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
     past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
-    per_band = jax.ShapeDtypeStruct((num_heads, num_tiles, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
-    (tile_mass,) = _launch(band_pass, arrays, (lse, past_start % band), shape, num_shares, (per_band,))
+    per_band = jax.ShapeDtypeStruct((num_heads, num_keys // shape.tile, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
+    mass, tile_mass = _launch(line_pass, arrays, (lse, past_start % band), shape, num_shares, (per_key, per_band))
     nearest = jnp.where(q_row >= 0, past_start // band, -1)
     return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, nearest, num_bands_of(num_keys, band))
 
 
-def tiles_per_share(k, num_programs: int) -> int:
-    """Tiles of a thread block's share: a power of two that divides all, few enough for `num_programs` of them."""
-    num_tiles, num_kv_heads, head_dim = k.shape[0] // TILE_KEYS, *k.shape[1:]
-    most = min(RESIDENT_BYTES // (TILE_KEYS * head_dim * 2), max(1, num_tiles * num_kv_heads // num_programs))
-    return math.gcd(num_tiles, 2 ** (most.bit_length() - 1))
+def keys_per_share(k, num_programs: int) -> int:
+    """Keys of a thread block's share: a power of two that divides all, few enough for `num_programs` of them."""
+    num_keys, num_kv_heads, head_dim = k.shape
+    most = min(RESIDENT_BYTES // (head_dim * 2), max(LEAST_TILE, num_keys * num_kv_heads // num_programs))
+    return math.gcd(num_keys, 2 ** (most.bit_length() - 1))
 
 
 def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q"], num_bands: int):
@@ -168,6 +170,6 @@ def _launch(body: Callable[..., None], arrays, more, shape: EstimateShape, num_s
         scratch_types=scratch,
         grid=(shape.num_kv_heads * num_shares,),
         grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=SCRATCH_BYTES),
     )
     return run(*arrays.values(), *more)

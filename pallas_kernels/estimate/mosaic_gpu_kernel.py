@@ -1,12 +1,13 @@
-"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key or band.
+"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key, or by
+key and by band.
 
 Scores are cheap (64 queries a head) and HBM is not, so all passes compute them from k and nothing of size
 [queries, keys] is written. A thread block, one warpgroup, keeps a share of one kv head's keys in shared memory and
 walks over the heads that read them; while it computes on one head's queries the next ones arrive.
 
-    pass 1   scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
-    pass 2   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
-    pass 3   scores = q k^T    rows are queries: a row's sums over the few bands of diagonals that cross a tile
+    lse_pass    scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
+    mass_pass   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
+    line_pass   scores = q k^T    instead: sums over the queries, and a row's over the few bands that cross a tile
 """
 
 import dataclasses
@@ -20,8 +21,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 NUM_QUERIES = 64
 """Queries of a head: wgmma has M = 64."""
 
-TILE_KEYS = 64
-"""Keys of one step: rows of the second pass."""
+LEAST_TILE = 64
+"""Keys of one step are a multiple of these: rows of the second pass."""
+
+MOST_TILE = 128
+"""Keys of one step, where a share has them: with fewer, matrix unit and exponentials wait for each other more often."""
 
 MASKED = -1e38
 """The product of a query and a key it does not see: finite, and so far below `LOWEST` that its weight is an exact 0."""
@@ -39,27 +43,32 @@ class EstimateShape:
 
     Args:
       num_kv_heads: kv heads.
-      num_tiles: tiles of `TILE_KEYS` keys in a thread block's share.
+      num_keys: keys in a thread block's share.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
-      score_scale: factor on the scores, for base-2 exponentials.
-      band: keys in a band of diagonals, a divisor of `TILE_KEYS`; 0 in the passes that know none.
+      score_scale: factor on the products, for base-2 exponentials; positive.
+      band: keys in a band of diagonals, a divisor of `LEAST_TILE`; 0 in the passes that know none.
     """
 
     num_kv_heads: int
-    num_tiles: int
+    num_keys: int
     kv_heads_per_row: int
     score_scale: float
     band: int = 0
 
     @property
-    def num_keys(self) -> int:
-        """Keys of a share."""
-        return self.num_tiles * TILE_KEYS
+    def tile(self) -> int:
+        """Keys of one step."""
+        return min(self.num_keys, MOST_TILE)
+
+    @property
+    def num_tiles(self) -> int:
+        """Steps of a share."""
+        return self.num_keys // self.tile
 
     @property
     def bands_per_tile(self) -> int:
         """Bands of one query that cross a tile: a tile rarely begins where a band does."""
-        return TILE_KEYS // self.band + 1
+        return self.tile // self.band + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +112,9 @@ def lse_pass(refs: Refs, top_out: Any, total_out: Any, shape: EstimateShape):
     def head(work: Work):
         def tile(n, carry):
             top, total = carry
-            scores = _scores(refs, shape, work, n, key_axis=1)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+            product = _products(refs, shape, work, n, key_axis=1)
+            new_top = jnp.maximum(top, jnp.max(product, axis=1) * shape.score_scale)
+            weights = jnp.exp2(product * shape.score_scale - lax.broadcast_in_dim(new_top, product.shape, [0]))
             return new_top, total * jnp.exp2(top - new_top) + jnp.sum(weights, axis=1)
 
         fill = lambda x: plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))  # noqa: E731
@@ -119,10 +128,10 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
     """Writes the mass of each of this thread block's keys, for each head."""
 
     def head(work: Work):
-        head_lse = _along(1, lse.at[work.head])
+        head_lse = _along(1, lse.at[work.head], shape.tile)
 
         def tile(n, _):
-            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=0) - head_lse)
+            weights = jnp.exp2(_products(refs, shape, work, n, key_axis=0) * shape.score_scale - head_lse)
             mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=1)
 
         lax.fori_loop(0, shape.num_tiles, tile, None)
@@ -130,8 +139,8 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
     _each_head(refs, shape, head)
 
 
-def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
-    """Writes, for each of this thread block's tiles, the mass of each query in each of its bands, nearest last.
+def line_pass(refs: Refs, lse: Any, skew: Any, mass: Any, band_mass: Any, shape: EstimateShape):
+    """Writes what `mass_pass` does and, for each tile, the mass of each query in each of its bands, nearest last.
 
     Query `q` is `skew[q]` keys, less than a band, past the start of its band of distance 0. So its bands cut a tile
     that begins at a multiple of the band's width after keys `skew`, `skew + band`, ...: here for a band of 4 and tiles
@@ -144,16 +153,17 @@ def band_pass(refs: Refs, lse: Any, skew: Any, mass: Any, shape: EstimateShape):
     none = jnp.zeros((NUM_QUERIES, shape.band), jnp.float32)
 
     def head(work: Work):
-        head_lse, head_skew = _along(0, lse.at[work.head]), _along(0, skew.at[work.head], width=shape.band)
+        head_lse, head_skew = _along(0, lse.at[work.head], shape.tile), _along(0, skew.at[work.head], shape.band)
         is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
         def tile(n, _):
-            weights = jnp.exp2(_scores(refs, shape, work, n, key_axis=1) - head_lse)
-            cuts = range(0, TILE_KEYS, shape.band)
+            weights = jnp.exp2(_products(refs, shape, work, n, key_axis=1) * shape.score_scale - head_lse)
+            mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=0)
+            cuts = range(0, shape.tile, shape.band)
             pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
             for band in range(shape.bands_per_tile):
                 in_band = jnp.sum(jnp.where(is_past, pieces[band], pieces[band + 1]), axis=1)
-                mass[work.head, work.share * shape.num_tiles + n, band] = in_band
+                band_mass[work.head, work.share * shape.num_tiles + n, band] = in_band
 
         lax.fori_loop(0, shape.num_tiles, tile, None)
 
@@ -188,23 +198,23 @@ def _each_head(refs: Refs, shape: EstimateShape, body):
         lax.fori_loop(first, end, step, None)
 
 
-def _scores(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
-    """Scores of the head's queries and the n-th tile of keys, which lie along `key_axis`; base 2."""
-    k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * TILE_KEYS, TILE_KEYS), TILE_KEYS)]
+def _products(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
+    """Products of the head's queries and the n-th tile of keys, which lie along `key_axis`; not yet scaled."""
+    k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * shape.tile, shape.tile), shape.tile)]
 
     def hide(product):
-        q_pos = _along(1 - key_axis, refs.q_pos.at[work.head])
+        q_pos = _along(1 - key_axis, refs.q_pos.at[work.head], shape.tile)
         row = work.kv_head // shape.kv_heads_per_row
-        kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)])
+        kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)], NUM_QUERIES)
         return jnp.where(kv_pos <= q_pos, product, MASKED)
 
     product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
-    return lax.cond(work.sees_all, lambda product: product, hide, product) * shape.score_scale
+    return lax.cond(work.sees_all, lambda product: product, hide, product)
 
 
 def _rows(shape: EstimateShape, work: Work, n):
     """The n-th tile's rows of k."""
-    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * TILE_KEYS, TILE_KEYS), TILE_KEYS)
+    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * shape.tile, shape.tile), shape.tile)
 
 
 def _product(rows, columns):
@@ -217,7 +227,7 @@ def _product(rows, columns):
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((rows.shape[0], columns.shape[0]), jnp.float32))
 
 
-def _along(axis: int, ref, width: int = TILE_KEYS):
-    """A vector in device memory along one axis of a tile of scores, `width` of its columns."""
+def _along(axis: int, ref, width: int):
+    """A vector in device memory along one axis of a tile of scores, `width` numbers wide along the other."""
     x = plgpu.load(ref, layout=LAYOUT.reduce(1 - axis), optimized=False)
-    return lax.broadcast_in_dim(x, (NUM_QUERIES, width), [axis])
+    return lax.broadcast_in_dim(x, (*x.shape, width) if axis == 0 else (width, *x.shape), [axis])

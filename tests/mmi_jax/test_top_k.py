@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmi_jax.top_k import by_bits, by_top_k, largest, largest_places
+from mmi_jax.top_k import by_bits, by_groups, by_top_k, largest, largest_places, places_of
 
 VALUES = st.sampled_from([-np.inf, -3.5, -1e-40, 0.0, 1e-40, 0.25, 1.0, 1e30, np.inf])
 BY_BITS, BY_TOP_K = (jax.jit(f, static_argnames="k") for f in (by_bits, by_top_k))
+BY_GROUPS = jax.jit(functools.partial(by_groups, group=3), static_argnames="k")
 
 
 def test_the_first_among_equals():
@@ -31,6 +32,25 @@ def test_the_first_among_equals():
 def test_bisection_finds_what_sorting_finds(numbers, k):
     x = jnp.asarray(numbers, jnp.float32)
     np.testing.assert_array_equal(BY_BITS(x, k), np.asarray(BY_TOP_K(x, k)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(VALUES, min_size=12, max_size=12), st.sampled_from([1, 2, 4]))
+def test_groups_hold_what_sorting_finds(numbers, k):
+    x = jnp.asarray(numbers, jnp.float32)
+    np.testing.assert_array_equal(BY_GROUPS(x, k), np.flatnonzero(BY_TOP_K(x, k)))
+
+
+def test_places_past_the_chosen_are_past_the_end():
+    assert places_of(jnp.array([False, True, False, True]), 3).tolist() == [1, 3, 4]
+    assert places_of(jnp.array([True, True, False, True]), 2).tolist() == [0, 1]
+
+
+def test_a_million_numbers(rng):
+    x = jnp.asarray(rng.integers(0, 300, 2**20), jnp.float32)  # every number stands for thousands
+    places, small = (jax.jit(largest_places, static_argnums=1)(x[:n], 1000) for n in (2**20, 2**10))
+    np.testing.assert_array_equal(places, np.argsort(-np.asarray(x), stable=True)[:1000])
+    np.testing.assert_array_equal(small, np.sort(np.argsort(-np.asarray(x[: 2**10]), stable=True)[:1000]))
 
 
 @pytest.mark.parametrize("k", [1, 1000, 65_535, 65_536])
