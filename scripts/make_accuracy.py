@@ -83,7 +83,7 @@ def run_search(task: Task) -> None:
         if task.table_file(name).exists():
             continue
         options = ["search", "--model", task.model, "--tokens", task.calibration_tokens, "--samples", task.samples]
-        options += ["--held-out-samples", 1, "--target-density", task.target_density, "--dtype", task.dtype]
+        options += ["--held-out-samples", task.samples, "--target-density", task.target_density, "--dtype", task.dtype]
         options += ["--candidates", task.candidates, "--scale", task.scale, "--work", task.work / "search.jsonl"]
         options += ["--output", task.table_file(name), *_costs(task)]
         options += [x for one in task.tasks for x in ("--task", one)] + [x for p in excluded for x in ("--exclude", p)]
@@ -226,7 +226,7 @@ def accuracy(
     task: Annotated[list[str] | None, typer.Option(help="v-niah, mm-niah, middle, match; all unless given.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompts.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Of the search: the longest of --tokens.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration samples of each task.")] = 1,
+    samples: Annotated[int, typer.Option(help="Samples of each task, for calibration and as many to check it on.")] = 1,
     target_density: Annotated[float, typer.Option(help="Of the searched tables.")] = 0.2,
     depths: Annotated[int, typer.Option(help="Depths of the needle.")] = 5,
     samples_per_cell: Annotated[int, typer.Option(help="Samples of each cell.")] = 4,

@@ -1,11 +1,15 @@
 """Digests of weights and prompts, for provenance and for telling one run from another."""
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from models.qwen2_5_vl.pixels import PixelPatches
 
 LENGTH = 16
 """Hexadecimal digits of a digest."""
@@ -36,8 +40,17 @@ def weights_digest(directory: Path) -> str:
 def prompt_digest(prompt: Any) -> str:
     """The digest of everything a model reads of a prompt."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(prompt):
-        array = np.ascontiguousarray(leaf)
+    for array in itertools.chain.from_iterable(map(_arrays, jax.tree.leaves(prompt))):
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:LENGTH]
+
+
+def _arrays(leaf: Any) -> Iterator[np.ndarray]:
+    """A leaf's numbers; of patches cut on the device the pixels, an eighth of the bytes, and how they are cut."""
+    if not isinstance(leaf, PixelPatches):
+        yield np.asarray(leaf)
+        return
+    for source in leaf.sources:
+        yield np.frombuffer(repr(source.config).encode(), np.uint8)
+        yield source.frames(0, source.num_frames)

@@ -103,7 +103,7 @@ class Runner:
         if share is None:
             return [published(name, self.source.measure.grid) for name in names]
         number = min(LAYERS_LOOKED_AT, self.model.config.num_layers)
-        prompt = self.processor(list(batch.samples[0].parts))
+        prompt = self.processor(list(batch.samples[0].parts), cuts_on_device=True)
         layers = list(captured_layers(self.model, prompt, blocks=Blocks(), num_layers=number))
         num_tokens = round(float(np.mean(np.asarray(batch.prompt.layout.is_real).sum(axis=-1))))
 

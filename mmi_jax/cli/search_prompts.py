@@ -68,7 +68,7 @@ def _prompts(
 def _video_prompt(processor: Processor, calibration: Calibration, path: Path) -> Prompt:
     most = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
     video = read_video(path, fps=calibration.fps, max_frames=most, resize=processor.fit_frame)
-    return processor([video, calibration.text])
+    return processor([video, calibration.text], cuts_on_device=True)
 
 
 def _samples(
@@ -85,5 +85,5 @@ def _samples(
             sample = source.sample(task, num_tokens=calibration.tokens, depth=depth, seed=first_seed + n)
             name = f"{task} seed {first_seed + n} depth {depth:.2f}"
             rows = tuple(question_rows(sample, processor).tolist())
-            found.append((name, processor(list(sample.parts)), rows))
+            found.append((name, processor(list(sample.parts), cuts_on_device=True), rows))
     return found

@@ -81,6 +81,8 @@ class Search:
         meter = Meter(same_modalities(prompts), self.blocks)
         for name, prompt in prompts.items():
             last = max((layer for layer in range(num_layers) if missing[name, layer]), default=-1)
+            if last < 0:
+                continue  # all is in the journal: even its vision tokens are not needed
             layers = captured_layers(
                 self.model,
                 prompt,
