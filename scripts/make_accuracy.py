@@ -23,7 +23,7 @@ from mmi_jax import Blocks, PatternTable, plots, prefill
 from mmi_jax.attention_map import plot_attention
 from mmi_jax.cli import main
 from mmi_jax.cli.pictures import write_figure
-from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.cli.samples import DEFAULT_TASKS, SampleSource, haystack_of
 from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
 from mmi_jax.plan import plan_heads, prompt_geometry
 from mmi_jax.search.capture import Captured, captured_layers
@@ -212,18 +212,23 @@ def make(task: Task, *, runs: bool) -> None:
     notes = ROOT / "docs" / "accuracy_notes.md"
     write_page(
         task.output, results, tables, recall, shown, notes=notes.read_text() if notes.exists() else "",
-        command=f"python scripts/make_accuracy.py --model {Path(task.model).name} " + " ".join(
-            f"--tokens {n}" for n in task.tokens
-        ) + f" --target-density {task.target_density}",
+        command=command_of(task),
     )  # fmt: skip
     print(f"wrote {task.output} and pictures into {task.pictures}")
+
+
+def command_of(task: Task) -> str:
+    """What writes the same page again, as far as figures depend on it."""
+    options = [f"--model {Path(task.model).name}", *(f"--task {name}" for name in task.tasks)]
+    options += [*(f"--tokens {n}" for n in task.tokens), f"--samples {task.samples}"]
+    return " ".join(["python scripts/make_accuracy.py", *options, f"--target-density {task.target_density}"])
 
 
 def accuracy(
     model: Annotated[str, typer.Option(help="Checkpoint directory.")],
     work: Annotated[Path, typer.Option(help="Results of all stages.")] = Path("out/accuracy"),
     output: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs" / "accuracy.md",
-    task: Annotated[list[str] | None, typer.Option(help="v-niah, mm-niah, middle, match; all unless given.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="As for mmi niah.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Lengths of the prompts.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Of the search: the longest of --tokens.")] = None,
     samples: Annotated[int, typer.Option(help="Samples of each task, for calibration and as many to check it on.")] = 1,
@@ -242,7 +247,7 @@ def accuracy(
     lengths = tuple(tokens or (4096,))
     make(
         Task(
-            model=model, work=work, output=output, tasks=tuple(task or ("v-niah", "mm-niah", "middle", "match")),
+            model=model, work=work, output=output, tasks=tuple(task or DEFAULT_TASKS),
             tokens=lengths, calibration_tokens=calibration_tokens or max(lengths), samples=samples,
             target_density=target_density, depths=depths, samples_per_cell=samples_per_cell, candidates=candidates,
             scale=scale, dtype=dtype, costs=costs, picture_tokens=picture_tokens, side_by_side=side_by_side,
