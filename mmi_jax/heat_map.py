@@ -49,4 +49,4 @@ def plot_heat_maps(
 
 
 def _short(num_tokens: int) -> str:
-    return f"{num_tokens / 1024:.4g}K" if num_tokens >= 1024 else str(num_tokens)
+    return f"{num_tokens // 1024}K" if num_tokens >= 1024 and num_tokens % 1024 == 0 else f"{num_tokens:,}"

@@ -219,7 +219,9 @@ def make(task: Task, *, runs: bool) -> None:
 
 def command_of(task: Task) -> str:
     """What writes the same page again, as far as figures depend on it."""
-    options = [f"--model {Path(task.model).name}", *(f"--task {name}" for name in task.tasks)]
+    path = Path(task.model).resolve()
+    model = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    options = [f"--model {model}", *(f"--task {name}" for name in task.tasks)]
     options += [*(f"--tokens {n}" for n in task.tokens), f"--samples {task.samples}"]
     return " ".join(["python scripts/make_accuracy.py", *options, f"--target-density {task.target_density}"])
 

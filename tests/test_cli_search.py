@@ -208,6 +208,7 @@ def test_a_baseline_keeps_its_size_where_the_cost_to_match_is_about_the_same(tmp
         (["--task", "hay"], "unknown task 'hay': expected one of v-niah"),
         (["--match-cost", "ours"], "--match-cost must name a method with a table, got 'ours'"),
         (["--samples", "0"], "must be at least 1"),
+        (["--margin", "-1"], "--margin must be a share of 0 or more, got -1.0"),
         (["--method", "ours=absent.json"], "absent.json: cannot read a pattern table"),
     ],
 )

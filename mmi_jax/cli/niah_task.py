@@ -67,6 +67,8 @@ class NiahTask:
                 f"tokens, samples, depths, batch and side by side must be at least 1: got {self.tokens}, "
                 f"{self.samples}, {self.num_depths}, {self.batch}, {self.side_by_side}"
             )
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"--margin must be a share of 0 or more, got {self.margin}")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output must name a directory, got the file {str(self.output)!r}")
 

@@ -104,8 +104,8 @@ def _provenance(
         "target": str(task.dial.target),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
         "attention cost": _dearest(best.shares, "calibration prompt"),
-        "error": f"{error:.6g} (mean over heads of the relative squared error of the attention output, half of it that "
-        "of the rows from which answers are read)",
+        "error": f"{error:.6g} (mean over heads of the relative squared error of the attention output; half of it is "
+        "that of the rows from which answers are read, where a prompt has such)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",
         "excluded": ", ".join(sorted(task.excluded)) or "nothing",

@@ -16,7 +16,7 @@ class Question:
         after_part: the answer is predicted by the token that ends this part of the prompt (a text's last token, the
             end mark of an image or video); None for the prompt's last token.
         after_frames: the part is a video, and the answer is predicted within it, by the last token of so many of its
-            frames; None for the part's end.
+            frames, or of the temporal patch that holds them; None for the part's end.
         depth: how far back the needle is: its place as a share of what precedes the question, 0 first, 1 last.
     """
 
@@ -69,7 +69,9 @@ def check_questions(questions: tuple[Question, ...], num_frames: Sequence[int]) 
         if question.after_part is not None and not 0 <= question.after_part < len(num_frames):
             raise ValueError(f"a question must follow one of the {len(num_frames)} parts, got {question.after_part=}")
         most = 0 if question.after_part is None else num_frames[question.after_part]
+        if question.after_frames is not None and not most:
+            raise ValueError(f"after_frames needs after_part to name a video, got {question.after_part=}")
         if question.after_frames is not None and not 1 <= question.after_frames <= most:
             raise ValueError(
-                f"a question within a part must follow 1 to {most} of its frames, got {question.after_frames=}"
+                f"a question within a video must follow 1 to {most} of its frames, got {question.after_frames=}"
             )

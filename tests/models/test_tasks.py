@@ -138,8 +138,11 @@ def test_bad_samples_and_choices_are_refused():
     with pytest.raises(ValueError, match="follow one of the 1 parts, got question.after_part=1"):
         Sample(parts=("x",), questions=(dataclasses.replace(good, after_part=1),), depth=0.0, num_frames=0)
     within = dataclasses.replace(good, after_part=0, after_frames=1)
-    with pytest.raises(ValueError, match="follow 1 to 0 of its frames, got question.after_frames=1"):
+    with pytest.raises(ValueError, match="after_frames needs after_part to name a video, got question.after_part=0"):
         Sample(parts=("x",), questions=(within,), depth=0.0, num_frames=0)
+    video = Video(frames=np.zeros((4, 112, 112, 3), np.uint8), fps=2.0)
+    with pytest.raises(ValueError, match="follow 1 to 4 of its frames, got question.after_frames=5"):
+        Sample(parts=(video,), questions=(dataclasses.replace(within, after_frames=5),), depth=0.0, num_frames=4)
     with pytest.raises(ValueError, match="single token .* got \\['12'\\]"):
         choice_ids(dataclasses.replace(good, choices=("1", "12")), small_processor().tokenizer)
     with pytest.raises(ValueError, match="needs 4 pairs of frames of 16 tokens"):
