@@ -179,10 +179,9 @@ def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTab
         for method, own in by_method.items():
             off = mean_share(own, method) / share - 1
             if method not in ("dense", *tables) and abs(off) > MARGIN:
-                found.append(
-                    f"{task}: {NAMES.get(method, method)} costs {off:+.0%} of ours, at the size that comes nearest to it on "
-                    "the first task where ours costs as much."
-                )
+                name = NAMES.get(method, method)
+                where = "at the size that comes nearest to it on the first task where ours costs as much"
+                found.append(f"{task}: {name} costs {off:+.0%} of ours, {where}.")
     for name, table in tables.items():
         error, held_out = (float(table.provenance.get(key, "nan").split()[0]) for key in ("error", "held-out error"))
         if abs(held_out / max(error, 1e-12) - 1) > MARGIN:

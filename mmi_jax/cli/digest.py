@@ -42,7 +42,7 @@ def prompt_digest(prompt: Any) -> str:
     digest = hashlib.sha256()
     for array in itertools.chain.from_iterable(map(_arrays, jax.tree.leaves(prompt))):
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:LENGTH]
 
 

@@ -34,6 +34,9 @@ LAYERS_LOOKED_AT = 2
 QUESTIONS = 4
 """Questions of a sample at most; each prefill has room for so many."""
 
+VERSION = 2
+"""Of what the tasks' samples show and of how sizes are chosen: cells of another are refused."""
+
 SAMPLES_AHEAD = 2
 """Cells whose samples are being made while another's are asked."""
 
@@ -203,6 +206,7 @@ def _named(table: PatternTable | Pattern | None) -> str:
 def _run_of(task: NiahTask, directory: Path, cost_name: str) -> dict[str, Any]:
     """What the cells depend on besides their own coordinates; more tasks, lengths or methods may be added later."""
     return run_on(task.model, directory, task.dtype) | {
+        "version": VERSION,
         "haystack": task.haystack,
         "depths": task.num_depths,
         "samples": task.samples,
