@@ -153,6 +153,7 @@ def test_flex_tables_refuse_what_would_not_fit():
         torch_peers.flex_tables(index)
 
 
+@pytest.mark.slow
 def test_a_plan_has_its_parts_and_the_whole():
     figures = bench_plan("grid", SIZES, implementation="xla", repeats=1)
     assert figures["relative_error"] < 1e-5

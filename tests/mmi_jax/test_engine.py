@@ -110,6 +110,7 @@ def test_padding_and_buckets_change_nothing():
     assert_same(result, longer)
 
 
+@pytest.mark.slow
 def test_room_for_new_tokens_changes_no_sparse_result():
     sparse, roomy = (prefill(ONE, table=ONLINE[2], max_new_tokens=room) for room in (0, 30))
     assert sparse.cache.capacity == 64 and roomy.cache.capacity == 96
@@ -148,6 +149,7 @@ def test_dense_in_chunks_equals_one_shot(chunk_tokens):
     assert_same(prefill(ONE, chunk_tokens=chunk_tokens), prefill(ONE))
 
 
+@pytest.mark.slow
 def test_a_static_pattern_in_chunks_equals_one_shot():
     whole, chunked = prefill(SEVERAL, table=STATIC), prefill(SEVERAL, table=STATIC, chunk_tokens=16)
     assert_same(chunked, whole)
@@ -155,6 +157,7 @@ def test_a_static_pattern_in_chunks_equals_one_shot():
     assert np.abs(whole.logits - prefill(SEVERAL).logits).max() > 1e-2, "the pattern must skip something"
 
 
+@pytest.mark.slow
 def test_several_patterns_equal_dense_attention_masked_to_their_plans():
     result = prefill(ONE, table=TABLE)
     padded = pad(ONE, 64)

@@ -57,6 +57,7 @@ def test_every_pattern_in_the_interpreted_tpu_kernel():
         assert np.linalg.norm(out[head] - want[head]) <= 1e-6 * np.linalg.norm(want[head]), name
 
 
+@pytest.mark.slow
 def test_a_plan_of_several_patterns_in_the_interpreted_hopper_kernel():
     """Heads of unlike plans are padded to one shape: rows that visit nothing, lists that end early."""
     x = inputs(("grid_slashes", "a_shape", "vertical_slash"), 1, "bfloat16")
