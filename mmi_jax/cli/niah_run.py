@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from mmi_jax import Blocks, PatternTable, codec, console
 from mmi_jax.buckets import Buckets
@@ -19,7 +18,7 @@ from mmi_jax.cli.niah_task import NiahTask
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.cost import CostModel
 from mmi_jax.patterns import Pattern
-from mmi_jax.search.capture import captured_layers
+from mmi_jax.search.capture import captured_layers, num_tokens_of
 from mmi_jax.search.costs import cost_models, default_costs
 from mmi_jax.search.equal_cost import member_of_cost
 from mmi_jax.search.families import FAMILIES, published
@@ -64,9 +63,13 @@ class Runner:
         """The figures of some samples under one method."""
         return dataclasses.asdict(answer(self.model, batches, table, self.costs))
 
+    def rows(self, **wanted: Any) -> Iterator[dict[str, Any]]:
+        """The journal's rows with these values."""
+        return (dict(row) for row in self.journal.rows if all(row.get(k) == v for k, v in wanted.items()))
+
     def find(self, **wanted: Any) -> dict[str, Any] | None:
-        """The journal's row with these values."""
-        return next((dict(row) for row in self.journal.rows if all(row.get(k) == v for k, v in wanted.items())), None)
+        """The first of them."""
+        return next(self.rows(**wanted), None)
 
     def methods(
         self, names: Sequence[str], tokens: int, batches: Sequence[Asked]
@@ -91,11 +94,8 @@ class Runner:
 
     def _kept(self, name: str, tokens: int, share: float | None) -> Pattern | None:
         """The size that the journal has of a baseline for a length and about this cost."""
-        for row in self.journal.rows:
-            if (row.get("kind"), row.get("tokens"), row.get("method")) != ("size", tokens, name):
-                continue
-            of_share = row.get("share")
-            if share is None or (of_share is not None and abs(of_share / share - 1) <= self.task.margin):
+        for row in self.rows(kind="size", tokens=tokens, method=name):
+            if share is None or abs(row["share"] / share - 1) <= self.task.margin:
                 return codec.from_json(row["pattern"])
         return None
 
@@ -108,10 +108,10 @@ class Runner:
         number = min(LAYERS_LOOKED_AT, self.model.config.num_layers)
         prompt = self.processor(list(batch.samples[0].parts), cuts_on_device=True)
         layers = list(captured_layers(self.model, prompt, blocks=Blocks(), num_layers=number))
-        num_tokens = round(float(np.mean(np.asarray(batch.prompt.layout.is_real).sum(axis=-1))))
 
         def member(name: str) -> Pattern:
-            return member_of_cost(FAMILIES[name].ladder(num_tokens), share, layers, self.costs, Blocks())[0]
+            ladder = FAMILIES[name].ladder(num_tokens_of(prompt))
+            return member_of_cost(ladder, share, layers, self.costs, Blocks())[0]
 
         with ThreadPoolExecutor(max_workers=self.task.side_by_side) as pool:
             return list(pool.map(member, names))
