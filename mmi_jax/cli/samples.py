@@ -12,13 +12,15 @@ SHORT_NAMES = {
     "v-niah": "v_niah",
     "mm-niah": "mm_niah",
     "middle": "middle_questions",
+    "mm-middle": "mm_middle_questions",
     "match": "matching_frames",
     "silent-match": "silent_matching",
 }
 """Names that the command line takes for the tasks."""
 
 DEFAULT_TASKS = ("v-niah", "mm-niah", "middle", "match")
-"""Those that any model can be asked; `silent-match` only those that were trained to say what a picture shows."""
+"""Those asked unless others are named. Any model can be asked `mm-middle` too; `silent-match` only one that was trained
+to say what a picture shows."""
 
 
 def task_name(name: str) -> str:

@@ -6,6 +6,7 @@ from models.tasks.haystack import Haystack as Haystack
 from models.tasks.measure import Measure as Measure
 from models.tasks.middle import matching_frames as matching_frames
 from models.tasks.middle import middle_questions as middle_questions
+from models.tasks.middle import mm_middle_questions as mm_middle_questions
 from models.tasks.middle import silent_matching as silent_matching
 from models.tasks.niah import mm_niah as mm_niah
 from models.tasks.niah import v_niah as v_niah
@@ -20,6 +21,7 @@ TASKS = {
     "v_niah": v_niah,
     "mm_niah": mm_niah,
     "middle_questions": middle_questions,
+    "mm_middle_questions": mm_middle_questions,
     "matching_frames": matching_frames,
     "silent_matching": silent_matching,
 }

@@ -1,11 +1,14 @@
 """Harder tasks, in which rows in the middle look far back: dense attention at a prompt's end does not help."""
 
+import dataclasses
+
 import numpy as np
 
 from models.tasks.cards import Card, blank_video, draw_cards, draw_digits, free_grid, interleave, show, still
 from models.tasks.digits import digit_labels
 from models.tasks.haystack import Haystack
 from models.tasks.measure import Measure
+from models.tasks.niah import TEXT_SHARE, choose, draw_documents
 from models.tasks.sample import Question
 from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION
@@ -37,6 +40,34 @@ def middle_questions(
     parts = interleave(frames, fps, [(2 * stop, [card.question]) for stop, card in zip(stops, asked, strict=True)])
     places = [i for i, part in enumerate(parts) if isinstance(part, str)]
     questions = tuple(card.ask(after_part=i, depth=depth) for i, card in zip(places, asked, strict=True))
+    return Script(parts=tuple(parts), questions=questions, depth=depth)
+
+
+def mm_middle_questions(
+    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
+    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
+) -> Script:  # fmt: skip
+    """MM-NIAH with several needles, asked for one by one between frames and documents that go on after the last.
+
+    Args and errors as of `mm_niah`; `depth` is the needle's place in what precedes its question.
+    """
+    rng = np.random.default_rng([seed, 5])
+    cards = draw_cards(num_questions + num_distractors, rng, is_held_out=is_held_out)
+    asked = [choose(card, rng, after_part=None, depth=depth) for card in cards[:num_questions]]
+    texts = [text for _, text in asked]
+    documents = draw_documents(int(TEXT_SHARE * num_tokens) - sum(map(measure.count, texts)), rng, measure)
+    # Every document, question and image cuts the video once more, which costs the two marks of a piece.
+    marks = 2 * (len(documents) + len(texts) + len(cards))
+    beside: list[ScriptPart] = [*texts, *documents, *map(still, cards)]
+    num_grids = measure.grids_in(num_tokens - marks, least=4 * len(cards), beside=beside)
+    stops = _stops(num_questions, num_grids)
+    places = [round(depth * (stop - 1)) for stop in stops] + rng.integers(0, num_grids, num_distractors).tolist()
+    events = [(2 * place, [still(card)]) for place, card in zip(places, cards, strict=True)]
+    events += [(2 * int(rng.integers(0, num_grids)), [text]) for text in documents]
+    events += [(2 * stop, [text]) for stop, text in zip(stops, texts, strict=True)]  # after a document, before a frame
+    frames = blank_video(2 * num_grids, haystack, rng)
+    parts = interleave(frames, fps, sorted(events, key=lambda event: event[0]))
+    questions = tuple(dataclasses.replace(question, after_part=parts.index(text)) for question, text in asked)
     return Script(parts=tuple(parts), questions=questions, depth=depth)
 
 

@@ -19,6 +19,7 @@ from models.tasks import (
     choice_ids,
     matching_frames,
     middle_questions,
+    mm_middle_questions,
     mm_niah,
     part_ends,
     question_rows,
@@ -27,7 +28,7 @@ from models.tasks import (
 )
 from models.tasks.digits import digit_labels
 from models.tasks.pictures import COLOURS
-from models.tasks.script import COLOUR, DIGIT, Clip
+from models.tasks.script import COLOUR, DIGIT, Clip, Still
 from models.tasks.text import DIGITS, LETTERS
 
 HAYSTACK = GeneratedHaystack()
@@ -92,6 +93,26 @@ def test_middle_questions_look_far_back_from_the_middle(task):
             early = frames(script)[: int(0.25 * seen), DIGIT]
             assert answers.pop(number) in digit_labels()[early[early >= 0]]
     assert not answers
+
+
+def test_a_quarter_of_mm_middle_is_text_and_its_needles_come_long_before_their_questions():
+    script = make(mm_middle_questions, num_tokens=4096, depth=0.1)
+    sample, processor = script.render(HAYSTACK), small_processor()
+    prompt = processor(sample.parts)
+    assert (prompt.layout.modality != VISION).mean() == pytest.approx(0.25, abs=0.05)
+    rows = question_rows(sample, processor)
+    assert len(rows) == 4 and (rows < 0.96 * 4096).all() and (np.diff(rows) > 400).all()
+    ends, _ = part_ends(sample.parts, processor)
+    needles = {part.frames[0, COLOUR]: i for i, part in enumerate(script.parts) if isinstance(part, Still)}
+    assert len(needles) == 8
+    for row, question in zip(rows, script.questions, strict=True):
+        text = script.parts[question.after_part]
+        assert isinstance(text, str) and isinstance(script.parts[question.after_part + 1], Clip)
+        colour = next(n for n, name in enumerate(COLOURS) if f"the {name} card" in text)
+        needle = script.parts[needles[colour]]
+        assert ends[needles[colour]] < 0.25 * row
+        offered = text[text.index(f" {LETTERS[question.answer]}: ") + 4]
+        assert int(offered) == digit_labels()[needle.frames[0, DIGIT]]
 
 
 def test_silent_matching_is_read_off_the_video_at_pictures_that_came_before():
