@@ -15,7 +15,8 @@ def niah(
     model: Annotated[str, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")],
     output: Annotated[Path, typer.Option(help="Directory for cells, tables and heat maps.")],
     task: Annotated[
-        list[str] | None, typer.Option(help="v-niah, mm-niah, middle, match (these four unless given), mm-middle, silent-match.")
+        list[str] | None,
+        typer.Option(help="v-niah, mm-niah, middle, match (these four unless given), mm-middle, silent-match."),
     ] = None,
     haystack: Annotated[str, typer.Option(help="'generated', or a folder of videos.")] = "generated",
     tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompts; may be given several times.")] = None,

@@ -26,7 +26,8 @@ def search(
     fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,
     max_frames: Annotated[int | None, typer.Option(help="Frames sampled per video at most: 768 unless given.")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Generated samples: v-niah, mm-niah, middle, mm-middle, match, silent-match.")
+        list[str] | None,
+        typer.Option(help="Generated samples: v-niah, mm-niah, middle, mm-middle, match, silent-match."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of generated samples.")] = 25_000,
     samples: Annotated[int, typer.Option(help="Generated samples of each task.")] = 1,
