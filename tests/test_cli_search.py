@@ -176,14 +176,14 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     cells = (output / "cells.jsonl").read_bytes()
     monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a cell ran again"))
     assert main(options) == 0 and (output / "cells.jsonl").read_bytes() == cells
+    assert "not equal" not in capsys.readouterr().out
     monkeypatch.setattr(mmi_jax, "prefill", prefill)
     first = rows
     assert main([*options[: options.index("--method")], "--method", "minference"]) == 0
     with open(output / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row for row in rows if row["method"] != "minference"] == first and len(rows) == 8
-    added = [float(row["cost share"]) for row in rows if row["method"] == "minference"]
-    assert np.mean(added) == pytest.approx(share["ours"], rel=0.1)
+    assert "% (not equal)" in capsys.readouterr().out  # its smallest size costs more than ours at 700 tokens
 
 
 def niah_task(directory, **changes) -> NiahTask:
@@ -235,10 +235,10 @@ def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_c
     tmp_path, monkeypatch, sized, batch
 ):
     monkeypatch.setattr("mmi_jax.cli.niah_sizes.answer", lambda *_: pytest.fail("the matched method was asked again"))
-    first = sizes_of(tmp_path)
     for row in (cell("dense", 0.2), cell("dense", 0.3, task="mm_niah"), cell("dense", 0.4, tokens=2048)):
-        first.journal.add(row)
-    for sizes in (first, sizes_of(tmp_path)):  # the second as after a kill: from the journal alone
+        sizes_of(tmp_path).journal.add(row)
+    for _ in range(2):  # the second as after a kill: from the journal alone
+        sizes = sizes_of(tmp_path)
         assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(128, 200)}
         both = sizes.fit(["swin", "a-shape"], "mm_niah", 1024, batch)
         assert both == {"swin": AShape(128, 300), "a-shape": AShape(128, 300)}
@@ -309,7 +309,7 @@ def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_pat
 
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is_asked):
-    """Also where the matched method is not among the methods; 19 and 41 are both equal, their mean as well."""
+    """Also where the matched method is not among the methods. Of both baselines the mean is equal."""
     journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
     remember_methods(journal, ("dense", "a-shape", "swin"))
     for tokens, share in ((1024, 0.4), (2048, 0.2)):
@@ -322,7 +322,7 @@ def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is
             journal.add(cell(method, cost, tokens=tokens))
     table = means_table("v_niah", results_of(niah_task(tmp_path), journal))
     shown = dict(zip(table.columns[0].cells, table.columns[4].cells, strict=True))
-    assert shown == {"dense": "30.0%"} | shown and shown["a-shape"] == "30.0%" and shown["swin"] == "30.0% (not equal)"
+    assert shown == ({"dense": "30.0%"} if is_asked else {}) | {"a-shape": "30.0%", "swin": "30.0% (not equal)"}
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,13 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
     assert len(tried) == len(set(tried)) <= 14
 
 
+def test_minference_has_a_member_at_a_cost_although_its_cost_depends_on_the_prompt():
+    layer = inputs(text_tokens(2048))
+    pattern, share = member_of_cost(FAMILIES["minference"].ladder(2048), 0.55, [layer], TILES, Blocks())
+    assert share == pytest.approx(0.55, rel=0.05), pattern
+    assert share == pytest.approx(cost_share(pattern, [layer], TILES, Blocks()))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_ladder_climbs_from_small_to_the_whole_prompt(name):
     ladder = FAMILIES[name].ladder(32768)
