@@ -180,7 +180,7 @@ def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTab
             off = mean_share(own, method) / share - 1
             if method not in ("dense", *tables) and abs(off) > MARGIN:
                 name = NAMES.get(method, method)
-                where = "at the size that comes nearest to it on the first task where ours costs as much"
+                where = "at the size that comes nearest to it on the first prompt of that task and length"
                 found.append(f"{task}: {name} costs {off:+.0%} of ours, {where}.")
     for name, table in tables.items():
         error, held_out = (float(table.provenance.get(key, "nan").split()[0]) for key in ("error", "held-out error"))

@@ -1,7 +1,9 @@
 """`mmi search`, `mmi niah` and `mmi qa` on the demo's model: what they write, that they go on, what they refuse."""
 
 import csv
+import dataclasses
 import json
+from typing import Any
 
 import av
 import jax
@@ -11,7 +13,10 @@ import pytest
 import mmi_jax
 from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
+from mmi_jax.cli.answers import Answers, Asked, ask_in_batches
+from mmi_jax.cli.niah_results import heat_maps, means_table, remember_methods, results_of
 from mmi_jax.cli.niah_run import Runner
+from mmi_jax.cli.niah_sizes import Sizes, layers_looked_at
 from mmi_jax.cli.niah_task import NiahTask
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.search.costs import cost_models
@@ -171,33 +176,153 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     cells = (output / "cells.jsonl").read_bytes()
     monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a cell ran again"))
     assert main(options) == 0 and (output / "cells.jsonl").read_bytes() == cells
+    assert "not equal" not in capsys.readouterr().out
+    monkeypatch.setattr(mmi_jax, "prefill", prefill)
+    first = rows
+    assert main([*options[: options.index("--method")], "--method", "minference"]) == 0
+    with open(output / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row for row in rows if row["method"] != "minference"] == first and len(rows) == 8
+    assert "% (not equal)" in capsys.readouterr().out  # its smallest size costs more than ours at 700 tokens
 
 
-def test_a_baseline_keeps_its_size_where_the_cost_to_match_is_about_the_same(tmp_path, monkeypatch):
-    task = NiahTask(
+def niah_task(directory, **changes) -> NiahTask:
+    values: dict[str, Any] = dict(
         model="m", tasks=("v_niah",), haystack="generated", tokens=(1024,), num_depths=1, samples=1,
-        methods=("a-shape", "swin"), tables={}, match_to="dense", margin=0.1, output=tmp_path, dtype="float32",
+        methods=("a-shape", "swin"), tables={}, match_to="dense", margin=0.1, output=directory, dtype="float32",
         costs=None, batch=1, side_by_side=1, seed=0,
     )  # fmt: skip
+    return NiahTask(**values | changes)
+
+
+def sizes_of(directory, **changes) -> Sizes:
     source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
+    journal = Journal(directory / "cells.jsonl", {"model": "m"})
+    task = niah_task(directory, **changes)
+    return Sizes(task=task, model=None, source=source, costs=cost_models()["tiles"], journal=journal)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Asked:
+    source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
+    sample = source.sample("v_niah", num_tokens=1024, depth=0.5, seed=0)
+    return ask_in_batches(source.processor, [sample], batch=1, num_rows=1)[0]
+
+
+def answers(cost: float) -> Answers:
+    return Answers(correct=1, asked=1, cost=cost, dense_cost=1.0, density=cost, prompt_tokens=1024.0)
+
+
+def cell(method: str, cost: float, task: str = "v_niah", tokens: int = 1024, depth: float = 0.5) -> dict[str, Any]:
+    place = {"kind": "cell", "task": task, "tokens": tokens, "depth": depth, "method": method}
+    return place | dataclasses.asdict(answers(cost)) | {"pattern": "x"}
+
+
+@pytest.fixture
+def sized(monkeypatch) -> list[tuple[str, int, float | None]]:
+    """Which baselines got a size, for how many tokens and to cost what; the size is a thousand times that."""
+    found = []
+
+    def sizes(self, methods, tokens, share, batch):
+        found.extend((method, tokens, share) for method in methods)
+        return [(AShape(sink=128, local=round(1000 * share)), share) for _ in methods]
+
+    monkeypatch.setattr(Sizes, "_sized", sizes)
+    return found
+
+
+def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_cell_costs(
+    tmp_path, monkeypatch, sized, batch
+):
+    monkeypatch.setattr("mmi_jax.cli.niah_sizes.answer", lambda *_: pytest.fail("the matched method was asked again"))
+    for row in (cell("dense", 0.2), cell("dense", 0.3, task="mm_niah"), cell("dense", 0.4, tokens=2048)):
+        sizes_of(tmp_path).journal.add(row)
+    for _ in range(2):  # the second as after a kill: from the journal alone
+        sizes = sizes_of(tmp_path)
+        assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(128, 200)}
+        both = sizes.fit(["swin", "a-shape"], "mm_niah", 1024, batch)
+        assert both == {"swin": AShape(128, 300), "a-shape": AShape(128, 300)}
+        assert sizes.fit(["a-shape"], "v_niah", 2048, batch) == {"a-shape": AShape(128, 400)}
+    assert sized == [("a-shape", 1024, 0.2), ("swin", 1024, 0.3), ("a-shape", 1024, 0.3), ("a-shape", 2048, 0.4)]
+
+
+def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(tmp_path, monkeypatch, sized, batch):
+    costs = iter((0.2, 0.3))
+    monkeypatch.setattr("mmi_jax.cli.niah_sizes.answer", lambda *_: answers(next(costs)))
+    for _ in range(2):
+        sizes = sizes_of(tmp_path)
+        for method in ("a-shape", "swin"):
+            sizes.fit([method], "v_niah", 1024, batch)
+            sizes.fit([method], "mm_niah", 1024, batch)
+    assert sized == [(method, 1024, share) for method in ("a-shape", "swin") for share in (0.2, 0.3)]
+    assert next(costs, None) is None
+
+
+def test_without_a_method_to_match_sizes_are_those_of_the_paper(tmp_path, batch):
+    sizes = sizes_of(tmp_path, match_to=None)
+    assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(sink=128, local=4096)}
+
+
+def test_the_matched_method_is_asked_before_the_baselines_whatever_the_order(tmp_path, monkeypatch, sized):
+    asked = []
+
+    def answer(model, batches, pattern, costs):
+        asked.append(pattern)
+        return answers(1.0 if pattern is None else 0.9)
+
+    monkeypatch.setattr("mmi_jax.cli.niah_run.answer", answer)
+    sizes = sizes_of(tmp_path, methods=("a-shape", "dense"))
+    runner = Runner(task=sizes.task, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
+    place = ("v_niah", 1024, 0)
+    runner.fill(place, runner.batches(*place), lambda step: None)
+    assert asked == [None, AShape(128, 1000)] and sized == [("a-shape", 1024, 1.0)]
+    assert not runner.missing(place, sizes.task.methods)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"), [(1, [0]), (3, [0, 1, 2]), (8, [1, 3, 5, 7]), (28, [3, 10, 17, 24])]
+)
+def test_layers_looked_at_are_spread_over_the_depth(num_layers, expected):
+    assert layers_looked_at(num_layers) == expected
+
+
+def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_path):
     journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
-    runner = Runner(
-        task=task, model=None, processor=source.processor, source=source, costs=cost_models()["tiles"], journal=journal
-    )
-    sized, shares = [], iter((0.20, 0.21, 0.30, 0.19, 0.31, 0.30))
+    remember_methods(journal, ("dense", "ours", "swin"))
+    for method in ("ours", "swin"):  # killed before dense was asked
+        journal.add(cell(method, 0.2, tokens=2048))
+    remember_methods(journal, ("a-shape", "dense"))
+    for method in ("a-shape", "dense"):
+        journal.add(cell(method, 0.2))
+    length = len(journal.rows)
+    remember_methods(journal, ("swin",))
+    assert len(journal.rows) == length
+    results = results_of(niah_task(tmp_path), journal)
+    found = [(c["tokens"], c["method"]) for c in results.cells]
+    assert found == [(1024, "dense"), (1024, "a-shape"), (2048, "ours"), (2048, "swin")]
+    assert list(results.methods) == ["dense", "ours", "swin", "a-shape"]
+    table = means_table("v_niah", results)
+    assert [list(column.cells)[1] for column in table.columns[:3]] == ["ours", "", "100.0%"]
+    titles = [axes.get_title() for axes in heat_maps("v_niah", results).axes]
+    assert titles[:4] == [f"{method}, cost 20.0%" for method in results.methods]
 
-    def sizes(self, names, share, batch):
-        sized.extend((name, share) for name in names)
-        return [AShape(sink=128, local=round(1000 * share)) for _ in names]
 
-    monkeypatch.setattr(Runner, "_sized", sizes)
-    monkeypatch.setattr(Runner, "_share_to_match", lambda *_: next(shares))
-    batches = runner.batches("v_niah", 1024, 0)
-    assert [runner.methods(("a-shape",), 1024, batches)["a-shape"] for _ in range(5)] == [
-        AShape(sink=128, local=local) for local in (200, 200, 300, 200, 300)
-    ]
-    assert runner.methods(("dense", "swin"), 1024, batches)["dense"] is None
-    assert sized == [("a-shape", 0.20), ("a-shape", 0.30), ("swin", 0.3)]
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is_asked):
+    """Also where the matched method is not among the methods. Of both baselines the mean is equal."""
+    journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
+    remember_methods(journal, ("dense", "a-shape", "swin"))
+    for tokens, share in ((1024, 0.4), (2048, 0.2)):
+        if is_asked:
+            journal.add(cell("dense", share, tokens=tokens))
+        else:
+            journal.add({"kind": "share", "task": "v_niah", "tokens": tokens, "method": "dense", "share": share})
+    for method, costs in {"a-shape": (0.41, 0.19), "swin": (0.35, 0.25)}.items():
+        for tokens, cost in zip((1024, 2048), costs, strict=True):
+            journal.add(cell(method, cost, tokens=tokens))
+    table = means_table("v_niah", results_of(niah_task(tmp_path), journal))
+    shown = dict(zip(table.columns[0].cells, table.columns[4].cells, strict=True))
+    assert shown == ({"dense": "30.0%"} if is_asked else {}) | {"a-shape": "30.0%", "swin": "30.0% (not equal)"}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def niah(
         str | None, typer.Option(help="The method whose cost the baselines are brought to: 'ours' if there is one.")
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="Share by which costs may differ: beyond it a baseline gets another size, or a mark.")
+        float, typer.Option(help="Share by which a baseline's cost may differ before it is marked.")
     ] = 0.1,
     costs: CostsOption = None,
     dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,

@@ -26,8 +26,7 @@ class NiahTask:
       methods: "dense", names of `FAMILIES`, and names of `tables`.
       tables: by the name of the method.
       match_to: the method whose cost the families are brought to; None gives them the paper's sizes.
-      margin: share by which the cost to be matched may differ between tasks before a family gets another size for it,
-        and beyond which a family's own cost is marked.
+      margin: share by which a family's cost may differ from the matched one before it is marked.
       batch: prompts of one prefill.
       side_by_side: methods whose programs are compiled at once, and whose prefills then share the memory.
     """
@@ -71,6 +70,16 @@ class NiahTask:
             raise ValueError(f"--margin must be a share of 0 or more, got {self.margin}")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output must name a directory, got the file {str(self.output)!r}")
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Methods of a family, whose sizes are to be found."""
+        return tuple(name for name in self.methods if name in FAMILIES and name not in self.tables)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The other methods, which run as they are."""
+        return tuple(name for name in self.methods if name not in self.baselines)
 
     @property
     def depths(self) -> tuple[float, ...]:

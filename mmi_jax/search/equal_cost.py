@@ -1,18 +1,21 @@
 """What a prefill's attention cost, and which member of a family costs as much as something else."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from mmi_jax.attention import batch_geometry, plan_batch
 from mmi_jax.blocks import Blocks
+from mmi_jax.chunk import compile_options
 from mmi_jax.cost import CostModel
+from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.report import PrefillReport
-from mmi_jax.search.capture import Captured
 from mmi_jax.search.costs import layer_cost
+from pallas_kernels.notation import Array, Float
 
 
 def dense_tiles(num_tokens: int, blocks: Blocks) -> float:
@@ -52,31 +55,87 @@ def _layer_costs(
     return layer_cost(costs, patterns, heads, num_tokens), all_dense
 
 
-def cost_share(pattern: Pattern, layers: Sequence[Captured], costs: CostModel, blocks: Blocks) -> float:
+@dataclasses.dataclass(frozen=True)
+class PlanInputs:
+    """What plans read of one captured layer: half of what was captured, so that several layers can be held.
+
+    Args:
+      q, k: after rotation.
+      layout: fields [1, t].
+    """
+
+    q: Float[Array, "1 t h d"]
+    k: Float[Array, "1 t g d"]
+    layout: TokenLayout
+
+
+def cost_share(pattern: Pattern, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks) -> float:
     """Cost of one pattern on all heads of these layers over that of dense attention; plans are made, no more."""
-    num_tokens = int(np.asarray(layers[0].layout.is_real).sum())
+    num_tokens = _num_tokens(layers)
     shares = []
     for layer in layers:
-        tiles = np.asarray(_plan_tiles(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
+        tiles = np.asarray(_plan_program()(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
         found, dense = _layer_costs((pattern,) * len(tiles), tiles, costs, num_tokens, blocks)
         shares.append(found / dense)
     return float(np.mean(shares))
 
 
 def member_of_cost(
-    ladder: Sequence[Pattern], share: float, layers: Sequence[Captured], costs: CostModel, blocks: Blocks
+    ladder: Sequence[Pattern], share: float, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks
 ) -> tuple[Pattern, float]:
-    """The pattern whose cost is nearest to a share of dense attention's, and its own; costs rise along the ladder."""
+    """The pattern whose cost is nearest to a share of dense attention's, and its own; costs rise along the ladder.
+
+    The search begins where the cost model expects it, since a program is compiled for every member that is tried.
+    """
     cost = functools.cache(lambda n: cost_share(ladder[n], layers, costs, blocks))
-    low, high = 0, len(ladder) - 1  # the first whose cost reaches the share lies between them, or is the last
-    while low < high:
+    start = _expected_member(ladder, share, _num_tokens(layers), layers[0].q.shape[2], costs, blocks)
+    low, high = _bracket(cost, share, start, len(ladder))
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) >= share else (middle + 1, high)
-    nearest = min({max(low - 1, 0), low}, key=lambda n: abs(cost(n) - share))
+        low, high = (low, middle) if cost(middle) >= share else (middle, high)
+    nearest = min({max(low, 0), min(high, len(ladder) - 1)}, key=lambda n: abs(cost(n) - share))
     return ladder[nearest], cost(nearest)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bracket(cost: Callable[[int], float], share: float, start: int, length: int) -> tuple[int, int]:
+    """Two members, the first of which costs less than the share and the second not, looked for in doubling steps.
+
+    -1 and `length` stand where no member is so cheap, or so dear.
+    """
+    low, high, step = start, start, 1
+    if cost(start) >= share:
+        while low >= 0 and cost(low) >= share:
+            low, high, step = low - step, low, 2 * step
+        return max(low, -1), high
+    while high < length and cost(high) < share:
+        low, high, step = high, high + step, 2 * step
+    return low, min(high, length)
+
+
+def _expected_member(
+    ladder: Sequence[Pattern], share: float, num_tokens: int, num_heads: int, costs: CostModel, blocks: Blocks
+) -> int:
+    """The first member that reaches a share if it visits what is typical of it; the last if none does."""
+    num_q_blocks, num_kv_blocks = (-(-num_tokens // size) for size in (blocks.q, blocks.kv))
+    for n, pattern in enumerate(ladder):
+        tiles = np.full(num_heads, num_q_blocks * (pattern.typical_blocks(num_kv_blocks, blocks) or 0.0))
+        found, dense = _layer_costs((pattern,) * num_heads, tiles, costs, num_tokens, blocks)
+        if found >= share * dense:
+            return n
+    return len(ladder) - 1
+
+
+def _num_tokens(layers: Sequence[PlanInputs]) -> int:
+    """Tokens of the prompt, padding left out."""
+    return int(np.asarray(layers[0].layout.is_real).sum())
+
+
+@functools.cache
+def _plan_program() -> Callable[..., Array]:
+    """`_plan_tiles`, compiled as the default device is told. Asked when called."""
+    return jax.jit(_plan_tiles, static_argnums=(0, 1), compiler_options=compile_options())
+
+
 def _plan_tiles(pattern: Pattern, blocks: Blocks, q, k, layout):
     """Tiles that each head visits."""
     patterns = (pattern,) * q.shape[2]

@@ -16,8 +16,8 @@ from mmi_jax.patterns import (
     VerticalSlash,
 )
 
-STEPS_PER_OCTAVE = 8
-"""Sizes of a ladder between one and its double: neighbours differ by 9 %."""
+STEPS_PER_OCTAVE = 16
+"""Sizes of a ladder between one and its double: neighbours differ by 4.4 %, so that one is within 2.2 % of a cost."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

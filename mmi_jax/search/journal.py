@@ -43,6 +43,10 @@ class Journal:
         """The finished pieces, in the order they were added."""
         return tuple(self._rows)
 
+    def where(self, **wanted: Any) -> list[Mapping[str, Any]]:
+        """The finished pieces that have these values, in the order they were added."""
+        return [row for row in self._rows if all(row.get(name) == value for name, value in wanted.items())]
+
     def add(self, row: Mapping[str, Any]) -> None:
         """Keeps one finished piece; it is on the disk when this returns."""
         row = json.loads(json.dumps(dict(row)))  # what a later run will read: same values, same types
