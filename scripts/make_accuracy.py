@@ -6,8 +6,8 @@ runs `mmi search` three times (ours, without boundaries, without Grid; the trial
 and methods, and draws the heads. Everything is kept in --work: a stage whose result is there is not run again, and a
 killed one goes on where it stopped. With --page-only neither is run, for results that were computed on another machine
 and copied; but pictures are drawn, and recall is measured where recall.json is missing or of other tables, which at
-32,768 tokens takes one core of a CPU a quarter of an hour, most of it to compile. The page is written from these results
-alone; what a person has to say about them stands in docs/accuracy_notes.md and is put at its end.
+32,768 tokens takes one core of a CPU a quarter of an hour, most of it to compile. The page is written from these
+results alone; what a person has to say about them stands in docs/accuracy_notes.md and is put at its end.
 """
 
 import dataclasses
