@@ -3,8 +3,9 @@
     python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE --only plans-128k plans-1m
 
 All jobs unless some are named. A job that outlasts its time, or the whole's, is ended; figures it has are kept, because
-every command writes its file after every case. A command or job that fails costs no other. Output goes to files in the
-directory given, which keeps a tuned table that it has; a short table comes last.
+every command writes its file after every case. A command or job that fails costs no other, but the exit status is 1
+then, as for one that was ended. Output goes to files in the directory given, which keeps a tuned table that it has; a
+short table comes last.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TUNED = ROOT / "pallas_kernels/attention/gpu_tuned.json"
+DONE = "done"
+"""How the outcome of a job begins of which every command ended with status 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ def run_job(job: Job, gpu: str, arguments) -> str:
         if status:
             failed.append(str(status))
     seconds = time.monotonic() - start
-    return f"status {', '.join(failed)} after {seconds:.0f} s" if failed else f"done in {seconds:.0f} s"
+    return f"status {', '.join(failed)} after {seconds:.0f} s" if failed else f"{DONE} in {seconds:.0f} s"
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -176,8 +179,8 @@ def check_arguments(parser: argparse.ArgumentParser, arguments, names: list[str]
             parser.error(f"results must be a directory that can be written, got {arguments.results}")
 
 
-def main() -> None:
-    """Runs the jobs and prints what became of them."""
+def main() -> int:
+    """Runs the jobs and prints what became of them; 1 unless all were done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
@@ -193,10 +196,10 @@ def main() -> None:
     check_arguments(parser, arguments, [job.name for job in jobs])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop(arguments))
+    asked = [job for job in jobs if not arguments.only or job.name in arguments.only]
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        if not arguments.only or job.name in arguments.only:
-            waiting.put(job)
+    for job in asked:
+        waiting.put(job)
     outcomes: dict[str, str] = {}
     threads = [threading.Thread(target=work, args=(gpu, waiting, outcomes, arguments)) for gpu in arguments.gpus]
     for thread in threads:
@@ -204,13 +207,14 @@ def main() -> None:
     for thread in threads:
         thread.join()
     if arguments.dry_run:
-        return
+        return 0
     for path in sorted(arguments.results.glob("*.json")):
         if "tuned" not in path.name:
             print(*lines_of(path), sep="\n")
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
+    return int(not all(outcomes.get(job.name, "").startswith(DONE) for job in asked))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,7 +37,8 @@ def plot_heat_maps(
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+                cell = drawn.cmap(drawn.norm(value))
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=readable_on(cell))
     for axes in grid.flat[len(accuracy) :]:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
@@ -46,6 +47,13 @@ def plot_heat_maps(
     if drawn is not None:
         figure.colorbar(drawn, ax=grid, shrink=0.7, label="accuracy")
     return figure
+
+
+def readable_on(color: Sequence[float]) -> str:
+    """Black or white, whichever has the higher contrast on an sRGB color (WCAG 2.1, contrast ratio)."""
+    red, green, blue = ((c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in color[:3])
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
 
 
 def _short(num_tokens: int) -> str:

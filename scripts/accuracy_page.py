@@ -11,6 +11,7 @@ import numpy as np
 
 from mmi_jax import PatternTable
 from mmi_jax.cli.niah_results import accuracy_of, mean_share
+from mmi_jax.program import NUM_RECALL_QUERIES
 from pallas_kernels.attention.gpu_tuned import write_whole
 
 POINT = 0.01
@@ -32,17 +33,18 @@ NAMES = {
 
 def write_page(
     output: Path, results: Mapping[str, Any], tables: Mapping[str, PatternTable], recall: Mapping[str, Any],
-    shown: Sequence[Mapping[str, Any]], *, notes: str, command: str,
+    shown: Sequence[Mapping[str, Any]], *, picture_tokens: int, notes: str, command: str,
 ) -> None:  # fmt: skip
-    """Writes the page, and heads.csv beside its pictures."""
+    """Writes the page, and heads.csv and prompts.csv beside its pictures."""
     pictures = output.with_suffix("")
     write_whole(pictures / "heads.csv", heads_csv(tables["ours"], recall))
+    write_whole(pictures / "prompts.csv", prompts_csv(tables))
     sections = [
         head(results["run"], command),
         answers(results["cells"], pictures.name),
         searched(tables, pictures.name),
         heads(tables["ours"], recall, pictures.name),
-        maps(shown, recall, pictures.name),
+        maps(shown, picture_tokens, pictures.name),
         failures(results["cells"], tables, notes),
     ]
     write_whole(output, "\n\n".join(section.strip() for section in sections) + "\n")
@@ -84,8 +86,14 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     """How the tables were found, and which patterns they hold."""
     ours = tables["ours"]
     costs, errors = ("costs", "attention cost", "held-out cost"), ("error", "held-out error")
+    found = {
+        name: dict(t.provenance)
+        | {name: t.provenance.get(name, "").partition(" (mean")[0] for name in errors}
+        | {"calibration": f"{len(calibration_of(t))} prompts"}
+        for name, t in tables.items()
+    }
     wanted = ("target", *costs, *errors, "calibration", "candidates")
-    rows = [[name, *(t.provenance.get(name, "") for t in tables.values())] for name in wanted]
+    rows = [[name, *(own.get(name, "") for own in found.values())] for name in wanted]
     kinds = {name: Counter(type(p).__name__ for row in t.layers for p in row) for name, t in tables.items()}
     counts = [
         [kind, *(str(kinds[name][kind]) for name in tables)] for kind in sorted(set().union(*map(set, kinds.values())))
@@ -93,8 +101,9 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     return "\n\n".join(
         [
             "## What the search found",
-            "The target holds on every calibration prompt; the cost is that of the dearest one. Half of an error is "
-            "that of the rows from which answers are read.",
+            "The target holds on every calibration prompt; the cost is that of the dearest one. An error is the mean "
+            "over heads of the relative squared error of the attention output; half of it is that of the rows from "
+            f"which answers are read. The prompts are in [{pictures}/prompts.csv]({pictures}/prompts.csv).",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
             markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),
@@ -104,15 +113,33 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     )
 
 
+def calibration_of(table: PatternTable) -> list[str]:
+    """The prompts that a table was searched on."""
+    return [prompt for prompt in table.provenance.get("calibration", "").split("; ") if prompt]
+
+
+def prompts_csv(tables: Mapping[str, PatternTable]) -> str:
+    """Every calibration prompt, and the tables that were searched on it."""
+    searched_on: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        for prompt in calibration_of(table):
+            searched_on.setdefault(prompt, []).append(name)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["prompt", "tables"])
+    writer.writerows([prompt, "; ".join(names)] for prompt, names in searched_on.items())
+    return text.getvalue()
+
+
 def heads(table: PatternTable, recall: Mapping[str, Any], pictures: str) -> str:
     """Every head of a small model, the means by pattern of a large one."""
     rows = list(csv.reader(io.StringIO(heads_csv(table, recall))))
     found = rows[1:]
     intro = (
-        "Recall is the share of dense attention on the visited keys, measured on a prompt of "
-        f"{recall['tokens']:,} tokens; error and cost are those of the search, the cost on its dearest calibration "
-        "prompt. All heads: "
-        f"[{pictures}/heads.csv]({pictures}/heads.csv)."
+        "Recall is the share of dense attention on the visited keys, the mean over "
+        f"{NUM_RECALL_QUERIES} queries spaced evenly over the prompt; it and the density are of a prompt of "
+        f"{recall['tokens']:,} tokens. Error and cost are those of the search, the cost on its dearest calibration "
+        f"prompt. All heads: [{pictures}/heads.csv]({pictures}/heads.csv)."
     )
     if len(found) <= MOST_ROWS:
         return "\n\n".join(["## Heads", intro, markdown(rows[0], found)])
@@ -138,12 +165,12 @@ def heads_csv(table: PatternTable, recall: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def maps(shown: Sequence[Mapping[str, Any]], recall: Mapping[str, Any], pictures: str) -> str:
+def maps(shown: Sequence[Mapping[str, Any]], num_tokens: int, pictures: str) -> str:
     """The attention of chosen heads before and after permutation."""
     parts = [
         "## Attention before and after permutation",
         "Dense attention weights of the heads that each kind of pattern suits best, on a prompt of "
-        f"{recall['tokens']:,} tokens, and what the plan computes of them.",
+        f"{num_tokens:,} tokens, and what the plan computes of them.",
     ]
     for one in shown:
         given = "which the table gives it" if one["given"] == one["pattern"] else f"the table gives it `{one['given']}`"

@@ -21,6 +21,16 @@ def test_without_a_command_the_help_lists_them(capsys):
         assert f"\n  {command} " in printed
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"]])
+def test_summaries_of_commands_are_whole_sentences_on_80_columns(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(arguments) == 0
+    summaries = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert len(summaries) >= 8
+    for line in summaries:
+        assert line.endswith(".") and not line.endswith("..."), line
+
+
 def test_an_unknown_command_gives_one_line(capsys):
     assert main(["shwo"]) == 2
     assert capsys.readouterr().err.startswith("error: No such command 'shwo'")

@@ -259,6 +259,14 @@ REFUSED = {
         "chunk_tokens must be a positive multiple",
     ),
     "plots in a file": (["--model", "MODEL", "--prompt", "a", "--plots", "TABLE"], "--plots must name a directory"),
+    "trace under a file": (  # before the model is looked for, whose lack is an error too
+        ["--model", "/no/such/model", "--prompt", "a", "--profile", "UNDER"],
+        "--profile must name a directory, got",
+    ),
+    "trace where nobody can write": (
+        ["--model", "/no/such/model", "--prompt", "a", "--profile", "/proc/trace"],
+        "--profile must name a directory that can be written, got '/proc/trace'",
+    ),
     "no such layer": (
         ["--model", "MODEL", "--prompt", "a", "--plots", "PLOTS", "--plot-layer", "4"],
         "--plot-layer must be a layer of the model, 0 to 3: got 4",
@@ -274,6 +282,7 @@ def test_bad_input_gives_one_line_and_status_2(random, capsys, tmp_path, name):
     arguments, message = REFUSED[name]
     PatternTable(layers=((AShape(),),)).save(tmp_path / "table.json")
     places = {"MODEL": random.model, "TABLE": tmp_path / "table.json", "VIDEO": DEMO_VIDEO, "PLOTS": tmp_path / "plots"}
+    places["UNDER"] = tmp_path / "table.json" / "trace"
     if "BROKEN" in arguments:
         places["BROKEN"] = shutil.copytree(random.model, tmp_path / "broken")
         weights = tmp_path / "broken" / "model.safetensors"

@@ -104,8 +104,9 @@ case "$*" in *524288*) exit 7 ;; *1048576*) sleep 60 ;; *131072*) echo "$PWD $CU
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 1, done.stderr
     outcomes = dict(line.split(": ", 1) for line in done.stdout.splitlines() if not line.startswith("+"))
     assert [outcomes[name].split()[0] for name in names] == ["done", "status", "ended"]
     assert (tmp_path / "plans-128k.log").read_text().split()[0] == str(ROOT)
@@ -158,6 +159,7 @@ def test_no_failure_costs_what_else_is_computed(tmp_path, interpreter):
         "plans-1m: not run: [Errno 2",
         "plans-32-8: done in 0 s",
     ]
+    assert done.returncode == 1, done.stderr
     assert "plans-128k.json" in (tmp_path / "plans-128k.log").read_text(), "the command after the one that was killed"
     assert (tmp_path / "gpu_tuned.json").read_text() == "tuned before"
 
@@ -178,6 +180,14 @@ def test_a_script_that_is_told_to_end_ends_its_jobs_and_says_what_became_of_them
         "plans-1m: status -9 after n s",
         "plans-32-8: not begun: no time left",
     ]
+    assert script.returncode == 1
+
+
+def test_the_status_is_0_where_all_jobs_are_done(tmp_path, interpreter):
+    done = hopper(tmp_path, "--only", "plans-1m", "plans-32-8", "--gpus", "0", PYTHON=interpreter)
+    assert done.returncode == 0, done.stderr
+    outcomes = [line.partition(" in ")[0] for line in done.stdout.splitlines()]
+    assert outcomes[-2:] == ["plans-1m: done", "plans-32-8: done"]
 
 
 @pytest.mark.slow

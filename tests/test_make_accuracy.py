@@ -5,12 +5,34 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from mmi_jax import AShape, Dense, PatternTable
 from models.demo import build_demo_model
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import make_accuracy  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+def test_recall_is_measured_again_for_another_length_or_table_and_else_kept(tmp_path, monkeypatch):
+    lengths = []
+
+    def prefill(model, prompt, *, table, may_run_dense):
+        lengths.append(prompt.tokens.shape[1])
+        figures = np.full((1, 1), float(len(lengths)))
+        return SimpleNamespace(report=SimpleNamespace(density=figures, recall=figures))
+
+    monkeypatch.setattr(make_accuracy, "prefill", prefill)
+    task = SimpleNamespace(work=tmp_path)
+    for num_tokens, pattern, measured in ((8, Dense(), 1), (8, Dense(), 1), (16, Dense(), 2), (16, AShape(), 3)):
+        prompt = SimpleNamespace(tokens=np.zeros((1, num_tokens), np.int32))
+        found = make_accuracy.measure_recall(task, None, prompt, PatternTable(layers=((pattern,),)))
+        assert found["recall"] == [[measured]] and found["tokens"] == num_tokens == lengths[-1]
+    assert lengths == [8, 16, 16]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The README's first example runs as it stands, and every name in its other examples exists."""
 
+import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -20,6 +22,21 @@ def test_every_import_of_the_examples_exists():
     assert len(imports) >= 5
     for line in imports:
         exec(line, {})
+
+
+def test_the_examples_use_no_name_that_neither_they_nor_those_before_them_bind():
+    bound = set(dir(builtins))
+    for statement in (statement for block in blocks("python") for statement in ast.parse(block).body):
+        nodes = list(ast.walk(statement))
+        stored, loaded = (
+            {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+            for context in (ast.Store, ast.Load)
+        )
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        later = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        assert loaded <= bound | (stored - later), ast.unparse(statement)
+        imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        bound |= stored | {alias.asname or alias.name for alias in imports}
 
 
 def test_every_file_of_the_tree_exists():

@@ -54,7 +54,7 @@ def aot(
     json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line to this file.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compile a prefill ahead of time: does it fit, how full are the units, and how fast can it be at best."""
+    """Compile a prefill for TPUs that are not here. Does it fit, how full are the units, how fast can it be?"""
     with one_line_errors(shows_traceback=debug):
         if table is not None and pattern is not None:
             raise ValueError(f"--table and --pattern exclude each other: got {str(table)!r} and {pattern!r}")

@@ -29,7 +29,7 @@ from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
-app = typer.Typer(name="bench", help="Time kernels and whole prefills beside a baseline; outputs are checked first.")
+app = typer.Typer(name="bench", help="Time kernels and whole prefills beside a baseline. Outputs are checked first.")
 
 CaseOption = Annotated[
     list[str] | None, typer.Option("--case", help="A case by name, or a pattern such as 'all *'; may be repeated.")
@@ -101,7 +101,7 @@ def plans(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Real plans on a video with planted structure: the parts apart, the whole as one program, dense beside it.
+    """Real plans on a video with planted structure. The parts apart, the whole as one program, dense beside it.
 
     Above --dense-limit the dense time is extrapolated by the square of the tokens, and labelled so.
     """
@@ -143,7 +143,7 @@ def check(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Small problems that use every rule of the kernel's contract, against the reference; nothing is timed."""
+    """Every rule of the kernel's contract against the reference. Problems are small, and nothing is timed."""
 
     def measure(name: str) -> dict[str, Any]:
         return check_rules(name, implementation=implementation)  # pyright: ignore
@@ -169,7 +169,7 @@ def tune_configs(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Search the Hopper kernel's configs: outputs checked, the ranking printed, the best kept in a table."""
+    """Search the Hopper kernel's configs. Outputs are checked, the ranking printed, the best kept in a table."""
 
     def measure(problem: TuneProblem) -> dict[str, Any]:
         return tune_and_keep(problem, table, repeats=repeats)

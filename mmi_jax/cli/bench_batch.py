@@ -43,7 +43,7 @@ def batch(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Prompts of different lengths, from their embeddings to their logits: what batches of one bucket gain.
+    """What batches of one bucket gain on prompts of mixed lengths. From their embeddings to their logits.
 
     Every way runs once before it is timed, so that its programs are compiled.
     """

@@ -56,7 +56,7 @@ def first_token(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """A video file decoded, encoded by the vision tower and prefilled with text around it, up to the first logits.
+    """From a video file to the first logits. It is decoded, encoded by the vision tower, prefilled with text around it.
 
     The file is H.264, 448 x 448: a second of two pictures is 256 tokens. Decoding goes on while the tower works; each
     is also timed alone. The dense time is ours with the prefill's part replaced, extrapolated above --dense-limit. The

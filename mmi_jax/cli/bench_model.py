@@ -28,7 +28,7 @@ def decode(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """New tokens from a random cache: time of a token, and the share of the device's copy rate that it reads at."""
+    """New tokens from a random cache. Time of a token, and the share of the device's copy rate that it reads at."""
 
     def measure(num_tokens: int) -> dict[str, Any]:
         sizes = DecodeSizes(num_tokens=num_tokens, batch=batch, weight_bytes=_bytes_per_token(model))
@@ -54,7 +54,7 @@ def vision(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """The vision tower on a video in host memory: frames and tokens per second, and the rate of its operations."""
+    """The vision tower on a video in host memory. Frames and tokens per second, and the rate of its operations."""
 
     def measure(run: tuple[str, tuple[int, int]]) -> dict[str, Any]:
         from mmi_jax.cli.bench_vision import bench_vision

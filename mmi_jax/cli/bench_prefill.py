@@ -58,7 +58,7 @@ def prefill(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Prefill a video of 256-token frames with text around it, from its embeddings on; the vision tower is left out.
+    """Prefill the embeddings of a video with text around it. Frames are of 256 tokens; the vision tower is left out.
 
     Random weights, with biases of queries and keys that let heads look at what is near or at the same place of a frame.
     Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.

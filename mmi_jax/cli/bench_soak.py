@@ -51,7 +51,7 @@ def run_soak(
     json_file: JsonFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Random prompts in one process: programs, compilations, and bytes of host and device after each of them.
+    """Random prompts in one process, watched for what grows. Programs, compilations and bytes after each of them.
 
     All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. Every
     prompt comes twice, all of them in turn, because a program's first run takes memory of the host; the growth compares

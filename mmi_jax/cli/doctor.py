@@ -42,7 +42,7 @@ def doctor(
     cache_dir: CacheDirOption = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Print what is installed, which devices and attention backends can be used, and which programs are compiled.
+    """Print versions, devices, backends and compiled programs. Of a backend that cannot be used it says why.
 
     With --plan, print instead what a prefill would hold on a device, or refuse it and say what would fit.
     """

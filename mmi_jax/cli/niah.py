@@ -43,7 +43,7 @@ def niah(
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure how often a model finds what it is asked for; a killed run goes on where it stopped."""
+    """Measure how often a model finds what it is asked for. A killed run goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)
         from mmi_jax.cli.niah_run import run_niah  # here, so that the other commands start without models

@@ -54,7 +54,7 @@ def prefill(
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Prefill a prompt with sparse attention, decode an answer, report what was skipped and what it cost."""
+    """Prefill a prompt with sparse attention and decode an answer. A report says what was skipped, and what it cost."""
     # Here, so that the other commands start without the packages of models, media and pictures.
     from mmi_jax.cli import demo
     from mmi_jax.cli.run import run_prefill

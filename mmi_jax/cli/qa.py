@@ -27,7 +27,7 @@ def qa(
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Ask a model every question of a set: options by the logits of their letters, open questions by decoding."""
+    """Ask a model every question of a public set. It answers by the logits of the options' letters, or by decoding."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)
         from mmi_jax.cli.qa_run import QaTask, run_qa  # here, so that the other commands start without models

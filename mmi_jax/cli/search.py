@@ -49,7 +49,7 @@ def search(
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Find a pattern for every head and write the table; a killed search goes on where it stopped."""
+    """Find a pattern for every head and write the table. A killed search goes on where it stopped."""
     with one_line_errors(shows_traceback=debug), compiled.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)
         if from_minference is not None:

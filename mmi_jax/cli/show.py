@@ -18,7 +18,7 @@ def show(
     plots: Annotated[Path | None, typer.Option(help="Directory for pictures of the same.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Print which pattern each head has, its error and cost where a search found them, and how the table was made."""
+    """Print the pattern of each head and how the table was made. Error and cost, too, where a search found them."""
     with one_line_errors(shows_traceback=debug):
         loaded = _load(table)
         print_table(loaded, console.stdout_console())

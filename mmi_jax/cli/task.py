@@ -1,6 +1,7 @@
 """What `mmi prefill` is asked to do, and what it found."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,26 @@ class Outputs:
     right_answer: str | None = None
 
     def __post_init__(self):
-        """Raises ValueError if pictures or a trace would go into a file; better now than after the run."""
+        """Raises ValueError if pictures or a trace could not be written; better now than after the run."""
         for option, path in (("--plots", self.plots), ("--profile", self.profile)):
-            if path is not None and path.exists() and not path.is_dir():
-                raise ValueError(f"{option} must name a directory, got the file {str(path)!r}")
+            if path is not None:
+                check_directory(option, path)
 
     def check_layer(self, num_layers: int) -> None:
         """Raises ValueError if the model has no layer `plot_layer`."""
         if self.plots is not None and not 0 <= self.plot_layer < num_layers:
             raise ValueError(f"--plot-layer must be a layer of the model, 0 to {num_layers - 1}: got {self.plot_layer}")
+
+
+def check_directory(option: str, path: Path) -> None:
+    """Raises ValueError unless `path` is a directory to write into or one that can be made; it is not made."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} must name a directory, got {str(path)!r}, where {str(there)!r} is a file")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ValueError(f"{option} must name a directory that can be written, got {str(path)!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

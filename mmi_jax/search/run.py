@@ -66,6 +66,8 @@ class Search:
     ) -> None:
         """Runs the trials that the journal lacks; a prompt's layers one by one, each written down when it is done.
 
+        Where a trial fails, those of its layer that were done before it are written down, too.
+
         Args and errors as of `calibrate`.
         """
         rows = _rows_by_prompt(prompts, answer_rows or {})
@@ -95,15 +97,22 @@ class Search:
                 if missing[name, layer]:
                     self.on_trial(done, total, f"{what}: compiling")
                     meter.prepare(missing[name, layer], captured)
-                figures = {}
-                for trial in missing[name, layer]:
-                    figure = meter(trial, captured)
-                    _check_finite(figure, f"{trial.key} in layer {layer} of {name}")
-                    figures[trial.key] = {field: _floats(getattr(figure, field)) for field in FIELDS}
-                    done += 1
-                    self.on_trial(done, total, f"{what}: layer {layer} of {name}")
-                if figures:
-                    self.journal.add({"prompt": name, "layer": layer, "trials": figures})
+                figures: dict[str, Any] = {}
+                try:
+                    for trial in missing[name, layer]:
+                        figure = meter(trial, captured)
+                        _check_finite(figure, f"{trial.key} in layer {layer} of {name}")
+                        figures[trial.key] = {field: _floats(getattr(figure, field)) for field in FIELDS}
+                        done += 1
+                        self.on_trial(done, total, f"{what}: layer {layer} of {name}")
+                except Exception:  # one that gives NaN or finds no memory: those before it are kept
+                    self._keep(name, layer, figures)
+                    raise
+                self._keep(name, layer, figures)
+
+    def _keep(self, name: str, layer: int, figures: Mapping[str, Any]) -> None:
+        if figures:
+            self.journal.add({"prompt": name, "layer": layer, "trials": figures})
 
     def scores(self, prompts: Mapping[str, Any], trials: Iterable[Trial]) -> Scores:
         """What the journal says of these trials on these prompts."""

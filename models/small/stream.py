@@ -106,7 +106,12 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
 
 
 def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> Batch:
-    """The streams padded or cut to `num_tokens` tokens, and to `num_rows` labels, of which the first are kept."""
+    """The streams padded or cut to `num_tokens` tokens, and to `num_rows` labels, of which the first are kept.
+
+    Labels of questions come first, so that what has no room is captions: in 81 of 2,560 streams of 1,024 tokens of the
+    recipe, 3 of 640 of 4,096, none of 240 longer ones. With those that are cut at their end (see `training_script`),
+    half a percent of the labels' weight is lost at 1,024 tokens.
+    """
 
     def fitted(arrays: list[np.ndarray], length: int) -> np.ndarray:
         out = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)

@@ -1,5 +1,7 @@
 """The search: what a trial measures, that planted heads get their patterns, and that a kill changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,8 @@ from mmi_jax.planted import LOCAL, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.search import Candidates, Journal, Search, TargetDensity, best_choice
 from mmi_jax.search.capture import Captured, captured_layers
 from mmi_jax.search.costs import TILES
-from mmi_jax.search.measure import Measured, Meter, measured
-from mmi_jax.search.scores import Scores
+from mmi_jax.search.measure import Meter, measured
+from mmi_jax.search.scores import Scores, trials_of_rows
 from mmi_jax.search.trials import Trial, first_trials, of_queries, trial_of
 
 SMALL = Blocks(q=16, kv=16, granule=16)
@@ -171,14 +173,27 @@ def test_what_is_in_the_journal_is_not_run_again(tmp_path):
     again.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
 
 
-def test_an_error_that_is_no_number_ends_the_search_and_is_not_kept(tmp_path, monkeypatch):
-    nan = Measured(error=np.zeros((2, 4)), answer_error=np.full((2, 4), np.nan), tiles=np.ones((2, 4)))
-    monkeypatch.setattr(Meter, "__call__", lambda self, trial, captured: nan)
-    with pytest.raises(
-        ValueError, match=r"errors of trials must be finite.*heads \[0, 1, 2, 3\] of whole .*layer 0 of"
-    ):
-        search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC)
-    assert not Journal(tmp_path / "work.jsonl", {}).rows
+def test_an_error_that_is_no_number_ends_the_search_and_only_what_came_before_it_is_kept(tmp_path, monkeypatch):
+    measure, ran = Meter.__call__, []
+
+    def with_nan(self, trial, captured):
+        ran.append(trial.key)
+        figure = measure(self, trial, captured)
+        is_bad = len(ran) == len(trials) + 2  # the second layer's second
+        return dataclasses.replace(figure, answer_error=np.full((2, 4), np.nan)) if is_bad else figure
+
+    trials = first_trials(STATIC, (0, 1))
+    monkeypatch.setattr(Meter, "__call__", with_nan)
+    with pytest.raises(ValueError, match=r"errors of trials must be finite.*heads \[0, 1, 2, 3\] of .*layer 1 of one"):
+        search(tmp_path / "work.jsonl").measure(PROMPTS, trials, "")
+    kept = Journal(tmp_path / "work.jsonl", {}).rows
+    assert [(row["layer"], list(row["trials"])) for row in kept] == [(0, ran[:-2]), (1, ran[-2:-1])]
+    monkeypatch.setattr(Meter, "__call__", measure)
+    whole = search(tmp_path / "whole.jsonl")
+    whole.measure(PROMPTS, trials, "")
+    resumed = search(tmp_path / "work.jsonl")
+    resumed.measure(PROMPTS, trials, "")
+    assert trials_of_rows(resumed.journal.rows) == trials_of_rows(whole.journal.rows)
 
 
 def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
