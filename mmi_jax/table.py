@@ -29,23 +29,27 @@ class HeadScores:
       cost: what the head adds to its layer's attention call, on the dearest calibration prompt, in the unit of the cost
         model that `provenance` names.
       dense_cost: of a dense head, on that prompt.
+      weight: how much an error of the head counted, 1 on average; None where all counted the same.
     """
 
     error: PerHead
     density: PerHead
     cost: PerHead
     dense_cost: float
+    weight: PerHead | None = None
 
     def __post_init__(self):
         """Raises ValueError unless all are numbers, not negative, and of one shape."""
         shapes = set()
-        for name in ("error", "density", "cost"):
+        for name in ("error", "density", "cost", *([] if self.weight is None else ["weight"])):
             values = getattr(self, name)
             shapes.add(tuple(len(row) for row in values))
             if not all(x >= 0 for row in values for x in row):
                 raise ValueError(f"scores.{name} must hold numbers that are not negative, by layer and head")
         if len(shapes) != 1:
-            raise ValueError(f"error, density and cost must have one number for each head, got heads {sorted(shapes)}")
+            raise ValueError(
+                f"error, density, cost and weight must have one number for each head, got heads {sorted(shapes)}"
+            )
         if not self.dense_cost > 0:
             raise ValueError(f"scores.dense_cost must be a positive number, got {self.dense_cost!r}")
 
@@ -106,7 +110,7 @@ class PatternTable:
             "layers": [[names[pattern] for pattern in heads] for heads in self.layers],
         }
         if self.scores is not None:
-            value["scores"] = dataclasses.asdict(self.scores)
+            value["scores"] = {k: v for k, v in dataclasses.asdict(self.scores).items() if v is not None}
         path = Path(path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as directory:
             whole = Path(directory) / path.name
@@ -168,14 +172,15 @@ def _table(value: Any) -> PatternTable:
 
 
 def _scores(value: Any) -> HeadScores:
-    known = tuple(field.name for field in dataclasses.fields(HeadScores))
-    if not isinstance(value, dict) or set(value) != set(known):
+    needed = ("error", "density", "cost", "dense_cost")
+    if not isinstance(value, dict) or set(value) - {"weight"} != set(needed):
         got = ", ".join(value) if isinstance(value, dict) else repr(value)
-        raise ValueError(f"scores must be an object with the keys {', '.join(known)}: got {got}")
-    for name in known[:-1]:
+        raise ValueError(f"scores must be an object with the keys {', '.join(needed)} and maybe weight: got {got}")
+    names = [name for name in value if name != "dense_cost"]
+    for name in names:
         if not isinstance(value[name], list) or not all(isinstance(row, list) for row in value[name]):
             raise ValueError(f"scores.{name} must be a list of lists, by layer and head")
-    rows = {name: tuple(tuple(_number(x) for x in row) for row in value[name]) for name in known[:-1]}
+    rows = {name: tuple(tuple(_number(x) for x in row) for row in value[name]) for name in names}
     return HeadScores(**rows, dense_cost=_number(value["dense_cost"]))
 
 

@@ -133,6 +133,7 @@ def measure_recall(task: Task, model: Any, prompt: Any, table: PatternTable) -> 
 def search_scores(task: Task, modalities: tuple[int, ...], table: PatternTable) -> Scores:
     """The scores behind the tables: those of the trials that every calibration prompt and layer has."""
     _, rows = read_journal(task.work / "search.jsonl")
+    rows = [row for row in rows if "trials" in row]
     keys = {(row["prompt"], row["layer"]): set(row["trials"]) for row in rows}
     for row in rows:
         keys[row["prompt"], row["layer"]] |= set(row["trials"])

@@ -16,6 +16,12 @@ FIRST_HELD_OUT = 1_000_000
 """Seed of the first held-out sample, far from those of calibration."""
 
 
+WEIGHED_TOKENS = 4096
+"""Tokens, at most, of the prompts that heads are weighed on."""
+WEIGHED_SAMPLES = 2
+"""Of each task, at most."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
     """Prompts by name.
@@ -47,6 +53,18 @@ def calibration_prompts(processor: Processor, calibration: Calibration) -> Promp
     return _prompts(processor, calibration, videos, calibration.samples, calibration.seed)
 
 
+def weighed_prompts(processor: Processor, calibration: Calibration) -> Prompts:
+    """Short prompts of the same kind, for what each head is worth: the first frames of videos, shorter samples."""
+    short = dataclasses.replace(calibration, tokens=min(calibration.tokens, WEIGHED_TOKENS))
+    videos = {f"first frames of {path}": path for path in calibration.videos}
+    number = min(calibration.samples, WEIGHED_SAMPLES)
+    found = _prompts(processor, short, videos, number, calibration.seed, most_tokens=WEIGHED_TOKENS)
+    return Prompts(
+        by_name={f"short {name}": prompt for name, prompt in found.by_name.items()},
+        answer_rows={f"short {name}": rows for name, rows in found.answer_rows.items()},
+    )
+
+
 def held_out_prompts(processor: Processor, calibration: Calibration) -> Prompts:
     """The prompts that the table is checked on."""
     videos = {f"held out {path}": path for path in calibration.held_out}
@@ -55,19 +73,25 @@ def held_out_prompts(processor: Processor, calibration: Calibration) -> Prompts:
 
 
 def _prompts(
-    processor: Processor, calibration: Calibration, videos: Mapping[str, Path], number: int, first_seed: int
-) -> Prompts:
+    processor: Processor, calibration: Calibration, videos: Mapping[str, Path], number: int, first_seed: int, *,
+    most_tokens: int | None = None,
+) -> Prompts:  # fmt: skip
     """Each video with the text after it, and so many samples of every task, their needles spread over the depths."""
-    prompts = {name: _video_prompt(processor, calibration, path) for name, path in videos.items()}
+    prompts = {name: _video_prompt(processor, calibration, path, most_tokens) for name, path in videos.items()}
     answer_rows = {}
     for name, prompt, rows in _samples(processor, calibration, number, first_seed):
         prompts[name], answer_rows[name] = prompt, rows
     return Prompts(by_name=prompts, answer_rows=answer_rows)
 
 
-def _video_prompt(processor: Processor, calibration: Calibration, path: Path) -> Prompt:
+def _video_prompt(processor: Processor, calibration: Calibration, path: Path, most_tokens: int | None) -> Prompt:
+    """A video and the text after it; of the video only so many frames as leave about so many tokens."""
     most = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
     video = read_video(path, fps=calibration.fps, max_frames=most, resize=processor.fit_frame)
+    if most_tokens is not None and (tokens := processor.num_tokens(video)) > most_tokens:
+        patch = processor.video.temporal_patch_size
+        kept = max(1, video.num_frames * most_tokens // tokens // patch) * patch
+        video = dataclasses.replace(video, frames=video.frames[:kept])
     return processor([video, calibration.text], cuts_on_device=True)
 
 

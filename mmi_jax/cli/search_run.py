@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmi_jax import PatternTable, console
 from mmi_jax.bench.machine import machine
 from mmi_jax.cli.digest import run_on
-from mmi_jax.cli.search_prompts import Prompts, calibration_prompts, held_out_prompts
+from mmi_jax.cli.search_prompts import Prompts, calibration_prompts, held_out_prompts, weighed_prompts
 from mmi_jax.cli.search_task import SearchTask
 from mmi_jax.cli.table_view import print_table
 from mmi_jax.cost import CostModel
@@ -49,9 +49,10 @@ def run_search(task: SearchTask) -> Found:
     processor = Processor.from_directory(directory)
     with console.spinner("prompts"):
         prompts = calibration_prompts(processor, task.calibration)
+        weighed = weighed_prompts(processor, task.calibration)
         held_out = held_out_prompts(processor, task.calibration)
     candidates = task.read_candidates()
-    journal = Journal(task.work, _run_of(task, directory, prompts))
+    journal = Journal(task.work, _run_of(task, directory, prompts, weighed))
     with console.progress_bar("loading weights", "tensors") as on_tensor:
         model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
     name = task.costs or default_costs()
@@ -60,7 +61,8 @@ def run_search(task: SearchTask) -> Found:
     start = time.perf_counter()
     with console.work_bar("trials") as on_trial:
         search = Search(model=model, journal=journal, on_trial=on_trial)
-        scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows)
+        weights = search.weigh(weighed.by_name, answer_rows=weighed.answer_rows)
+        scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
         best = best_choice(scores, task.dial.target, costs, excluded=task.excluded)
     on_others = None
@@ -68,7 +70,7 @@ def run_search(task: SearchTask) -> Found:
         with console.work_bar("trials") as on_trial:
             search = dataclasses.replace(search, on_trial=on_trial)
             search.measure(held_out.by_name, best.trials, "held-out prompts", answer_rows=held_out.answer_rows)
-        on_others = search.scores(held_out.by_name, best.trials)
+        on_others = search.scores(held_out.by_name, best.trials, weights)
     provenance = _provenance(task, journal, name, best, scores, costs, on_others)
     provenance["seconds of this run"] = f"{time.perf_counter() - start:.0f}"
     table = PatternTable(
@@ -84,10 +86,14 @@ def run_search(task: SearchTask) -> Found:
     return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def _run_of(task: SearchTask, directory: Path, prompts: Prompts) -> dict[str, str]:
+def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts) -> dict[str, str]:
     """What the trials' figures are and depend on: a work file of anything else is refused."""
     run = run_on(task.model, directory, task.dtype)
-    return run | {"measured": ", ".join(FIELDS), "calibration": prompts.description}
+    return run | {
+        "measured": ", ".join(FIELDS),
+        "calibration": prompts.description,
+        "heads weighed on": weighed.description,
+    }
 
 
 def _provenance(
@@ -104,8 +110,8 @@ def _provenance(
         "target": str(task.dial.target),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
         "attention cost": _dearest(best.shares, "calibration prompt"),
-        "error": f"{error:.6g} (mean over heads of the relative squared error of the attention output; half of it is "
-        "that of the rows from which answers are read, where a prompt has such)",
+        "error": f"{error:.6g} (mean over heads, by their weight, of the relative squared error of the attention "
+        "output; half of it is that of the rows from which answers are read, where a prompt has such)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",
         "excluded": ", ".join(sorted(task.excluded)) or "nothing",

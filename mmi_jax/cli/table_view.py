@@ -24,6 +24,9 @@ def print_table(table: PatternTable, out: Console) -> None:
     out.print(patterns_table(table, marks), soft_wrap=True)
     if table.scores is not None:
         out.print(numbers_grid("error of each head, per mille", table.scores.error, 1000, (1, 10, 100)), soft_wrap=True)
+        if table.scores.weight is not None:
+            title = "weight of each head's error, per cent"
+            out.print(numbers_grid(title, table.scores.weight, 100, (75, 150, 300)), soft_wrap=True)
         cost = tuple(tuple(x / table.scores.dense_cost for x in row) for row in table.scores.cost)
         out.print(numbers_grid("cost of each head, per cent of a dense one", cost, 100, (10, 25, 60)), soft_wrap=True)
         out.print(layers_table(table.scores), soft_wrap=True)

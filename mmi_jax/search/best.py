@@ -66,13 +66,13 @@ class Best:
         return tuple(dict.fromkeys((DENSE, *(t for row in self.choices for choice in row for t in choice.trials))))
 
     def error_on(self, scores: Scores) -> float:
-        """Mean error over heads of the same choices by other scores."""
-        return float(np.mean([[scores.error(choice, n, h) for h, choice in enumerate(row)]
+        """Mean weighted error over heads of the same choices by other scores."""
+        return float(np.mean([[scores.weight(n, h) * scores.error(choice, n, h) for h, choice in enumerate(row)]
                               for n, row in enumerate(self.choices)]))  # fmt: skip
 
 
 def best_choice(scores: Scores, target: Target, costs: CostModel, *, excluded: frozenset[str] = frozenset()) -> Best:
-    """The choice with the least sum of errors over all heads and layers whose cost keeps to the target on EVERY prompt.
+    """The choice with the least sum of weighted errors over all heads whose cost keeps to the target on EVERY prompt.
 
     Dense is an option of every head, so that it stays where nothing cheap is good and the budget allows it. A head
     counts with its cost on the prompt where it is dearest (`Scores.option`): sums of these are at least the sum on any
@@ -149,4 +149,5 @@ def _head_scores(
         density=grid(lambda choice, n, h: (scores.tiles(choice, n, h) / scores.dense_tiles[:, n, h])[dearest]),
         cost=grid(lambda choice, n, h: scores.cost(costs, choice, n, h)[dearest]),
         dense_cost=float(scores.dense_cost(costs)[dearest]),
+        weight=grid(lambda _, n, h: scores.weight(n, h)),
     )

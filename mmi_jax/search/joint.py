@@ -16,7 +16,7 @@ from mmi_jax.search.scores import Scores
 from mmi_jax.search.trials import NUM_MODALITIES, Trial
 
 PRICES = (0.01, 0.03, 0.1, 0.3)
-"""Error that a head may make to save all of its tiles: one combination is foretold for each price and head."""
+"""Weighted error that a head may make to save all of its tiles: one combination is foretold for each price and head."""
 
 OWN_DENSE = Trial(step="own", candidate=Dense())
 
@@ -34,18 +34,18 @@ def joint_trials(scores: Scores, most: int) -> tuple[Trial, ...]:
     gains: dict[Boundary2D, float] = defaultdict(float)
     for layer in range(scores.num_layers):
         for head in range(scores.num_heads):
-            others = scores.options(layer, head, DENSITY)
+            others, weight = scores.options(layer, head, DENSITY), scores.weight(layer, head)
             for price in PRICES:
                 inner: dict[tuple[int, int], Pattern] = {}
                 error, share = 0.0, np.zeros(len(scores.lengths))  # of a dense head, on each prompt
                 for n, m in enumerate(modalities):
-                    within = _best(scores, own, layer, n, head, price)
-                    across = _best(scores, cross, layer, n, head, price)
+                    within = _best(scores, own, layer, n, head, price / weight)
+                    across = _best(scores, cross, layer, n, head, price / weight)
                     inner |= {(m, k): (within if m == k else across).candidate for k in modalities}
                     for trial, sign in ((within, 1), (across, 1), (OWN_DENSE, -1)):  # the dense rest is in both trials
                         error += sign * float(scores.errors[trial][layer, n, head]) / len(modalities)
                         share += sign * scores.tile_share(trial, layer, n, head)
-                total = error + price * float(share.max())
+                total = weight * error + price * float(share.max())
                 best_other = min(option.error + price * option.cost for option in others)
                 if total < best_other and set(inner.values()) != {Dense()}:
                     gains[Boundary2D(inner)] += best_other - total

@@ -14,7 +14,9 @@ from mmi_jax.search.joint import joint_trials
 from mmi_jax.search.journal import Journal
 from mmi_jax.search.measure import FIELDS, Measured, Meter, modalities_of
 from mmi_jax.search.scores import Scores, read_scores, trials_of_rows
+from mmi_jax.search.sensitivity import Sensitivity, head_sensitivity, head_weights
 from mmi_jax.search.trials import Trial, first_trials
+from pallas_kernels.notation import Float
 
 MOST_JOINT = 12
 """2D-Boundary combinations that are tried on every head."""
@@ -41,7 +43,7 @@ class Search:
 
     def calibrate(
         self, prompts: Mapping[str, Any], candidates: Candidates, *, most_joint: int = MOST_JOINT,
-        answer_rows: AnswerRows | None = None,
+        answer_rows: AnswerRows | None = None, weights: Float[np.ndarray, "l h"] | None = None,
     ) -> Scores:  # fmt: skip
         """The scores of all three steps (paper, Alg. 4) on the prompts.
 
@@ -49,6 +51,7 @@ class Search:
           prompts: by name, each a batch of one.
           answer_rows: the tokens from whose logits answers are read, by the name of the prompt, which count for half of
             the error; prompts that are not named have none. The journal's `run` must tell of these as of the prompts.
+          weights: how much an error of each head counts, by `weigh`; the same for all when None.
 
         Raises:
           ValueError: no prompt, prompts of different modalities, an answer row that no prompt has, attention that gives
@@ -57,9 +60,37 @@ class Search:
         modalities = same_modalities(prompts)
         first = first_trials(candidates, modalities)
         self.measure(prompts, first, "intra- and cross-modality", answer_rows=answer_rows)
-        joint = joint_trials(self.scores(prompts, first), most_joint)
+        joint = joint_trials(self.scores(prompts, first, weights), most_joint)
         self.measure(prompts, joint, "inter-modality", answer_rows=answer_rows)
-        return self.scores(prompts, (*first, *joint))
+        return self.scores(prompts, (*first, *joint), weights)
+
+    def weigh(self, prompts: Mapping[str, Any], *, answer_rows: AnswerRows | None = None) -> Float[np.ndarray, "l h"]:
+        """How much an error of each head counts, 1 on average: by what cutting it down does to the answers.
+
+        Args:
+          prompts: short ones, by name, each a batch of one.
+          answer_rows: as of `calibrate`; a prompt without is judged by its last token. The journal's `run` must tell of
+            these prompts and rows, too.
+
+        Raises:
+          ValueError: no prompt, an answer row that no prompt has, or logits that are NaN or infinity.
+        """
+        if not prompts:
+            raise ValueError("heads are weighed on prompts, got none")
+        rows = _rows_by_prompt(prompts, answer_rows or {})
+        kept = {row["prompt"]: row["sensitivity"] for row in self.journal.rows if "sensitivity" in row}
+        for done, (name, prompt) in enumerate(prompts.items()):
+            if name not in kept:
+                self.on_trial(done, len(prompts), f"weighing heads: {name}")
+                found = head_sensitivity(self.model, prompt, rows[name], blocks=self.blocks, buckets=self.buckets)
+                if not np.isfinite(found.logits).all():
+                    raise ValueError(f"logits must be finite, got NaN or infinity with a head of {name} cut down")
+                kept[name] = {"logits": _floats(found.logits), "error": _floats(found.error)}
+                self.journal.add({"prompt": name, "sensitivity": kept[name]})
+        self.on_trial(len(prompts), len(prompts), "weighing heads")
+        return head_weights([
+            Sensitivity(logits=np.array(kept[name]["logits"]), error=np.array(kept[name]["error"])) for name in prompts
+        ])  # fmt: skip
 
     def measure(
         self, prompts: Mapping[str, Any], trials: Sequence[Trial], what: str, *, answer_rows: AnswerRows | None = None
@@ -114,8 +145,10 @@ class Search:
         if figures:
             self.journal.add({"prompt": name, "layer": layer, "trials": figures})
 
-    def scores(self, prompts: Mapping[str, Any], trials: Iterable[Trial]) -> Scores:
-        """What the journal says of these trials on these prompts."""
+    def scores(
+        self, prompts: Mapping[str, Any], trials: Iterable[Trial], weights: Float[np.ndarray, "l h"] | None = None
+    ) -> Scores:
+        """What the journal says of these trials on these prompts; `weights` as of `calibrate`."""
         return read_scores(
             self.journal.rows,
             {name: num_tokens_of(prompt) for name, prompt in prompts.items()},
@@ -123,6 +156,7 @@ class Search:
             num_layers=self.model.config.num_layers,
             modalities=same_modalities(prompts),
             blocks=self.blocks,
+            weights=weights,
         )
 
 

@@ -37,12 +37,14 @@ class Scores:
       lengths: tokens of each prompt, by name.
       blocks: tile sizes of the plans.
       by_trial: figures with leading axes for prompts and layers.
+      weights: how much an error of each head counts, 1 on average (`head_weights`); the same for all when None.
     """
 
     modalities: tuple[int, ...]
     lengths: Mapping[str, int]
     blocks: Blocks
     by_trial: Mapping[Trial, Measured]
+    weights: Float[np.ndarray, "l h"] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -53,6 +55,10 @@ class Scores:
     def num_heads(self) -> int:
         """Query heads of a layer."""
         return self.by_trial[DENSE].error.shape[3]
+
+    def weight(self, layer: int, head: int) -> float:
+        """How much an error of the head counts."""
+        return 1.0 if self.weights is None else float(self.weights[layer, head])
 
     @property
     def dense(self) -> Choice:
@@ -101,14 +107,16 @@ class Scores:
         return np.asarray(costs.head_of(pattern, tiles, np.array(list(self.lengths.values())), self.blocks))
 
     def option(self, choice: Choice, layer: int, head: int, costs: CostModel) -> Option:
-        """The choice with its error, and its cost on the prompt where it is dearest, in dense heads of that prompt.
+        """The choice with its weighted error, and its cost where it is dearest, in dense heads of that prompt.
 
         Heads that are dearest on different prompts count with more than they cost together on any of them, so that a
         budget of dense heads holds on every prompt, of whatever length.
         """
         dense = self._priced(costs, DENSE.candidate, self.dense_tiles[:, layer, head])
         shares = self.cost(costs, choice, layer, head) / dense
-        return Option(what=choice, error=self.error(choice, layer, head), cost=float(shares.max()))
+        return Option(
+            what=choice, error=self.weight(layer, head) * self.error(choice, layer, head), cost=float(shares.max())
+        )
 
     def options(
         self, layer: int, head: int, costs: CostModel, *, excluded: frozenset[str] = frozenset()
@@ -164,7 +172,7 @@ def is_excluded(pattern: Pattern, names: frozenset[str]) -> bool:
 
 def read_scores(
     rows: Iterable[Mapping[str, Any]], lengths: Mapping[str, int], trials: Iterable[Trial], *, num_layers: int,
-    modalities: tuple[int, ...], blocks: Blocks,
+    modalities: tuple[int, ...], blocks: Blocks, weights: Float[np.ndarray, "l h"] | None = None,
 ) -> Scores:  # fmt: skip
     """What a journal's rows say of the trials on the prompts that `lengths` names.
 
@@ -181,7 +189,7 @@ def read_scores(
         by_trial[trial] = Measured(**{
             field: np.array([[piece[field] for piece in layers if piece] for layers in pieces]) for field in FIELDS
         })  # fmt: skip
-    return Scores(modalities=modalities, lengths=dict(lengths), blocks=blocks, by_trial=by_trial)
+    return Scores(modalities=modalities, lengths=dict(lengths), blocks=blocks, by_trial=by_trial, weights=weights)
 
 
 def trials_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -192,6 +200,8 @@ def trials_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], d
     """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
+        if "trials" not in row:
+            continue  # of another kind
         found.setdefault((row["prompt"], row["layer"]), {}).update(row["trials"])
         for figures in row["trials"].values():
             if set(figures) != set(FIELDS):

@@ -1,5 +1,7 @@
 """From scores to a table: the target holds on every prompt, answer rows count, and what is out of reach is told."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -85,6 +87,22 @@ def test_a_pattern_that_ruins_the_rows_that_are_asked_is_avoided():
     best = best_choice(hand_made(figures, {"video": 4096}), TargetDensity(share=0.1), DENSITY)
     assert best.choices[0][0].pattern == VerticalSlash()
     assert best.scores.error == ((pytest.approx(0.1),),)
+
+
+def test_the_head_that_answers_hang_on_gets_what_only_one_can_have(rng):
+    """Two heads alike; the budget lets one be dense: the one whose error counts more."""
+    dense, cheap = (np.full((1, 1, 1, 2), share) * dense_tiles(4096, Blocks()) for share in (1.0, 0.2))
+    by_trial = {
+        DENSE: Measured(error=0 * dense, answer_error=0 * dense, tiles=dense),
+        Trial(step="whole", candidate=AShape()): Measured(error=0 * dense + 0.1, answer_error=0 * dense, tiles=cheap),
+    }
+    scores = Scores(modalities=(1,), lengths={"video": 4096}, blocks=Blocks(), by_trial=by_trial)
+    for weights, expected in (([[0.9, 1.1]], [AShape(), Dense()]), ([[1.1, 0.9]], [Dense(), AShape()])):
+        weighted = dataclasses.replace(scores, weights=np.array(weights))
+        best = best_choice(weighted, TargetDensity(share=0.65), DENSITY)
+        assert [choice.pattern for choice in best.choices[0]] == expected
+        assert best.error_on(weighted) == pytest.approx(0.9 * 0.05 / 2)
+        assert best.scores.weight == tuple(map(tuple, weights))
 
 
 @settings(deadline=None, max_examples=40)

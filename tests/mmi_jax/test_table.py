@@ -97,8 +97,14 @@ def test_a_saved_table_has_the_permissions_of_any_new_file(tmp_path):
         (written(layers=[["a", {"pattern": "Dense"}]]), "a layer must name its patterns, got {'pattern': 'Dense'}"),
         (written(layers=[["a", "c"], ["a", "d"]]), "layers name undefined patterns c, d: defined are a, b"),
         (written(layers=[["a", "b"], ["a"]]), "same number of heads, at least 1: got {1, 2}"),
-        (written(scores=[1]), r"scores must be an object with the keys error, density, cost, dense_cost: got \[1\]"),
-        (written(scores=SCORES | {"recall": []}), "with the keys error, density, cost, dense_cost: got error, density"),
+        (
+            written(scores=[1]),
+            r"keys error, density, cost, dense_cost and maybe weight: got \[1\]",
+        ),
+        (
+            written(scores=SCORES | {"recall": []}),
+            "cost, dense_cost and maybe weight: got error, density",
+        ),
         (written(scores=SCORES | {"error": 3}), "scores.error must be a list of lists, by layer and head"),
         (written(scores=SCORES | {"error": [[0, "x"], [0, 0]]}), "scores must hold numbers, got 'x'"),
         (written(scores=SCORES | {"cost": [[0, 1], [0, -1]]}), "scores.cost must hold numbers that are not negative"),
