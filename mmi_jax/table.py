@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -44,8 +45,8 @@ class HeadScores:
         for name in ("error", "density", "cost", *([] if self.weight is None else ["weight"])):
             values = getattr(self, name)
             shapes.add(tuple(len(row) for row in values))
-            if not all(x >= 0 for row in values for x in row):
-                raise ValueError(f"scores.{name} must hold numbers that are not negative, by layer and head")
+            if not all(0 <= x < math.inf for row in values for x in row):
+                raise ValueError(f"scores.{name} must hold finite numbers, none negative, by layer and head")
         if len(shapes) != 1:
             raise ValueError(
                 f"error, density, cost and weight must have one number for each head, got heads {sorted(shapes)}"
@@ -187,7 +188,10 @@ def _scores(value: Any) -> HeadScores:
 def _number(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"scores must hold numbers, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"scores must hold numbers of a float's range, got {str(value)[:20]}...") from error
 
 
 def _check_types(value: dict[str, Any]) -> None:

@@ -94,6 +94,7 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
     }
     wanted = ("target", *costs, *errors, "calibration", "candidates")
     rows = [[name, *(own.get(name, "") for own in found.values())] for name in wanted]
+    is_weighed = ours.scores is not None and ours.scores.weight is not None
     kinds = {name: Counter(type(p).__name__ for row in t.layers for p in row) for name, t in tables.items()}
     counts = [
         [kind, *(str(kinds[name][kind]) for name in tables)] for kind in sorted(set().union(*map(set, kinds.values())))
@@ -102,8 +103,8 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
         [
             "## What the search found",
             "The target holds on every calibration prompt; the cost is that of the dearest one. An error is the mean "
-            "over heads of the relative squared error of the attention output; half of it is that of the rows from "
-            f"which answers are read. The prompts are in [{pictures}/prompts.csv]({pictures}/prompts.csv).",
+            f"over heads{', by their weight,' if is_weighed else ''} of the relative squared error of the attention "
+            f"output; half of it is that of the rows from which answers are read. The prompts are in [{pictures}/prompts.csv]({pictures}/prompts.csv).",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
             markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),

@@ -34,7 +34,7 @@ type Place = tuple[str, int, int]
 type Methods = Mapping[str, PatternTable | Pattern | None]
 """What methods run."""
 
-VERSION = 3
+VERSION = 4
 """Of what the tasks' samples show and of how sizes are chosen: cells of another are refused."""
 
 SAMPLES_AHEAD = 2

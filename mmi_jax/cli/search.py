@@ -35,6 +35,9 @@ def search(
     seed: Annotated[int, typer.Option(help="Of the generated samples.")] = 0,
     held_out: Annotated[list[Path] | None, typer.Option(help="A video to check the table on afterwards.")] = None,
     held_out_samples: Annotated[int, typer.Option(help="Generated samples of each task to check it on.")] = 0,
+    weigh: Annotated[
+        bool, typer.Option("--weigh", help="Errors of heads count by what cutting down the head does to the answers.")
+    ] = False,
     candidates: Annotated[str, typer.Option(help="table4, ours, all, or a JSON file with a list of patterns.")] = "all",
     scale: Annotated[float, typer.Option(help="Factor on all sizes in tokens: Table 4 is made for 25K tokens.")] = 1.0,
     exclude: Annotated[
@@ -73,6 +76,7 @@ def search(
                 haystack=haystack,
                 seed=seed,
             ),
+            weigh=weigh,
             candidates=candidates,
             scale=scale,
             excluded=frozenset(exclude or ()),

@@ -17,9 +17,10 @@ FIRST_HELD_OUT = 1_000_000
 
 
 WEIGHED_TOKENS = 4096
-"""Tokens, at most, of the prompts that heads are weighed on."""
-WEIGHED_SAMPLES = 2
-"""Of each task, at most."""
+"""Tokens of the prompts that heads are weighed on, at most; twice or four times as many where a task needs them."""
+
+NUM_WEIGHED = 2
+"""Samples of each task, and videos, that heads are weighed on, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +56,29 @@ def calibration_prompts(processor: Processor, calibration: Calibration) -> Promp
 
 def weighed_prompts(processor: Processor, calibration: Calibration) -> Prompts:
     """Short prompts of the same kind, for what each head is worth: the first frames of videos, shorter samples."""
-    short = dataclasses.replace(calibration, tokens=min(calibration.tokens, WEIGHED_TOKENS))
-    videos = {f"first frames of {path}": path for path in calibration.videos}
-    number = min(calibration.samples, WEIGHED_SAMPLES)
-    found = _prompts(processor, short, videos, number, calibration.seed, most_tokens=WEIGHED_TOKENS)
-    return Prompts(
-        by_name={f"short {name}": prompt for name, prompt in found.by_name.items()},
-        answer_rows={f"short {name}": rows for name, rows in found.answer_rows.items()},
-    )
+    videos = {f"first frames of {path}": path for path in calibration.videos[:NUM_WEIGHED]}
+    count, found = min(calibration.samples, NUM_WEIGHED), Prompts(by_name={}, answer_rows={})
+    if videos:
+        found = _prompts(processor, calibration, videos, 0, calibration.seed, most_tokens=WEIGHED_TOKENS)
+    for task in calibration.tasks if count else ():
+        own = _short_samples(processor, dataclasses.replace(calibration, tasks=(task,)), count)
+        found = Prompts(by_name={**found.by_name, **own.by_name}, answer_rows={**found.answer_rows, **own.answer_rows})
+    return found
+
+
+def _short_samples(processor: Processor, calibration: Calibration, count: int) -> Prompts:
+    """Samples of the calibration's tasks, as short as they can be."""
+    tokens = WEIGHED_TOKENS
+    while tokens < calibration.tokens:
+        try:
+            found = _prompts(processor, dataclasses.replace(calibration, tokens=tokens), {}, count, calibration.seed)
+            return Prompts(
+                by_name={f"{tokens} tokens of {name}": prompt for name, prompt in found.by_name.items()},
+                answer_rows={f"{tokens} tokens of {name}": rows for name, rows in found.answer_rows.items()},
+            )
+        except ValueError:  # the task needs more
+            tokens *= 2
+    return _prompts(processor, calibration, {}, count, calibration.seed)
 
 
 def held_out_prompts(processor: Processor, calibration: Calibration) -> Prompts:

@@ -21,6 +21,7 @@ from mmi_jax.search.journal import Journal
 from mmi_jax.search.measure import FIELDS, modalities_of
 from mmi_jax.search.run import Search
 from mmi_jax.search.scores import Scores
+from mmi_jax.search.sensitivity import CUT
 from mmi_jax.search.trials import first_trials
 from models.hub import locate
 from models.prompt import Prompt
@@ -49,7 +50,7 @@ def run_search(task: SearchTask) -> Found:
     processor = Processor.from_directory(directory)
     with console.spinner("prompts"):
         prompts = calibration_prompts(processor, task.calibration)
-        weighed = weighed_prompts(processor, task.calibration)
+        weighed = weighed_prompts(processor, task.calibration) if task.weigh else None
         held_out = held_out_prompts(processor, task.calibration)
     candidates = task.read_candidates()
     journal = Journal(task.work, _run_of(task, directory, prompts, weighed))
@@ -61,7 +62,7 @@ def run_search(task: SearchTask) -> Found:
     start = time.perf_counter()
     with console.work_bar("trials") as on_trial:
         search = Search(model=model, journal=journal, on_trial=on_trial)
-        weights = search.weigh(weighed.by_name, answer_rows=weighed.answer_rows)
+        weights = search.weigh(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
         scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
         best = best_choice(scores, task.dial.target, costs, excluded=task.excluded)
@@ -86,14 +87,11 @@ def run_search(task: SearchTask) -> Found:
     return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts) -> dict[str, str]:
+def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
     """What the trials' figures are and depend on: a work file of anything else is refused."""
     run = run_on(task.model, directory, task.dtype)
-    return run | {
-        "measured": ", ".join(FIELDS),
-        "calibration": prompts.description,
-        "heads weighed on": weighed.description,
-    }
+    run |= {"measured": ", ".join(FIELDS), "calibration": prompts.description}
+    return run if weighed is None else run | {"heads weighed": f"by {CUT} on {weighed.description}"}
 
 
 def _provenance(
@@ -110,8 +108,9 @@ def _provenance(
         "target": str(task.dial.target),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
         "attention cost": _dearest(best.shares, "calibration prompt"),
-        "error": f"{error:.6g} (mean over heads, by their weight, of the relative squared error of the attention "
-        "output; half of it is that of the rows from which answers are read, where a prompt has such)",
+        "error": f"{error:.6g} (mean over heads{', by their weight,' if task.weigh else ''} of the relative squared "
+        "error of the attention output; half of it is that of the rows from which answers are read, where a prompt has "
+        "such)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",
         "excluded": ", ".join(sorted(task.excluded)) or "nothing",

@@ -76,6 +76,7 @@ class SearchTask:
     Args:
       output: the table's file.
       work: the journal's file.
+      weigh: whether errors of heads count by what cutting down the head alone does to the answers of short prompts.
       candidates: a name of `SETS`, or a file with a JSON list of patterns.
       excluded: names of patterns.
       costs: name of a cost model; the device's when None.
@@ -86,6 +87,7 @@ class SearchTask:
     work: Path
     dial: Dial
     calibration: Calibration
+    weigh: bool
     candidates: str
     scale: float
     excluded: frozenset[str]

@@ -97,7 +97,9 @@ class Outputs:
 
 def check_directory(option: str, path: Path) -> None:
     """Raises ValueError unless `path` is a directory to write into or one that can be made; it is not made."""
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    there = next(
+        parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists() or parent.is_symlink()
+    )
     if not there.is_dir():
         raise ValueError(f"{option} must name a directory, got {str(path)!r}, where {str(there)!r} is a file")
     try:

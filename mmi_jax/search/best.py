@@ -149,5 +149,5 @@ def _head_scores(
         density=grid(lambda choice, n, h: (scores.tiles(choice, n, h) / scores.dense_tiles[:, n, h])[dearest]),
         cost=grid(lambda choice, n, h: scores.cost(costs, choice, n, h)[dearest]),
         dense_cost=float(scores.dense_cost(costs)[dearest]),
-        weight=grid(lambda _, n, h: scores.weight(n, h)),
+        weight=None if scores.weights is None else grid(lambda _, n, h: scores.weight(n, h)),
     )

@@ -55,8 +55,7 @@ def captured_layers(
     """
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
-    if prompt.tokens.shape[0] != 1:
-        raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
+    check_single(prompt)
     num_tokens = num_tokens_of(prompt)
     check_rows(answer_rows, num_tokens)
     padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
@@ -73,6 +72,12 @@ def captured_layers(
 def num_tokens_of(prompt: Any) -> int:
     """Tokens of a batch of one, padding left out."""
     return int(np.asarray(prompt.layout.is_real).sum())
+
+
+def check_single(prompt: Any) -> None:
+    """Raises ValueError for a batch of several prompts."""
+    if prompt.tokens.shape[0] != 1:
+        raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
 
 
 def check_rows(rows: Sequence[int], num_tokens: int) -> None:

@@ -18,12 +18,16 @@ from mmi_jax.blocks import Blocks
 from mmi_jax.buckets import Buckets
 from mmi_jax.patterns import AShape, Dense, Pattern
 from mmi_jax.plain import is_plain
-from mmi_jax.search.capture import check_rows, num_tokens_of
+from mmi_jax.search.capture import check_rows, check_single, num_tokens_of
 from pallas_kernels.notation import Array, Bool, Float
 from pallas_kernels.pytree import pytree
 
 CUT = AShape(sink=128, local=256)
 """What a head is cut down to: it sees nothing far away any more."""
+
+
+LEAST_ERROR = 0.01
+"""Share of the mean error, below which a head's own says nothing any more."""
 
 
 @pytree
@@ -54,13 +58,14 @@ def head_sensitivity(
       cut: what a head is cut down to.
 
     Raises:
-      ValueError: an answer row is none of the prompt's.
+      ValueError: the batch holds several prompts, or an answer row is none of the prompt's.
     """
     from flax import nnx  # here, as in `captured_layers`
 
+    check_single(prompt)
     num_tokens, config = num_tokens_of(prompt), model.config
     check_rows(answer_rows, num_tokens)
-    rows = np.asarray(answer_rows or (num_tokens - 1,), np.int32)
+    rows = np.asarray(answer_rows if len(answer_rows) else (num_tokens - 1,), np.int32)
     padded = fit_prompt(prompt, buckets.length_for(num_tokens))
     starts_plain = is_plain(padded.layout)
     is_answer = jnp.asarray(np.isin(np.arange(padded.tokens.shape[1]), rows))
@@ -72,13 +77,16 @@ def head_sensitivity(
     layout = jax.tree.map(lambda x: copies(x, 0), one)
     rotary = model.rotary(copies(padded.rope_pos, 1))
     graphdef, state = nnx.split(model.layers)
-    weights = [jax.tree.map(lambda a, n=n: a[n], state) for n in range(config.num_layers)]
+
+    def weights_of(n: int) -> Any:
+        return jax.tree.map(lambda a: a[n], state)
+
     x, found = copies(model.embed(padded), 0), []
     for n in range(config.num_layers):
-        copies_cut, error = _cut_layer(graphdef, blocks, starts_plain, cut, weights[n], x, rotary, one, is_answer)
+        copies_cut, error = _cut_layer(graphdef, blocks, starts_plain, cut, weights_of(n), x, rotary, one, is_answer)
         x = jnp.repeat(copies_cut[-1:], len(x), axis=0)  # the last copy is dense: it goes on to the next layer
-        for later in weights[n + 1 :]:
-            copies_cut = _dense_layer(graphdef, blocks, starts_plain, later, copies_cut, rotary, layout)
+        for later in range(n + 1, config.num_layers):
+            copies_cut = _dense_layer(graphdef, blocks, starts_plain, weights_of(later), copies_cut, rotary, layout)
         logits = model.unembed(copies_cut[:, rows].reshape(-1, x.shape[-1]))
         found.append((_change(logits, len(rows)), error))
     logits, error = (np.stack(jax.device_get(values)) for values in zip(*found, strict=True))
@@ -88,12 +96,13 @@ def head_sensitivity(
 def head_weights(found: Sequence[Sensitivity]) -> Float[np.ndarray, "l h"]:
     """How much an error of each head counts, 1 on average: half the same for all, half by its sensitivity.
 
-    The sensitivity is the change of the logits for a change of the head's output, each summed over the prompts. Half
-    stays the same for all, because a few short prompts do not show all that a head is for.
+    The sensitivity is the change of the logits for a change of the head's output, each summed over the prompts; a head
+    that hardly changes when it is cut down has a sensitivity of nearly none, for its change of the logits is rounding.
+    Half stays the same for all, because a few short prompts do not show all that a head is for.
     """
     change = np.sum([one.logits for one in found], axis=0)
     error = np.sum([one.error for one in found], axis=0)
-    gain = change / np.maximum(error, np.finfo(np.float32).tiny)
+    gain = change / np.maximum(error + LEAST_ERROR * error.mean(), np.finfo(np.float32).tiny)
     return 0.5 + 0.5 * gain / gain.mean() if gain.any() else np.ones_like(gain)  # else too short to cut anything
 
 
@@ -138,7 +147,7 @@ def _error(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _change(logits: Float[Array, "n v"], num_rows: int) -> Float[Array, " h"]:
+def _change(logits: Float[Array, "copies_and_rows v"], num_rows: int) -> Float[Array, " h"]:
     """Squared distance of each copy's logits from the last copy's, over their own square, the mean over rows."""
     logits = logits.reshape(-1, num_rows, logits.shape[-1])
     logits -= logits.mean(axis=-1, keepdims=True)

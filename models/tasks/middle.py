@@ -56,8 +56,8 @@ def mm_middle_questions(
     asked = [choose(card, rng, after_part=None, depth=depth) for card in cards[:num_questions]]
     texts = [text for _, text in asked]
     documents = draw_documents(int(TEXT_SHARE * num_tokens) - sum(map(measure.count, texts)), rng, measure)
-    # Every document, question and image cuts the video once more, which costs the two marks of a piece.
-    marks = 2 * (len(documents) + len(texts) + len(cards))
+    # Every document, question and image cuts the video once more; each piece has two marks.
+    marks = 2 * (len(documents) + len(texts) + len(cards) + 1)
     beside: list[ScriptPart] = [*texts, *documents, *map(still, cards)]
     num_grids = measure.grids_in(num_tokens - marks, least=4 * len(cards), beside=beside)
     stops = _stops(num_questions, num_grids)

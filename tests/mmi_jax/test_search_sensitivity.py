@@ -1,5 +1,6 @@
 """What cutting a head down does to the answers: against whole prefills with one sparse head."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,12 @@ import pytest
 import tiny
 
 from mmi_jax import AShape, Dense, PatternTable, prefill
+from mmi_jax.cli.search_prompts import weighed_prompts
+from mmi_jax.cli.search_task import Calibration
 from mmi_jax.search.journal import Journal
 from mmi_jax.search.run import Search
 from mmi_jax.search.sensitivity import Sensitivity, head_sensitivity, head_weights
+from models.small.config import small_processor
 
 CUT = AShape(sink=16, local=16)
 ROWS = (60, 126)
@@ -54,8 +58,10 @@ def test_half_of_a_weight_is_the_heads_own():
     one = Sensitivity(logits=np.array([[0.1, 0.3, 0.0]]), error=np.array([[0.2, 0.2, 0.2]]))
     other = Sensitivity(logits=np.array([[0.0, 0.0, 0.2]]), error=np.array([[0.0, 0.0, 0.2]]))
     np.testing.assert_allclose(head_weights([one]), [[0.5 + 0.5 * 0.75, 0.5 + 0.5 * 2.25, 0.5]])
-    gains = np.array([0.5, 1.5, 0.5])  # changes and errors are summed over the prompts first
+    gains = [0.1, 0.3, 0.2] / (np.array([0.2, 0.2, 0.4]) + 0.01 * 0.8 / 3)  # both are summed over the prompts first
     np.testing.assert_allclose(head_weights([one, other])[0], 0.5 + 0.5 * gains / gains.mean())
+    rounding = Sensitivity(logits=np.array([[0.1, 0.1, 1e-7]]), error=np.array([[0.2, 0.2, 1e-9]]))
+    np.testing.assert_allclose(head_weights([rounding]), [[1.25, 1.25, 0.5]], atol=0.01)
     nothing = Sensitivity(logits=np.zeros((1, 2)), error=np.zeros((1, 2)))
     np.testing.assert_array_equal(head_weights([nothing]), [[1, 1]])
 
@@ -86,5 +92,25 @@ def test_heads_are_weighed_once_and_a_killed_search_goes_on(tmp_path, monkeypatc
     assert seen == [2]
     with pytest.raises(ValueError, match="heads are weighed on prompts, got none"):
         search().weigh({})
+    with pytest.raises(ValueError, match="one prompt at a time, got a batch of 2"):
+        batch = jax.tree.map(lambda x: np.concatenate([x, x]), prompts["one"])
+        head_sensitivity(tiny.tiny_model(), batch, (), blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
     with pytest.raises(ValueError, match="expected 0 to 126, got \\[127\\]"):
         search().weigh(prompts, answer_rows={"one": (127,)})
+
+
+def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs_them(monkeypatch):
+    monkeypatch.setattr("mmi_jax.cli.search_prompts.WEIGHED_TOKENS", 256)
+    calibration = Calibration(
+        videos=(), held_out=(), text="", fps=2.0, max_frames=None, tasks=("v-niah", "middle"), tokens=1500, samples=3,
+        held_out_samples=0, haystack="generated", seed=5,
+    )  # fmt: skip
+    found = weighed_prompts(small_processor(), calibration)
+    sizes = {name: prompt.tokens.shape[1] for name, prompt in found.by_name.items()}
+    assert [name.partition(" seed")[0] for name in sizes] == ["256 tokens of v_niah"] * 2 + [
+        "1024 tokens of middle_questions"
+    ] * 2
+    assert all(0.8 * int(name.split()[0]) < size <= int(name.split()[0]) for name, size in sizes.items())
+    assert [len(rows) for rows in found.answer_rows.values()] == [1, 1, 4, 4]
+    whole = weighed_prompts(small_processor(), dataclasses.replace(calibration, tokens=256, tasks=("v-niah",)))
+    assert list(whole.by_name) == ["v_niah seed 5 depth 0.25", "v_niah seed 6 depth 0.75"]

@@ -107,7 +107,7 @@ def test_a_saved_table_has_the_permissions_of_any_new_file(tmp_path):
         ),
         (written(scores=SCORES | {"error": 3}), "scores.error must be a list of lists, by layer and head"),
         (written(scores=SCORES | {"error": [[0, "x"], [0, 0]]}), "scores must hold numbers, got 'x'"),
-        (written(scores=SCORES | {"cost": [[0, 1], [0, -1]]}), "scores.cost must hold numbers that are not negative"),
+        (written(scores=SCORES | {"cost": [[0, 1], [0, -1]]}), "scores.cost must hold finite numbers, none negative"),
         (written(scores=SCORES | {"error": [[0, 0]]}), "one number for each head, got heads"),
         (written(scores={k: [[0]] for k in SCORES} | {"dense_cost": 1}), "expected 2 layers of 2 heads, got heads"),
         (written(scores=SCORES | {"dense_cost": 0}), "scores.dense_cost must be a positive number, got 0.0"),

@@ -106,13 +106,23 @@ def test_a_quarter_of_mm_middle_is_text_and_its_needles_come_long_before_their_q
     needles = {part.frames[0, COLOUR]: i for i, part in enumerate(script.parts) if isinstance(part, Still)}
     assert len(needles) == 8
     for row, question in zip(rows, script.questions, strict=True):
-        text = script.parts[question.after_part]
-        assert isinstance(text, str) and isinstance(script.parts[question.after_part + 1], Clip)
+        place = question.after_part
+        assert place is not None
+        text = script.parts[place]
+        assert isinstance(text, str) and isinstance(script.parts[place + 1], Clip)
         colour = next(n for n, name in enumerate(COLOURS) if f"the {name} card" in text)
         needle = script.parts[needles[colour]]
+        assert isinstance(needle, Still)
         assert ends[needles[colour]] < 0.25 * row
         offered = text[text.index(f" {LETTERS[question.answer]}: ") + 4]
         assert int(offered) == digit_labels()[needle.frames[0, DIGIT]]
+
+
+@pytest.mark.parametrize("task", [mm_niah, mm_middle_questions])
+def test_documents_never_make_a_prompt_too_long(task):
+    lengths = [part_ends(make(task, seed=n, depth=0.25 * (n % 5)).render(HAYSTACK).parts, small_processor())[1]
+               for n in range(40)]  # fmt: skip
+    assert 0.95 * 2048 < min(lengths) and max(lengths) <= 2048
 
 
 def test_silent_matching_is_read_off_the_video_at_pictures_that_came_before():
