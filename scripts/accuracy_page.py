@@ -104,7 +104,8 @@ def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
             "## What the search found",
             "The target holds on every calibration prompt; the cost is that of the dearest one. An error is the mean "
             f"over heads{', by their weight,' if is_weighed else ''} of the relative squared error of the attention "
-            f"output; half of it is that of the rows from which answers are read. The prompts are in [{pictures}/prompts.csv]({pictures}/prompts.csv).",
+            "output; half of it is that of the rows from which answers are read. The prompts are in "
+            f"[{pictures}/prompts.csv]({pictures}/prompts.csv).",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
             markdown(["pattern", *(NAMES.get(name, name) for name in tables)], counts),
