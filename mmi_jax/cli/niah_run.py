@@ -58,10 +58,9 @@ class Runner:
 
     def batches(self, name: str, tokens: int, depth_number: int) -> list[Asked]:
         """The samples of one cell, the same for every method."""
-        first = self.task.seed + depth_number * self.task.samples
         depth = self.task.depths[depth_number]
-        numbers = range(first, first + self.task.samples)
-        samples = [self.source.sample(name, num_tokens=tokens, depth=depth, seed=n) for n in numbers]
+        seeds = self.task.seeds(depth_number)
+        samples = [self.source.sample(name, num_tokens=tokens, depth=depth, seed=seed) for seed in seeds]
         return ask_in_batches(self.source.processor, samples, batch=self.task.batch, num_rows=QUESTIONS)
 
     def missing(self, place: Place, methods: Sequence[str]) -> list[str]:
@@ -124,7 +123,8 @@ def run_niah(task: NiahTask) -> None:
     processor = Processor.from_directory(directory)
     source = SampleSource(processor=processor, haystack=haystack_of(task.haystack))
     for name, tokens in itertools.product(task.tasks, task.tokens):  # refused now rather than after an hour
-        source.sample(name, num_tokens=tokens, depth=0.5, seed=task.seed)
+        for seed in task.seeds(0):
+            source.script(name, num_tokens=tokens, depth=0.5, seed=seed)
     cost_name = task.costs or default_costs()
     task.output.mkdir(parents=True, exist_ok=True)
     run = _run_of(task, directory, cost_name)

@@ -18,7 +18,7 @@ from mmi_jax.search.equal_cost import PlanInputs, member_of_cost
 from mmi_jax.search.families import FAMILIES, published
 from mmi_jax.search.journal import Journal
 
-LAYERS_LOOKED_AT = 4
+NUM_LAYERS_LOOKED_AT = 4
 """Layers, evenly over the depth, on whose queries and keys a size is chosen; what it cost is counted in all of them."""
 
 
@@ -88,5 +88,5 @@ class Sizes:
 
 def layers_looked_at(num_layers: int) -> list[int]:
     """Numbers of layers evenly over the depth, each amid its share of them: 1, 3, 5, 7 of 8."""
-    number = min(LAYERS_LOOKED_AT, num_layers)
-    return [int((n + 0.5) * num_layers / number) for n in np.arange(number)]
+    count = min(NUM_LAYERS_LOOKED_AT, num_layers)
+    return [int((n + 0.5) * num_layers / count) for n in np.arange(count)]

@@ -86,6 +86,11 @@ class NiahTask:
         """Depths of the needle: the middle alone where there is one, else from first to last."""
         return (0.5,) if self.num_depths == 1 else tuple(np.linspace(0, 1, self.num_depths).tolist())
 
+    def seeds(self, depth_number: int) -> range:
+        """Of the samples at one depth, the same for every task, length and method."""
+        first = self.seed + depth_number * self.samples
+        return range(first, first + self.samples)
+
 
 def read_methods(given: list[str], table: Path | None) -> tuple[tuple[str, ...], dict[str, PatternTable]]:
     """Names of methods and their tables: `name`, `name=table.json`, and `--table` as the method "ours".

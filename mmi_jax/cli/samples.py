@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from models.qwen2_5_vl.processor import Processor
-from models.tasks import TASKS, FolderHaystack, GeneratedHaystack, Haystack, Measure, Sample
+from models.tasks import TASKS, FolderHaystack, GeneratedHaystack, Haystack, Measure, Sample, Script
 
 GENERATED = "generated"
 SHORT_NAMES = {
@@ -70,8 +70,11 @@ class SampleSource:
         Raises:
           ValueError: unknown task, or too few tokens for it.
         """
-        make = TASKS[task_name(task)]
-        script = make(
+        return self.script(task, num_tokens=num_tokens, depth=depth, seed=seed).render(self.haystack)
+
+    def script(self, task: str, *, num_tokens: int, depth: float, seed: int) -> Script:
+        """The same before its pixels are made."""
+        return TASKS[task_name(task)](
             num_tokens=num_tokens,
             depth=depth,
             seed=seed,
@@ -79,4 +82,3 @@ class SampleSource:
             measure=self.measure,
             is_held_out=True,
         )
-        return script.render(self.haystack)
