@@ -67,7 +67,7 @@ class Best:
 
     def error_on(self, scores: Scores) -> float:
         """Mean weighted error over heads of the same choices by other scores."""
-        return float(np.mean([[scores.weight(n, h) * scores.error(choice, n, h) for h, choice in enumerate(row)]
+        return float(np.mean([[scores.weighted_error(choice, n, h) for h, choice in enumerate(row)]
                               for n, row in enumerate(self.choices)]))  # fmt: skip
 
 

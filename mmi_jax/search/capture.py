@@ -70,7 +70,7 @@ def captured_layers(
 
 
 def num_tokens_of(prompt: Any) -> int:
-    """Tokens of a batch of one, padding left out."""
+    """Tokens of a batch of one, padding left out; of anything with its layout."""
     return int(np.asarray(prompt.layout.is_real).sum())
 
 

@@ -14,6 +14,7 @@ from mmi_jax.cost import CostModel
 from mmi_jax.layout import TokenLayout
 from mmi_jax.patterns import Dense, Pattern
 from mmi_jax.report import PrefillReport
+from mmi_jax.search.capture import num_tokens_of
 from mmi_jax.search.costs import layer_cost
 from pallas_kernels.notation import Array, Float
 
@@ -71,7 +72,7 @@ class PlanInputs:
 
 def cost_share(pattern: Pattern, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks) -> float:
     """Cost of one pattern on all heads of these layers over that of dense attention; plans are made, no more."""
-    num_tokens = _num_tokens(layers)
+    num_tokens = num_tokens_of(layers[0])
     shares = []
     for layer in layers:
         tiles = np.asarray(_plan_program()(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
@@ -88,7 +89,7 @@ def member_of_cost(
     The search begins where the cost model expects it, since a program is compiled for every member that is tried.
     """
     cost = functools.cache(lambda n: cost_share(ladder[n], layers, costs, blocks))
-    start = _expected_member(ladder, share, _num_tokens(layers), layers[0].q.shape[2], costs, blocks)
+    start = _expected_member(ladder, share, num_tokens_of(layers[0]), layers[0].q.shape[2], costs, blocks)
     low, high = _bracket(cost, share, start, len(ladder))
     while high - low > 1:
         middle = (low + high) // 2
@@ -123,11 +124,6 @@ def _expected_member(
         if found >= share * dense:
             return n
     return len(ladder) - 1
-
-
-def _num_tokens(layers: Sequence[PlanInputs]) -> int:
-    """Tokens of the prompt, padding left out."""
-    return int(np.asarray(layers[0].layout.is_real).sum())
 
 
 @functools.cache

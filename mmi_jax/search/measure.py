@@ -86,16 +86,14 @@ def measured(pattern: Pattern, captured: Captured, *, modalities: tuple[int, ...
         jnp.sum(jnp.square(x[0].astype(jnp.float32)), axis=-1)
         for x in (result.out.astype(jnp.float32) - captured.out.astype(jnp.float32), captured.out)
     )
-    error = _share_lost(is_of, lost, whole)
-    answer_error = jnp.where(is_answer.any(axis=1, keepdims=True), _share_lost(is_answer, lost, whole), error)
+    error = share_lost(is_of, lost, whole)
+    answer_error = jnp.where(is_answer.any(axis=1, keepdims=True), share_lost(is_answer, lost, whole), error)
     assert result.plan is not None, "a plain dense call has no plan: trials run sparsely, dense ones too"
     tiles = tiles_by_modality(jax.tree.map(lambda x: x[0], result.plan), modality, modalities)
     return Measured(error=error, answer_error=answer_error, tiles=tiles)
 
 
-def _share_lost(
-    is_of: Bool[Array, "n t"], lost: Float[Array, "t h"], whole: Float[Array, "t h"]
-) -> Float[Array, "n h"]:
+def share_lost(is_of: Bool[Array, "n t"], lost: Float[Array, "t h"], whole: Float[Array, "t h"]) -> Float[Array, "n h"]:
     """Of the squared output, the share that is lost in the rows of each set."""
     lost, whole = (jnp.einsum("nt,th->nh", is_of.astype(jnp.float32), x) for x in (lost, whole))
     return lost / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)

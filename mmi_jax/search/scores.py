@@ -87,6 +87,10 @@ class Scores:
         """
         return float(np.mean([self.errors[t][layer, n, head] for n, t in enumerate(choice.trials)]))
 
+    def weighted_error(self, choice: Choice, layer: int, head: int) -> float:
+        """What the error counts when heads are held against each other."""
+        return self.weight(layer, head) * self.error(choice, layer, head)
+
     def tiles(self, choice: Choice, layer: int, head: int) -> Float[np.ndarray, " b"]:
         """Tiles that the head visits on each prompt."""
         return np.sum([self.by_trial[t].tiles[:, layer, n, head] for n, t in enumerate(choice.trials)], axis=0)
@@ -114,9 +118,7 @@ class Scores:
         """
         dense = self._priced(costs, DENSE.candidate, self.dense_tiles[:, layer, head])
         shares = self.cost(costs, choice, layer, head) / dense
-        return Option(
-            what=choice, error=self.weight(layer, head) * self.error(choice, layer, head), cost=float(shares.max())
-        )
+        return Option(what=choice, error=self.weighted_error(choice, layer, head), cost=float(shares.max()))
 
     def options(
         self, layer: int, head: int, costs: CostModel, *, excluded: frozenset[str] = frozenset()

@@ -19,6 +19,7 @@ from mmi_jax.buckets import Buckets
 from mmi_jax.patterns import AShape, Dense, Pattern
 from mmi_jax.plain import is_plain
 from mmi_jax.search.capture import check_rows, check_single, num_tokens_of
+from mmi_jax.search.measure import share_lost
 from pallas_kernels.notation import Array, Bool, Float
 from pallas_kernels.pytree import pytree
 
@@ -141,9 +142,7 @@ def _error(
 ) -> Float[Array, " h"]:
     """Of the squared output, the share lost in the prompt's rows, and in those of the answers: the mean of both."""
     lost, whole = (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) for x in (cut - dense, dense))
-    tiny = jnp.finfo(jnp.float32).tiny
-    shares = [(rows @ lost) / jnp.maximum(rows @ whole, tiny) for rows in (is_real * 1.0, is_answer * 1.0)]
-    return (shares[0] + shares[1]) / 2
+    return share_lost(jnp.stack([is_real, is_answer]), lost, whole).mean(axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=1)
