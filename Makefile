@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TPU_STAMP := $(VENV)/.installed-tpu
-AOT_TESTS := tests/test_cli_aot.py tests/mmi_jax/test_top_k.py tests/mmi_jax/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
+AOT_TESTS := tests/mmi_jax/cli/test_cli_aot.py tests/pallas_kernels/test_top_k.py tests/mmi_jax/method/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 

@@ -49,7 +49,7 @@ def started(options: argparse.Namespace, table: str, directory: str) -> dict[str
     """Seconds until the programs of the longest length are there."""
     task = dict(preset=options.preset, layers=options.layers, table=table, dtype=options.dtype)
     task |= dict(tokens=max(options.tokens), directory=directory)
-    return child([sys.executable, "-m", "mmi_jax.cli.start_child", json.dumps(task)])
+    return child([sys.executable, "-m", "mmi_jax.cli.bench.start_child", json.dumps(task)])
 
 
 def child(command: list[str]) -> dict[str, Any]:
@@ -73,14 +73,14 @@ def report(name: str, measure: Callable[[], dict[str, Any]]) -> None:
 def prefill_times(options: argparse.Namespace, directory: Path) -> None:
     """Compile seconds, median and fastest seconds of one table's prefills at one length."""
     from mmi_jax.bench.prefill import bench_prefill
-    from mmi_jax.cli import compiled
-    from mmi_jax.cli.bench_prefill import config_of, random_weights, table_of
+    from mmi_jax.cli import compile_cache
+    from mmi_jax.cli.bench.prefill import config_of, random_weights, table_of
+    from mmi_jax.cli.bench.synthetic_prompts import video_prompt
     from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-    from mmi_jax.cli.made_prompts import video_prompt
 
     take_memory(NEARLY_ALL)
     config, (tokens,), (table,) = config_of(options.preset, options.layers), options.tokens, options.tables
-    with compiled.kept_programs(directory):
+    with compile_cache.kept_programs(directory):
         model, prompt = random_weights(config, options.dtype), video_prompt(config, tokens)
         figures = bench_prefill(model, prompt, table_of(table, config), repeats=options.repeats)
     names = ("compile_seconds", "seconds", "fastest_seconds", "slowest_seconds", "density", "planned_bytes")

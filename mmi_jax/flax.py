@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from mmi_jax.attention import sparse_attention
-from mmi_jax.blocks import Blocks
 from mmi_jax.layout import TokenLayout, text_tokens
-from mmi_jax.patterns import Pattern
+from mmi_jax.method.attention import sparse_attention
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns import Pattern
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.notation import Array, Float
 

@@ -10,7 +10,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from models.atomic import new_directory
+from mmi_jax.files import new_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.preprocess import CLIP_MEAN, CLIP_STD

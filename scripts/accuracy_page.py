@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmi_jax import PatternTable
-from mmi_jax.cli.niah_results import accuracy_of, mean_share
-from mmi_jax.program import NUM_RECALL_QUERIES
+from mmi_jax.cli.niah.results import accuracy_of, mean_share
+from mmi_jax.engine.programs.layer_program import NUM_RECALL_QUERIES
 from pallas_kernels.attention.gpu_tuned import write_whole
 
 POINT = 0.01

@@ -20,20 +20,21 @@ import jax.numpy as jnp
 import typer
 from accuracy_page import write_page
 
-from mmi_jax import Blocks, PatternTable, plots, prefill
-from mmi_jax.attention_map import plot_attention
+from mmi_jax import Blocks, PatternTable, prefill
 from mmi_jax.cli import main
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.cli.samples import DEFAULT_TASKS, SampleSource, haystack_of
-from mmi_jax.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
-from mmi_jax.plan import plan_heads, prompt_geometry
+from mmi_jax.method.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
+from mmi_jax.method.plan import plan_heads, prompt_geometry
+from mmi_jax.method.tables.pattern_table import load_table
+from mmi_jax.plots import table_plots
+from mmi_jax.plots.attention_map import plot_attention
 from mmi_jax.search.capture import Captured, captured_layers
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.journal import read_journal
 from mmi_jax.search.measure import modalities_of
 from mmi_jax.search.scores import Choice, Scores, read_scores
 from mmi_jax.search.trials import trial_of
-from mmi_jax.table import load_table
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
 from pallas_kernels.attention.gpu_tuned import write_whole
@@ -176,7 +177,7 @@ def draw_head(task: Task, captured: Captured, layer: int, head: int, pattern: Pa
         f"attention-{name}.png": plot_attention(
             plan, 0, one_q[:, 0], one_k[:, 0], layout.pos, scale=scale, title=title
         ),
-        f"mask-{name}.png": plots.plot_mask(plan, 0, layout, title=title),
+        f"mask-{name}.png": table_plots.plot_mask(plan, 0, layout, title=title),
     }
     return [write_figure(task.pictures / file, figure).name for file, figure in figures.items()]
 
@@ -211,9 +212,9 @@ def make(task: Task, *, runs: bool) -> None:
     recall = measure_recall(task, model, example_prompt(processor, task.calibration_tokens), tables["ours"])
     scores = search_scores(task, modalities_of(prompt.layout), tables["ours"])
     shown = draw_heads(task, model, prompt, scores, tables["ours"])
-    write_figure(task.pictures / "patterns.png", plots.plot_patterns(tables["ours"]))
+    write_figure(task.pictures / "patterns.png", table_plots.plot_patterns(tables["ours"]))
     if tables["ours"].scores is not None:
-        write_figure(task.pictures / "scores.png", plots.plot_scores(tables["ours"].scores))
+        write_figure(task.pictures / "scores.png", table_plots.plot_scores(tables["ours"].scores))
     for path in (task.work / "niah").glob("*.png"):
         (task.pictures / path.name).write_bytes(path.read_bytes())
     notes = ROOT / "docs" / "accuracy_notes.md"

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mmi_jax import Blocks, Grid
-from mmi_jax.keys import FramePlace
+from mmi_jax.bench.synthetic import GRID_SLASH, planted_qkv
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.plan import plan_heads, prompt_geometry
-from mmi_jax.planted import GRID_SLASH, planted_qkv
-from mmi_jax.plots import plot_mask
+from mmi_jax.method.plan import plan_heads, prompt_geometry
+from mmi_jax.method.token_groups import FramePlace
+from mmi_jax.plots.table_plots import plot_mask
 
 HEAD_DIM = 64
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax import decode_program
 from mmi_jax.bench.rows import row
 from mmi_jax.bench.timing import compile_lowered, compile_program, copy_bytes_per_s
-from mmi_jax.cache import KVCache
+from mmi_jax.engine.decoding import decode_step
+from mmi_jax.engine.kv_cache import KVCache
 from mmi_jax.layout import TokenLayout
 from pallas_kernels.decode.api import Implementation, decode_attention
 from pallas_kernels.notation import Array
@@ -97,7 +97,7 @@ def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
 
 
 def _attend(q: Array, cache: KVCache, implementation: Implementation | None, layer: Any = 0):
-    nothing = jnp.zeros((*cache.k.shape[:2], decode_program.LEAST_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
+    nothing = jnp.zeros((*cache.k.shape[:2], decode_step.LEAST_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
     return decode_attention(
         q, cache.k, cache.v, layer=layer, lengths=cache.lengths, k_new=nothing, v_new=nothing, num_new=0,
         implementation=implementation,
@@ -125,7 +125,7 @@ def _step_error(graphdef: Any, state: Any, cache: KVCache) -> dict[str, float]:
     from flax import nnx
 
     def logits(name, state, cache, decoding):
-        return decode_program.step(nnx.merge(graphdef, state), cache, decoding, name)[0]
+        return decode_step.step(nnx.merge(graphdef, state), cache, decoding, name)[0]
 
     decoding = _start(cache, state, graphdef)
     ours, plain = (jax.jit(functools.partial(logits, name))(state, cache, decoding) for name in (None, "xla"))
@@ -142,25 +142,25 @@ def _relative(got, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def _greedy() -> decode_program.Choice:
-    return decode_program.choice_of(0.0, 1.0, ())
+def _greedy() -> decode_step.Choice:
+    return decode_step.choice_of(0.0, 1.0, ())
 
 
-def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_program.Decoding:
+def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_step.Decoding:
     """After a first token."""
     from flax import nnx
 
     model: Any = nnx.merge(graphdef, state)
     logits = jnp.zeros((len(cache.lengths), model.config.vocab_size), jnp.float32)
-    room = decode_program.LEAST_NEW_TOKENS
-    return decode_program.start(logits, cache, jax.random.key(0), choice=_greedy(), room=room, sharding=None)
+    room = decode_step.LEAST_NEW_TOKENS
+    return decode_step.start(logits, cache, jax.random.key(0), choice=_greedy(), room=room, sharding=None)
 
 
 def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Implementation | None, repeats: int):
     """The timing of a whole block of tokens, and how many they are."""
-    limit = jnp.int32(1 + decode_program.BLOCK_TOKENS)
+    limit = jnp.int32(1 + decode_step.BLOCK_TOKENS)
     key = jax.random.key(0)
-    lowered = decode_program.run_block.lower(
+    lowered = decode_step.run_block.lower(
         graphdef, state, cache, _start(cache, state, graphdef), key, limit,
         choice=_greedy(), implementation=implementation, sharding=None,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import numpy as np
 from mmi_jax.bench import torch_peers
 from mmi_jax.bench.rows import dense_flops, rate, row
 from mmi_jax.bench.sampled import SampledRows, sample_dense
+from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
 from mmi_jax.bench.timing import compile_program
-from mmi_jax.planted import GRID, planted_qkv, video_prompt
 from pallas_kernels import coverage
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
 from mmi_jax.bench.rows import chosen, rate, tile_flops
 from mmi_jax.bench.sampled import sample, sample_dense
+from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.bench.timing import Program, compile_programs
-from mmi_jax.blocks import Blocks
-from mmi_jax.cost import costs_of_device, faster_patterns
-from mmi_jax.keys import FramePlace
-from mmi_jax.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
-from mmi_jax.planted import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
+from mmi_jax.method.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
+from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns
+from mmi_jax.method.token_groups import FramePlace
 from pallas_kernels.attention.api import Implementation, attend_inputs
 
 _FRAME = (FramePlace(),)

@@ -10,24 +10,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmi_jax.attention import VENDOR
 from mmi_jax.bench import masked
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rows import reason
 from mmi_jax.bench.sampled import ERROR_LIMIT
-from mmi_jax.blocks import Blocks
-from mmi_jax.buckets import Buckets
-from mmi_jax.chunk import program_texts
-from mmi_jax.engine import prefill
-from mmi_jax.fit import weight_bytes
-from mmi_jax.memory import MemoryTask, plan_memory
-from mmi_jax.patterns import Dense
-from mmi_jax.profile import StageTimes, profiled
-from mmi_jax.program import Program
-from mmi_jax.ready import chunk_shapes
-from mmi_jax.report import PrefillReport
-from mmi_jax.request import request_for
-from mmi_jax.table import PatternTable
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.memory.memory_check import weight_bytes
+from mmi_jax.engine.memory.memory_plan import MemoryTask, plan_memory
+from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.programs.compilation import program_texts
+from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.reporting.profiling import StageTimes, profiled
+from mmi_jax.engine.reporting.report import PrefillReport
+from mmi_jax.engine.settings import request_for
+from mmi_jax.engine.warmup import chunk_shapes
+from mmi_jax.method.attention import VENDOR
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns import Dense
+from mmi_jax.method.tables.pattern_table import PatternTable
 
 MIX = PLAN_CASES["mix"]
 """The table of the measurements: a third of every layer's heads each."""

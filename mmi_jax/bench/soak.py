@@ -11,7 +11,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from mmi_jax.chunk import num_compiled_programs
+from mmi_jax.engine.programs.compilation import num_compiled_programs
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 import typer
 
-from mmi_jax.cli import bench, bench_batch, bench_first_token, bench_model, bench_prefill, bench_soak
-from mmi_jax.cli.aot import aot
-from mmi_jax.cli.doctor import doctor
-from mmi_jax.cli.niah import niah
-from mmi_jax.cli.prefill import prefill
-from mmi_jax.cli.qa import qa
-from mmi_jax.cli.search import search
-from mmi_jax.cli.show import show
+from mmi_jax.cli.aot.command import aot
+from mmi_jax.cli.bench import batch, first_token, model, soak
+from mmi_jax.cli.bench import command as bench
+from mmi_jax.cli.bench import prefill as bench_prefill
+from mmi_jax.cli.doctor.command import doctor
+from mmi_jax.cli.niah.command import niah
+from mmi_jax.cli.prefill.command import prefill
+from mmi_jax.cli.qa.command import qa
+from mmi_jax.cli.search.command import search
+from mmi_jax.cli.show.command import show
 
 app = typer.Typer(
     name="mmi",
@@ -28,12 +30,12 @@ app.command()(qa)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)
-bench.app.command()(bench_model.decode)
-bench.app.command()(bench_model.vision)
+bench.app.command()(model.decode)
+bench.app.command()(model.vision)
 bench.app.command()(bench_prefill.prefill)
-bench.app.command()(bench_batch.batch)
-bench.app.command()(bench_first_token.first_token)
-bench.app.command("soak")(bench_soak.run_soak)
+bench.app.command()(batch.batch)
+bench.app.command()(first_token.first_token)
+bench.app.command("soak")(soak.run_soak)
 app.add_typer(bench.app)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import jax
 import typer
 
-from mmi_jax.buckets import Buckets
-from mmi_jax.cli import compiled
+from mmi_jax.cli import compile_cache
+from mmi_jax.engine.buckets import Buckets
 
 
 class DType(enum.StrEnum):
@@ -20,7 +20,7 @@ class DType(enum.StrEnum):
 
 
 CacheDirOption = Annotated[
-    Path | None, typer.Option(envvar=compiled.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
+    Path | None, typer.Option(envvar=compile_cache.ENVIRONMENT_VARIABLE, help="Compiled programs.", show_envvar=True)
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 CostsOption = Annotated[

@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 from matplotlib.figure import Figure
 
-from mmi_jax import Blocks, plots
-from mmi_jax.report import PrefillReport
-from mmi_jax.trace import plan_of_heads
+from mmi_jax import Blocks
+from mmi_jax.engine.reporting.report import PrefillReport
+from mmi_jax.plots import table_plots
+from mmi_jax.plots.head_plans import plan_of_heads
 from models.prompt import Prompt
 
 MAX_MASKS = 6
@@ -28,8 +29,8 @@ def write_pictures(
       The files written.
     """
     figures = {
-        "patterns": plots.plot_patterns(report.table),
-        "density": plots.plot_density(report),
+        "patterns": table_plots.plot_patterns(report.table),
+        "density": table_plots.plot_density(report),
         **_masks(model, prompt, report, layer, blocks),
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blo
     for n, head in enumerate(heads):
         name = type(patterns[head]).__name__
         title = f"layer {layer}, head {head}: {name}, density {report.density[layer, head]:.2f}"
-        figures[f"mask-layer{layer}-head{head}"] = plots.plot_mask(plan, n, layout, title=title)
+        figures[f"mask-layer{layer}-head{head}"] = table_plots.plot_mask(plan, n, layout, title=title)
     return figures
 
 

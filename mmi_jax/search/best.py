@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmi_jax.cost import CostModel
-from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.method.patterns import Dense, Pattern
+from mmi_jax.method.tables.cost_model import CostModel
+from mmi_jax.method.tables.pattern_table import HeadScores
 from mmi_jax.search.budget import choose
 from mmi_jax.search.costs import DENSITY, layer_cost
 from mmi_jax.search.scores import Choice, Scores
 from mmi_jax.search.trials import DENSE, Trial
-from mmi_jax.table import HeadScores
 from pallas_kernels.notation import Float
 
 ROUNDING = 1e-9

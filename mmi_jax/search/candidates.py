@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from mmi_jax.keys import FramePlace, RowPlace
-from mmi_jax.patterns import AShape, BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_jax.method.patterns import AShape, BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_jax.method.token_groups import FramePlace, RowPlace
 
 FRAME, ROW = (FramePlace(),), (RowPlace(),)
 

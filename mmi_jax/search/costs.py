@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mmi_jax.chips import CHIPS, Chip
-from mmi_jax.cost import HOPPER, CostModel
-from mmi_jax.patterns import Dense, Pattern
+from mmi_jax.engine.memory.chips import CHIPS, Chip
+from mmi_jax.method.patterns import Dense, Pattern
+from mmi_jax.method.tables.cost_model import HOPPER, CostModel
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 
 HEAD_DIM, QUERIES, ITEM_BYTES = 128, 64, 2

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mmi_jax.patterns import (
+from mmi_jax.method.patterns import (
     AShape,
     BlockTopK,
     Pattern,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmi_jax.patterns import Boundary2D, Dense, Pattern
+from mmi_jax.method.patterns import Boundary2D, Dense, Pattern
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.scores import Scores
 from mmi_jax.search.trials import NUM_MODALITIES, Trial

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.attention import attend_sparsely
-from mmi_jax.blocks import Blocks
-from mmi_jax.chunk import compile_options
-from mmi_jax.patterns import Pattern
-from mmi_jax.plan import Plan
+from mmi_jax.engine.programs.compilation import compile_options
+from mmi_jax.method.attention import attend_sparsely
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.plan import Plan
 from mmi_jax.search.capture import Captured
 from mmi_jax.search.trials import Trial
 from pallas_kernels.notation import Array, Bool, Float, Int32

@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmi_jax.patterns import AShape, BlockTopK, Pattern, VerticalSlash
-from mmi_jax.table import PatternTable
+from mmi_jax.method.patterns import AShape, BlockTopK, Pattern, VerticalSlash
+from mmi_jax.method.tables.pattern_table import PatternTable
 
 LEAST_VERTICAL, LEAST_SLASH, FORCED_SLASH = 30, 50, 100
 BLOCK_SPARSE_KEYS, BLOCK_KV = 100 * 64, 128

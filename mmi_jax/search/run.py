@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmi_jax.blocks import Blocks
-from mmi_jax.buckets import Buckets
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.search.candidates import Candidates
 from mmi_jax.search.capture import captured_layers, check_rows, num_tokens_of
 from mmi_jax.search.joint import joint_trials

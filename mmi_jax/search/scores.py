@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mmi_jax.blocks import Blocks
-from mmi_jax.cost import CostModel
-from mmi_jax.patterns import Pattern, QBoundary
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns import Pattern, QBoundary
+from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.budget import Option, undominated
 from mmi_jax.search.measure import FIELDS, Measured
 from mmi_jax.search.trials import DENSE, NUM_MODALITIES, Trial, of_queries

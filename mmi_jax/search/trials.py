@@ -5,8 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from mmi_jax import codec
-from mmi_jax.patterns import Boundary2D, Dense, Pattern, QBoundary
+from mmi_jax.method.patterns import Boundary2D, Dense, Pattern, QBoundary
+from mmi_jax.method.tables import pattern_json
 from mmi_jax.search.candidates import Candidates
 
 type Step = Literal["whole", "per_query", "own", "cross", "joint"]
@@ -47,7 +47,7 @@ class Trial:
     @property
     def key(self) -> str:
         """The trial as one line of text, for files."""
-        return f"{self.step} {json.dumps(codec.to_json(self.candidate), sort_keys=True)}"
+        return f"{self.step} {json.dumps(pattern_json.to_json(self.candidate), sort_keys=True)}"
 
 
 DENSE = Trial(step="whole", candidate=Dense())
@@ -62,7 +62,7 @@ def trial_of(key: str) -> Trial:
     step, _, text = key.partition(" ")
     if step not in get_args(Step.__value__):
         raise ValueError(f"a trial must begin with one of {', '.join(get_args(Step.__value__))}, got {key!r}")
-    return Trial(step=step, candidate=codec.from_json(json.loads(text)))  # pyright: ignore[reportArgumentType]
+    return Trial(step=step, candidate=pattern_json.from_json(json.loads(text)))  # pyright: ignore[reportArgumentType]
 
 
 def of_queries(candidate: Pattern) -> Trial:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from models.atomic import new_directory
+from mmi_jax.files import new_directory
 from models.qwen2_5_vl.dialects import from_huggingface, to_huggingface
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.weights import abstract_model

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from models.media import Image, Video
+from models.media.video import Image, Video
+from models.media.video_stream import VideoStream
 from models.qwen2_5_vl.placeholders import Grid
 from models.qwen2_5_vl.preprocess import Preprocess, frame_grid, normalised_levels, patchify, resize_all
-from models.video_stream import VideoStream
 
 type Medium = Image | Video | VideoStream
 """What becomes vision tokens."""

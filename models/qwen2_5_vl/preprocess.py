@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image as PillowImage
 
-from models.media import TEMPORAL_PATCH_LEN, Frame
+from models.media.video import TEMPORAL_PATCH_LEN, Frame
 from pallas_kernels.notation import Float
 
 MAX_ASPECT_RATIO = 200

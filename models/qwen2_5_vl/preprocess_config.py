@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.huggingface.tokenizer import read_json
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.preprocess import VIDEO, Preprocess
-from models.tokenizer import read_json
 
 _FIELDS = {
     "patch_size": "patch_size",

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from mmi_jax.layout import TokenLayout, stack
-from models.hub import locate
-from models.media import Frame, Image, Video
+from models.huggingface.hub import locate
+from models.huggingface.tokenizer import Tokenizer, read_json
+from models.media.video import Frame, Image, Video
+from models.media.video_stream import VideoStream
 from models.prompt import LazyPatches, Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
@@ -20,8 +22,6 @@ from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
 from models.qwen2_5_vl.preprocess import Preprocess, capped, frame_grid, patchify, resize, resize_all
 from models.qwen2_5_vl.preprocess_config import read_preprocess
 from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
-from models.tokenizer import Tokenizer, read_json
-from models.video_stream import VideoStream
 
 type Part = str | Medium
 

@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
+from mmi_jax.files import new_directory
 from mmi_jax.sharding import shards_of, weight_specs
-from models.atomic import new_directory
-from models.hub import locate
+from models.huggingface.hub import locate
+from models.huggingface.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsReader
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config, to_huggingface
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.weight_map import Slot, canonical_name, check, parameters, slots
-from models.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsReader
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

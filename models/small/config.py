@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from models.demo import CHAT_TEMPLATE, DEMO_TEXT, SPECIAL_TOKENS, train_tokenizer
+from models.huggingface.tokenizer import Tokenizer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.preprocess import Preprocess
 from models.qwen2_5_vl.processor import Processor
@@ -12,7 +13,6 @@ from models.tasks.haystack import GeneratedHaystack
 from models.tasks.measure import Measure
 from models.tasks.pictures import COLOURS
 from models.tasks.text import MATCHING_QUESTION, card_question, options
-from models.tokenizer import Tokenizer
 
 PIXELS = SIDE * SIDE
 """Pixels of a frame, at least and at most: 16 tokens for every two frames."""

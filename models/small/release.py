@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from models.atomic import new_directory
+from mmi_jax.files import new_directory
 from models.demo import CHAT_TEMPLATE, checkpoint_settings
 from models.qwen2_5_vl.model import Qwen2_5_VL
 from models.qwen2_5_vl.weights import save_huggingface

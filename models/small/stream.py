@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from mmi_jax.layout import VISION, concatenate, text_tokens
-from models.media import Image, Video
+from models.huggingface.tokenizer import Tokenizer
+from models.media.video import Image, Video
 from models.qwen2_5_vl.processor import Processor, Row
 from models.small.config import GRID_TOKENS, colour_tokens
 from models.tasks.digits import SIDE, digit_labels
@@ -15,7 +16,6 @@ from models.tasks.sample import Question
 from models.tasks.script import COLOUR, NUM_BASE, Clip, Frames, Script, ScriptPart
 from models.tasks.script import DIGIT as SHOWN
 from models.tasks.text import LETTERS, MATCHING_QUESTION
-from models.tokenizer import Tokenizer
 from pallas_kernels.pytree import pytree
 
 CAPTION_WEIGHT = 0.3

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from models.media import Image, Video
+from models.huggingface.tokenizer import Tokenizer
+from models.media.video import Image, Video
 from models.qwen2_5_vl.processor import Processor
 from models.tasks.sample import Question, Sample
-from models.tokenizer import Tokenizer
 
 
 def question_rows(sample: Sample, processor: Processor) -> Int32[np.ndarray, " n"]:

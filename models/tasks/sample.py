@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from models.media import Image, Video
+from models.media.video import Image, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

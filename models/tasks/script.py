@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int32
 
-from models.media import Image, Video
+from models.media.video import Image, Video
 from models.tasks.digits import digit_masks, handwriting
 from models.tasks.haystack import Haystack
 from models.tasks.pictures import paint

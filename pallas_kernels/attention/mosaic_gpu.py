@@ -20,8 +20,8 @@ from pallas_kernels.attention.gpu_config import (
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
 from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
-from pallas_kernels.attention.mosaic_gpu_work import dealt_out, in_turn, work_table
-from pallas_kernels.exported import lowered_once
+from pallas_kernels.attention.tile_scheduler import dealt_out, in_turn, work_table
+from pallas_kernels.lowering_cache import lowered_once
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
 NUM_MULTIPROCESSORS = 132

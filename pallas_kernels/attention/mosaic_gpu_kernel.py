@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS
-from pallas_kernels.attention.mosaic_gpu_load import load
+from pallas_kernels.attention.mosaic_gpu_producer import load
 from pallas_kernels.attention.mosaic_gpu_shape import (
     COUNT,
     FIRST,

@@ -20,7 +20,7 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
     mass_pass,
 )
 from pallas_kernels.estimate.xla import num_bands_of
-from pallas_kernels.exported import lowered_once
+from pallas_kernels.lowering_cache import lowered_once
 from pallas_kernels.notation import Array, Float, Int32
 
 RESIDENT_BYTES = 2**16

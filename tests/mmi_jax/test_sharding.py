@@ -13,9 +13,9 @@ from on_eight_devices import CASES, ENVIRONMENT, ONE, arrays, run
 from tiny import BLOCKS, BUCKETS, tiny_model
 
 from mmi_jax import prefill
-from mmi_jax.blocks import Blocks
+from mmi_jax.engine.padded_lengths import default_buckets
+from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.sharding import ONE_DEVICE, Shards, make_mesh, shards_of
-from mmi_jax.sizes import default_buckets
 
 EQUAL = [name for name in CASES if name != "own last queries"]
 
@@ -25,8 +25,8 @@ def sharded(tmp_path_factory) -> Path:
     """The directory of results from the mesh."""
     directory = tmp_path_factory.mktemp("sharded")
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests/mmi_jax")])
-    command = [sys.executable, str(root / "tests/mmi_jax/on_eight_devices.py"), str(directory)]
+    paths = os.pathsep.join([str(root), str(root / "tests/support")])
+    command = [sys.executable, str(root / "tests/support/on_eight_devices.py"), str(directory)]
     child = subprocess.run(
         command, env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths}, text=True, capture_output=True
     )

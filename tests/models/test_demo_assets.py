@@ -8,7 +8,7 @@ from flax import nnx
 from mmi_jax.layout import VISION
 from models import demo
 from models.demo import DEMO_ANSWERS, DEMO_FPS, DEMO_TEXT, DEMO_VIDEO, build_demo_model, train_tokenizer
-from models.media import read_video
+from models.media.video import read_video
 from models.qwen2_5_vl.processor import Processor, read_stop_tokens
 from models.qwen2_5_vl.weights import load
 from models.tasks.pictures import COLOURS

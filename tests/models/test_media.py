@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from models.media import Image, Video, read_image, read_video, sample_indices
+from models.media.video import Image, Video, read_image, read_video, sample_indices
 
 ROWS, COLUMNS = 24, 32
 

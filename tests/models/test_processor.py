@@ -5,12 +5,12 @@ import pytest
 
 from mmi_jax.layout import PADDING, TEXT, VISION
 from models.demo import CHAT_TEMPLATE, demo_config, train_tokenizer
-from models.media import Image, Video
+from models.huggingface.tokenizer import Tokenizer
+from models.media.video import Image, Video
 from models.qwen2_5_vl.pixels import PixelPatches
 from models.qwen2_5_vl.preprocess import Preprocess, patchify
 from models.qwen2_5_vl.processor import Message, Processor, expand_placeholders, read_stop_tokens
 from models.qwen2_5_vl.rope import TRANSFORMERS_4_57, TRANSFORMERS_5_23
-from models.tokenizer import Tokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LIMITS = Preprocess(min_pixels=28 * 28, max_pixels=28 * 28 * 12)

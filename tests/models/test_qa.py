@@ -157,7 +157,7 @@ def test_parquet_needs_pyarrow_and_says_so(tmp_path, monkeypatch):
 
 
 def test_what_is_asked(tmp_path):
-    from models.media import read_video
+    from models.media.video import read_video
 
     video_mme(tmp_path)
     item = DATASETS["video-mme"](tmp_path)[0]

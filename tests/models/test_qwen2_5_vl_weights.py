@@ -11,7 +11,7 @@ import qwen2_5_vl_golden as oracle
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from models import hub
+from models.huggingface import hub
 from models.qwen2_5_vl import Qwen2_5_VLConfig, VisionConfig, checkpoint, weights
 from models.qwen2_5_vl.dialects import to_huggingface
 from models.qwen2_5_vl.weight_map import slots

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmi_jax.layout import VISION
-from models.media import Image, Video
+from models.media.video import Image, Video
 from models.small.config import small_measure, small_processor
 from models.tasks import (
     TASKS,

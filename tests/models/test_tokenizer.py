@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 
 from models.demo import train_tokenizer
-from models.tokenizer import Tokenizer
+from models.huggingface.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"

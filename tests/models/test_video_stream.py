@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from models.media import Image, read_video
-from models.moving_video import write_moving_video
+from models.media.moving_video import write_moving_video
+from models.media.video import Image, read_video
+from models.media.video_stream import VideoStream
 from models.qwen2_5_vl.embedding import frame_batches
 from models.qwen2_5_vl.pixels import PixelPatches, pixel_source
 from models.qwen2_5_vl.placeholders import num_tokens
 from models.qwen2_5_vl.preprocess import Preprocess, patchify, resize
 from models.qwen2_5_vl.presets import PRESETS
-from models.video_stream import VideoStream
 
 CONFIG = Preprocess(min_pixels=56 * 56, max_pixels=84 * 84)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_attention_close, assert_close_to_reference
 from problems import random_problem
 
 from pallas_kernels import BlockIndex, block_sparse_attention, coverage
@@ -14,7 +15,6 @@ from pallas_kernels.attention import api
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.block_index import NO_LIMIT, index_from_block_mask
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS
-from tests.closeness import assert_attention_close, assert_close_to_reference
 
 HOPPER = pytest.param("mosaic_gpu", marks=pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU"))
 IMPLEMENTATIONS = ("reference", "xla", HOPPER)

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_load, reference
+from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_producer, reference
 from pallas_kernels.attention.cases import AllVisited, RandomLists, late_peak_inputs, mixed_inputs
 from pallas_kernels.attention.gpu_config import (
     CONFIGS,
@@ -21,7 +21,7 @@ from pallas_kernels.attention.gpu_config import (
     padded_head_dim,
 )
 from pallas_kernels.attention.gpu_tuned import read_table
-from pallas_kernels.attention.mosaic_gpu_work import work_table
+from pallas_kernels.attention.tile_scheduler import work_table
 
 SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
 
@@ -104,7 +104,7 @@ def test_launch_refuses_a_config_that_does_not_fit():
 
 @pytest.mark.parametrize("stagger", [0, 3])
 def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu_load, "STAGGERED_BLOCKS", 1)
+    monkeypatch.setattr(mosaic_gpu_producer, "STAGGERED_BLOCKS", 1)
     inputs = mixed_inputs(head_dim=64)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = mosaic_gpu.launch(inputs, dataclasses.replace(SMALL, stagger=stagger), num_programs=2, interpretable=True)

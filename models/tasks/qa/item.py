@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from models.media import Video
+from models.media.video import Video
 from models.tasks.sample import Question, Sample
 
 LETTERS = "ABCDEFGHIJ"

@@ -1,0 +1,222 @@
+"""`mmi bench first-token`: from a video file to the first token's logits, all parts of that time."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from mmi_jax.bench.prefill import DenseBaseline, dense_seconds, is_all_dense, memory_figures
+from mmi_jax.bench.rows import row
+from mmi_jax.cli.bench import tables
+from mmi_jax.cli.bench.command import BaselineOption, DebugOption, JsonFileOption
+from mmi_jax.cli.bench.prefill import config_of, head_shapes, own_programs, table_of
+from mmi_jax.cli.bench.run import Run, run_all
+from mmi_jax.cli.bench.synthetic_prompts import made_prompt, video_pieces, video_prompt
+from mmi_jax.cli.doctor.memory_plan import vision_bytes
+from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.prompts import fit_prompt
+from mmi_jax.engine.warmup import prepare
+from mmi_jax.method.tables.pattern_table import PatternTable
+from pallas_kernels.attention.gpu_tuned import check_target
+
+FPS = 2
+"""Pictures per second, of the file and sampled: all of them are used, and a temporal patch is a second."""
+
+ALL = 2**31
+"""Pictures that are sampled at most."""
+
+Opened = Callable[[Path, Any], tuple[Any, Callable[[], float]]]
+"""From a file and a model's sizes to patches, and to the seconds that they were waited for."""
+
+
+def first_token(
+    preset: PresetOption = "7b",
+    layers: LayersOption = None,
+    tokens: LengthsOption = None,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each length.")] = 1,
+    baseline: BaselineOption = True,
+    dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
+    host_limit: Annotated[int, typer.Option(min=0, help="Tokens up to which patches are also made by the host.")] = 0,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """From a video file to the first logits. It is decoded, encoded by the vision tower, prefilled with text around it.
+
+    The file is H.264, 448 x 448: a second of two pictures is 256 tokens. Decoding goes on while the tower works; each
+    is also timed alone. The dense time is ours with the prefill's part replaced, extrapolated above --dense-limit. The
+    prefills of all lengths are compiled first, side by side.
+    """
+    with one_line_errors(shows_traceback=debug):
+        if json_file is not None:
+            check_target(json_file)  # here, since much is compiled and checked before the cases begin
+        take_memory(NEARLY_ALL)
+        on_gpu = jax.default_backend() == "gpu"
+        config = config_of(preset, layers)
+        suite = _Suite(
+            config=config,
+            table=table_of(table, config),
+            dtype=bench_dtype(dtype),
+            repeats=repeats,
+            host_limit=host_limit,
+        )
+        if baseline and not is_all_dense(suite.table):
+            suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
+        lengths = sorted(tokens or [2**17 if on_gpu else 2048])
+        with own_programs():
+            suite.ready = row("ready", lambda: suite.made_ready(lengths))
+            runs = [Run(f"{preset} {n}", n) for n in lengths]
+            table_view = tables.first_token_table
+            run_all(runs, suite.measure, table_view, json_file, stops_at_error=debug, times_matmul=False)
+
+
+@dataclasses.dataclass
+class _Suite:
+    """The model, made once, and what is measured of it."""
+
+    config: Any
+    table: PatternTable
+    dtype: str
+    repeats: int
+    host_limit: int
+    dense: DenseBaseline | None = None
+    ready: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def model(self) -> Any:
+        from models.qwen2_5_vl.random_decoder import random_model
+
+        return random_model(self.config, head_shapes(self.config), dtype=jnp.dtype(self.dtype))
+
+    def made_ready(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """Seconds until the prefills of all lengths are compiled, side by side; the weights are drawn before."""
+        jax.block_until_ready(self.model)
+        start = time.perf_counter()
+        buckets = prepare(self.model, lengths, table=self.table, measures_recall=False)
+        return {"seconds": round(time.perf_counter() - start, 2), "buckets": buckets}
+
+    def measure(self, num_tokens: int) -> dict[str, Any]:
+        """The figures of one length."""
+        with self.video(num_tokens) as path:
+            first = self.once(num_tokens, path, arriving)
+            runs = [self.once(num_tokens, path, arriving) for _ in range(self.repeats)]
+            runs.sort(key=lambda run: run["seconds"])
+            figures = runs[len(runs) // 2] | {
+                "case": self.table.model,
+                "tokens": num_tokens,
+                "pictures": 2 * video_pieces(self.config, num_tokens)[1].grid[0],
+                "file_bytes": path.stat().st_size,
+                "layers": self.config.num_layers,
+                "fastest_seconds": runs[0]["seconds"],
+                "slowest_seconds": runs[-1]["seconds"],
+                "compile_seconds": round(first["seconds"] - runs[0]["seconds"], 3),
+                "ready": self.ready,
+                **self.alone(num_tokens, path),
+                **memory_figures(self.model, self.table, num_tokens, embed_bytes=vision_bytes(self.config, num_tokens)),
+                "others": [],
+            }
+            if num_tokens <= self.host_limit:
+                by_host = lambda: [self.once(num_tokens, path, made_by_host) for _ in range(2)][1]  # noqa: E731
+                figures["others"].append(row("patches made by the host", by_host))
+        return figures if self.dense is None else figures | with_dense_prefill(figures, self.dense.of(num_tokens))
+
+    @contextlib.contextmanager
+    def video(self, num_tokens: int) -> Iterator[Path]:
+        """A file whose pictures make a prompt of so many tokens."""
+        from models.media.moving_video import write_moving_video
+
+        num_patches, rows, _ = video_pieces(self.config, num_tokens)[1].grid
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "video.mp4"
+            side = rows * self.config.vision.patch_size
+            write_moving_video(path, num_frames=2 * num_patches, side=side, fps=FPS)
+            yield path
+
+    def prompt(self, num_tokens: int, patches: Any) -> Any:
+        """Text, the video, text."""
+        return made_prompt(self.config, video_pieces(self.config, num_tokens), patches, np.random.default_rng(0))
+
+    def once(self, num_tokens: int, path: Path, opened: Opened) -> dict[str, Any]:
+        """Seconds from the file to the logits on the host, and those of each part."""
+        gc.collect()
+        start = time.perf_counter()
+        patches, waited = opened(path, self.config)
+        prompt = self.prompt(num_tokens, patches)
+        prompt_seconds = time.perf_counter() - start
+        result = prefill(self.model, prompt, table=self.table, measures_recall=False)
+        if not np.isfinite(np.asarray(result.logits)).all():
+            raise RuntimeError(f"logits must be finite, got {result.logits}")
+        seconds = time.perf_counter() - start
+        stages = result.report.seconds
+        parts = {"prompt": prompt_seconds, "vision": stages["vision"], "prefill": stages["prefill"]}
+        parts |= {"rest": seconds - sum(parts.values()), "waited": waited()}
+        return {"seconds": round(seconds, 4), "parts": {name: round(value, 4) for name, value in parts.items()}}
+
+    def alone(self, num_tokens: int, path: Path) -> dict[str, float]:
+        """Seconds of decoding without a tower, and of the tower with all pictures decoded."""
+        start = time.perf_counter()
+        patches, _ = arriving(path, self.config)
+        (source,) = patches.sources
+        source.frames(0, source.num_frames)
+        decoded = time.perf_counter() - start
+        padded = fit_prompt(self.prompt(num_tokens, patches), Buckets().length_for(num_tokens))
+        start = time.perf_counter()
+        jax.block_until_ready(self.model.embed(padded))
+        return {"decoding_alone": round(decoded, 4), "tower_alone": round(time.perf_counter() - start, 4)}
+
+    def dense_seconds(self, num_tokens: int) -> float:
+        """Seconds of a dense prefill."""
+        from models.qwen2_5_vl.random_decoder import Decoder
+
+        return dense_seconds(Decoder(self.model), video_prompt(self.config, num_tokens))
+
+
+def with_dense_prefill(figures: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The dense figures, and the whole time that they would make, with all parts but the prefill ours."""
+    if "dense_seconds" not in dense:
+        return dense
+    whole = figures["seconds"] - figures["parts"]["prefill"] + dense["dense_seconds"]
+    return dense | {"dense_first_token": round(whole, 4), "speedup": round(whole / figures["seconds"], 3)}
+
+
+def arriving(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+    """Patches cut on the device from pictures that a thread decodes, and for how many seconds these were waited for."""
+    from models.media.video_stream import VideoStream
+    from models.qwen2_5_vl.pixels import PixelPatches, pixel_source
+
+    stream = VideoStream(path, fps=float(FPS), max_frames=ALL)
+    patches = PixelPatches(sources=(pixel_source(stream, preprocess_of(config)),))
+    return patches, lambda: stream.waited_seconds
+
+
+def made_by_host(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+    """Patches made by the host once all pictures are decoded, for which nobody waits afterwards."""
+    from models.media.video import read_video
+    from models.qwen2_5_vl.preprocess import patchify
+
+    patches, _ = patchify(read_video(path, fps=float(FPS), max_frames=ALL).frames, preprocess_of(config))
+    return patches, lambda: 0.0
+
+
+def preprocess_of(config: Any) -> Any:
+    """That of videos, for the model's patches and pictures of any size."""
+    from models.qwen2_5_vl.preprocess import VIDEO
+
+    vision = config.vision
+    smallest = (vision.patch_size * vision.merge_size) ** 2
+    return dataclasses.replace(VIDEO, patch_size=vision.patch_size, merge_size=vision.merge_size, min_pixels=smallest)

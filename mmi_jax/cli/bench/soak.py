@@ -1,0 +1,155 @@
+"""`mmi bench soak`: random prompts through a random model in one process, watched for what grows."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from mmi_jax.bench.soak import growth, held, soak
+from mmi_jax.cli.bench import tables
+from mmi_jax.cli.bench.command import DebugOption, JsonFileOption
+from mmi_jax.cli.bench.prefill import config_of, table_of
+from mmi_jax.cli.bench.run import Run, run_all
+from mmi_jax.cli.bench.synthetic_prompts import Medium, RepeatedPatches, made_prompt
+from mmi_jax.cli.console import stderr_console
+from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.warmup import prepare
+from mmi_jax.method.tables.pattern_table import PatternTable
+
+type Grid = tuple[int, int, int]
+"""Frames, rows and columns of an image or a video, in patches."""
+
+ROUNDS = 2
+"""How often every prompt comes."""
+
+FRAME_SIDES = (8, 16)
+"""Tokens along the side of a frame or image."""
+
+FEW_PATCHES = 4096
+"""Random patches of a prompt, which its frames repeat: a million would take the host longer than all else."""
+
+
+def run_soak(
+    preset: PresetOption = "3b",
+    layers: Annotated[int, typer.Option(min=1, help="Run the first layers only.")] = 4,
+    prompts: Annotated[int, typer.Option(min=9, help="Random prompts: text, images, videos, several of them.")] = 50,
+    shortest: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, at least.")] = 2**12,
+    longest: Annotated[int, typer.Option(min=1024, max=Buckets.largest, help="Tokens of a prompt, at most.")] = 2**18,
+    table: TableOption = "mix",
+    dtype: BenchDTypeOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    json_file: JsonFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Random prompts in one process, watched for what grows. Programs, compilations and bytes after each of them.
+
+    All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. Every
+    prompt comes twice, all of them in turn, because a program's first run takes memory of the host; the growth compares
+    the last third of the rows with the middle one.
+    """
+    from models.qwen2_5_vl.random_weights import with_random_weights
+    from models.qwen2_5_vl.weights import abstract_model
+
+    with one_line_errors(shows_traceback=debug):
+        take_memory(NEARLY_ALL)
+        if shortest > longest:
+            raise ValueError(f"--shortest must be at most --longest, got {shortest} and {longest}")
+        config = config_of(preset, layers)
+        chosen = table_of(table, config)
+        dtype = bench_dtype(dtype)
+
+        def measure(_: Any) -> dict[str, Any]:
+            model = with_random_weights(abstract_model(config, dtype=jnp.dtype(dtype)))
+            rng = np.random.default_rng(seed)
+            lengths = [int(n) for n in np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts))]
+            several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
+            ready = made_ready(model, chosen, several)
+            run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
+            rows = soak(run, several * ROUNDS, on_row=lambda row: tell(row, lengths[row["prompt"] % prompts]))
+            return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "ready": ready}
+
+        run_all([Run("soak", None)], measure, tables.soak_table, json_file, stops_at_error=debug, times_matmul=False)
+
+
+def made_ready(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
+    """Seconds to compile the prefills of all prompts' buckets, and what embeds them."""
+    prompts = [(prompt.tokens.shape[1], prompt.grids) for prompt in (make() for make in several)]
+    start = time.perf_counter()
+    buckets = prepare(model, [length for length, _ in prompts], table=table, measures_recall=False)
+    prepared = time.perf_counter()
+    for prompt in embedded_alike(model.config, prompts):
+        jax.block_until_ready(model.embed(prompt))
+    seconds = {"programs": prepared - start, "embeddings": time.perf_counter() - prepared}
+    tell(held(), f"ready: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
+    return {name: round(value, 2) for name, value in seconds.items()}
+
+
+def embedded_alike(config: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
+    """Prompts padded to their buckets, of one batch of frames at most, whose embedding needs what that of these needs.
+
+    Args:
+      prompts: tokens of each, and the grids of its images and videos.
+    """
+    from models.qwen2_5_vl.vision import batch_frames
+
+    rng = np.random.default_rng(0)
+    few = rng.standard_normal((1, config.vision.patch_dim), np.float32)
+    different: set[tuple[int, Grid | None]] = set()
+    for length, grids in prompts:
+        padded = Buckets().length_for(length)
+        numbers = {size: sum(grid[0] for grid in grids if grid[1:] == size) for size in {grid[1:] for grid in grids}}
+        media = [(min(n, batch_frames(n, size)), *size) for size, n in numbers.items()]
+        different |= {(padded, grid) for grid in media or [None]}
+    for padded, grid in sorted(different, key=str):
+        pieces = [padded] if grid is None else [Medium(grid), padded - 2 - math.prod(grid) // config.vision.block_len]
+        yield made_prompt(config, pieces, RepeatedPatches(few, 0 if grid is None else math.prod(grid)), rng)
+
+
+def tell(row: dict[str, Any], what: str | int) -> None:
+    """A line of progress: a soak that is broken off has said how far it came."""
+    name = f"prompt {row['prompt']}, {what:,} tokens, {row['seconds']:.2f} s" if "prompt" in row else what
+    compiled = f"{row['compilations']} compiled, " if "compilations" in row else ""
+    host, device = (row[f"{name}_bytes"] / 2**30 for name in ("host", "device"))
+    line = f"{name}: {compiled}host {host:.2f} GiB, device {device:.2f} GiB"
+    stderr_console().print(line, markup=False, soft_wrap=True)
+
+
+def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
+    """What grew from the middle third of the prompts to the last, what was compiled meanwhile, and every row."""
+    names = ("host_bytes", "device_bytes", "array_bytes", "compilations")
+    grown = {f"{name}_growth": growth(rows, name) for name in names}
+    used = len({Buckets().length_for(length) for length in lengths})
+    last = {name: rows[-1][name] for name in ("programs", "compilations")}
+    sizes = {"prompts": len(lengths), "runs": len(rows), "buckets": used}
+    seconds = round(sum(row["seconds"] for row in rows), 2)
+    return grown | last | sizes | {"seconds": seconds, "rows": list(rows)}
+
+
+def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
+    """A prompt of `num_tokens`: text alone, or images and videos of random pixels with text between them."""
+    rng = np.random.default_rng(seed)
+    first = int(rng.integers(1, 64))
+    pieces, left = list[int | Medium]([first]), num_tokens - first
+    for _ in range(rng.integers(0, 4)):
+        side, is_image, text = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0), int(rng.integers(1, 32))
+        room = left - text - 3  # two marks, and a last word
+        frames = 1 if is_image else int(room * rng.uniform(0.2, 0.9)) // side**2
+        if not 0 < frames * side**2 <= room:
+            continue
+        patches = side * config.vision.merge_size
+        pieces += [Medium(grid=(frames, patches, patches), is_image=is_image), text]
+        left -= frames * side**2 + 2 + text
+    pieces.append(left)
+    num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, Medium))
+    few = rng.standard_normal((FEW_PATCHES, config.vision.patch_dim), np.float32)
+    return made_prompt(config, pieces, RepeatedPatches(few, num_patches), rng)

@@ -1,0 +1,140 @@
+"""`mmi doctor --plan`: what a prefill would hold on a device that may not be here, and what would fit it."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
+from mmi_jax.cli.prefill.command import chosen_patterns
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
+from mmi_jax.engine.memory.memory_check import Room, check_fits, describe, room_of, weight_bytes
+from mmi_jax.engine.memory.memory_plan import MemoryTask
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.tables.pattern_table import as_table
+
+GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
+"""Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What `mmi doctor --plan` is asked.
+
+    Args:
+      model: a preset of Qwen2.5-VL or a checkpoint's directory.
+      device: a name, a size such as 80GiB, or None for the device that is here.
+      table, pattern: as for `mmi prefill`.
+    """
+
+    model: str
+    tokens: int
+    batch: int
+    device: str | None
+    table: Path | None
+    pattern: str | None
+    chunk_tokens: int | None
+    max_new_tokens: int
+
+    def task(self) -> MemoryTask:
+        """What is to be planned.
+
+        Raises:
+          ValueError: the model, the table or a size cannot be used.
+        """
+        from models.qwen2_5_vl.weights import abstract_model
+
+        patterns = chosen_patterns(self.table, self.pattern)
+        if self.tokens < 1 or self.batch < 1:
+            raise ValueError(f"--tokens and --batch must be at least 1, got {self.tokens} and {self.batch}")
+        config = model_config(self.model)
+        table = as_table(patterns, num_layers=config.num_layers, num_heads=config.num_heads)
+        return MemoryTask(
+            config=config,
+            weight_bytes=weight_bytes(abstract_model(config)),
+            dtype=jnp.dtype(jnp.bfloat16),
+            layers=table.layers,
+            batch=self.batch,
+            num_tokens=self.tokens,
+            blocks=Blocks(),
+            buckets=Buckets(),
+            max_new_tokens=self.max_new_tokens,
+            chunk_tokens=self.chunk_tokens,
+            embed_bytes=vision_bytes(config, self.batch * self.tokens),
+        )
+
+
+def vision_bytes(config: Any, num_tokens: int) -> int:
+    """What the vision tower holds while it encodes a prompt of nothing but frames."""
+    from models.qwen2_5_vl.vision import FRAME_BATCH_PATCHES
+    from models.qwen2_5_vl.vision_memory import encoding_bytes
+
+    num_patches = min(FRAME_BATCH_PATCHES, num_tokens * config.vision.block_len)
+    return encoding_bytes(config.vision, num_patches, jnp.bfloat16)
+
+
+def model_config(name: str) -> Any:
+    """The sizes of a preset, or of a checkpoint's directory or name on the hub."""
+    from models.huggingface.hub import locate
+    from models.qwen2_5_vl.dialects import read_config
+    from models.qwen2_5_vl.presets import PRESETS
+
+    return PRESETS[name] if name in PRESETS else read_config(locate(name))
+
+
+def room_for(device: str | None) -> Room:
+    """What JAX may use of a device.
+
+    Raises:
+      ValueError: the device is unknown, or the one that is here does not tell its memory.
+    """
+    if device is None:
+        room = room_of(jax.devices()[0])
+        if room is None:
+            raise ValueError(f"{jax.devices()[0].device_kind} does not tell its memory: expected --device, got none")
+        return Room(limit=room.limit)
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB)", device):
+        return Room(limit=round(float(size[1]) * (GIB if size[2] == "GiB" else GB)))
+    if device in CHIPS:
+        return Room(limit=CHIPS[device].hbm_bytes)
+    if device not in GPUS:
+        raise ValueError(
+            f"--device must be one of {', '.join([*GPUS, *CHIPS])}, or what JAX may use of it, as in 72GiB: "
+            f"got {device!r}"
+        )
+    return Room(limit=round(GPUS[device] * memory_fraction()))
+
+
+def print_plan(request: PlanRequest, out: Console) -> None:
+    """The buffers of the prefill, and that it fits.
+
+    Raises:
+      DoesNotFitError: it does not; the message says what would.
+      ValueError: the request cannot be planned.
+    """
+    task, room = request.task(), room_for(request.device)
+    plan = check_fits(task, room)
+    table = Table("buffer", "shape", "size", "alive", title_justify="left")
+    for row in describe(plan):
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        f"{task.batch} x {task.num_tokens:,} tokens, padded to {task.sizes.padded:,}, hold at most "
+        f"{plan.peak / GIB:.1f} GiB (in {plan.peak_stage}) of {room.limit / GIB:.1f} GiB: it fits",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if request.device in GPUS:
+        out.print(
+            f"mmi takes {memory_fraction():.0%} of this GPU, JAX in a program of your own {JAX_DEFAULT:.0%}; "
+            f"{FRACTION_VARIABLE} gives another share",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,90 @@
+"""Samples through a model: which questions are answered right, and what the attention cost."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import mmi_jax
+from mmi_jax import Blocks, PatternTable
+from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.tables.cost_model import CostModel
+from mmi_jax.search.equal_cost import report_cost
+from models.prompt import Prompt
+from models.qwen2_5_vl.processor import Processor
+from models.tasks import Question, Sample, choice_ids, question_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Samples as one batch for a prefill.
+
+    Args:
+      prompt: of all of them.
+      rows: where each question's answer is predicted, `[b, n]`; the last columns repeat the first ones.
+      questions: of each sample, with the tokens of their choices.
+    """
+
+    samples: tuple[Sample, ...]
+    prompt: Prompt
+    rows: np.ndarray
+    questions: tuple[tuple[tuple[Question, np.ndarray], ...], ...]
+
+
+def ask_in_batches(processor: Processor, samples: Sequence[Sample], *, batch: int, num_rows: int) -> list[Asked]:
+    """The samples as batches of at most `batch`.
+
+    Args:
+      num_rows: questions that a prefill has room for, so that tasks with fewer share its program.
+    """
+    batches = []
+    for first in range(0, len(samples), batch):
+        group = samples[first : first + batch]
+        rows = [np.resize(question_rows(sample, processor), num_rows) for sample in group]
+        questions = tuple(tuple((q, choice_ids(q, processor.tokenizer)) for q in s.questions) for s in group)
+        prompt = processor(*(list(sample.parts) for sample in group), cuts_on_device=True)
+        batches.append(Asked(samples=tuple(group), prompt=prompt, rows=np.stack(rows), questions=questions))
+    return batches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Of some samples.
+
+    Args:
+      correct, asked: questions.
+      cost: of the attention of a prompt, all layers, by the cost model; mean.
+      dense_cost: of dense attention.
+      density: visited tiles over dense ones, mean over layers and heads.
+      prompt_tokens: mean length of the prompts.
+    """
+
+    correct: int
+    asked: int
+    cost: float
+    dense_cost: float
+    density: float
+    prompt_tokens: float
+
+
+def answer(model: Any, batches: Sequence[Asked], table: PatternTable | Pattern | None, costs: CostModel) -> Answers:
+    """Asks every question, each answered by the choice with the largest logit at its row.
+
+    Args:
+      table: patterns as asked: none is replaced by dense attention where that is faster.
+    """
+    correct, asked, totals = 0, 0, []
+    for batch in batches:
+        result = mmi_jax.prefill(
+            model, batch.prompt, table=table, logits_at=batch.rows, measures_recall=False, may_run_dense=False
+        )
+        logits = np.asarray(result.logits_at)
+        for rows, questions in zip(logits, batch.questions, strict=True):
+            for row, (question, choices) in zip(rows, questions, strict=False):
+                correct += int(np.argmax(row[choices])) == question.answer
+                asked += 1
+        cost, dense = report_cost(result.report, costs, Blocks())
+        totals.append([cost, dense, float(result.report.density.mean()), float(np.mean(result.report.lengths))])
+    cost, dense, density, length = np.mean(totals, axis=0).tolist()
+    return Answers(correct=correct, asked=asked, cost=cost, dense_cost=dense, density=density, prompt_tokens=length)

@@ -1,0 +1,164 @@
+"""What is written of a filled grid: CSV, JSON, a heat map per task, and the means on the terminal."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from mmi_jax.bench.machine import machine
+from mmi_jax.cli import console
+from mmi_jax.cli.niah.options import DENSE, NiahTask
+from mmi_jax.cli.pictures import write_figure
+from mmi_jax.plots.heat_map import plot_heat_maps
+from mmi_jax.search.journal import Journal
+from pallas_kernels.attention.gpu_tuned import write_whole
+
+type Cell = Mapping[str, Any]
+
+COLUMNS = ("task", "method", "tokens", "depth", "correct", "asked", "accuracy", "density", "cost share", "pattern")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What the journal of a run holds.
+
+    Args:
+      cells: by task as first asked, tokens, depth, and method as first named.
+      methods: in the order first named.
+      depths: of the needle.
+      shares: cost of the matched method over that of dense attention, by task and tokens; empty where none is matched.
+      unsized: methods that are not brought to a cost.
+      margin: share by which a cost may differ from the matched one.
+    """
+
+    cells: Sequence[Cell]
+    methods: Sequence[str]
+    depths: Sequence[float]
+    shares: Mapping[tuple[str, int], float]
+    unsized: Collection[str]
+    margin: float
+
+    def is_off(self, method: str, cells: Sequence[Cell]) -> bool:
+        """Whether a method costs something else than the matched one on some task and length of these cells."""
+        if method in self.unsized:
+            return False
+        places = {(cell["task"], cell["tokens"]) for cell in cells} & set(self.shares)
+        shares = {
+            place: mean_share([c for c in cells if (c["task"], c["tokens"]) == place], method) for place in places
+        }
+        return any(abs(share / self.shares[place] - 1) > self.margin for place, share in shares.items())
+
+
+def remember_methods(journal: Journal, methods: Sequence[str]) -> None:
+    """Puts methods in the journal that it does not name yet, after those that it names."""
+    named = _named_methods(journal)
+    if not set(methods) <= set(named):
+        journal.add({"kind": "methods", "names": list(dict.fromkeys((*named, *methods)))})
+
+
+def _named_methods(journal: Journal) -> list[str]:
+    """In the order first named."""
+    rows = journal.where(kind="methods")
+    return list(rows[-1]["names"]) if rows else []
+
+
+def results_of(task: NiahTask, journal: Journal) -> Results:
+    """All that the journal holds, of whichever methods, tasks and lengths it was filled with."""
+    cells, methods = journal.where(kind="cell"), _named_methods(journal)
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    cells.sort(key=lambda c: (tasks.index(c["task"]), c["tokens"], c["depth"], methods.index(c["method"])))
+    shares = {(row["task"], row["tokens"]): row["share"] for row in journal.where(kind="share")}
+    for place in {(cell["task"], cell["tokens"]) for cell in cells if cell["method"] == task.match_to}:
+        shares[place] = mean_share([c for c in cells if (c["task"], c["tokens"]) == place], str(task.match_to))
+    return Results(
+        cells=cells, methods=[method for method in methods if any(c["method"] == method for c in cells)],
+        depths=task.depths, shares=shares, unsized=(DENSE, *task.tables), margin=task.margin,
+    )  # fmt: skip
+
+
+def write_results(task: NiahTask, journal: Journal) -> None:
+    """Writes results.csv, results.json and one PNG per task of all that the journal holds; prints a table per task."""
+    out, results = console.stdout_console(), results_of(task, journal)
+    provenance = {name: value for name, value in journal.run.items() if name != "tables"} | machine()
+    write_whole(task.output / "results.csv", csv_text(results.cells))
+    written = {"run": provenance, "cells": list(map(dict, results.cells))}
+    write_whole(task.output / "results.json", json.dumps(written, indent=1))
+    names = list(dict.fromkeys(cell["task"] for cell in results.cells))
+    for name in names:
+        of_task = dataclasses.replace(results, cells=[cell for cell in results.cells if cell["task"] == name])
+        write_figure(task.output / f"{name}.png", heat_maps(name, of_task))
+        out.print(means_table(name, of_task))
+    print(f"wrote results.csv, results.json and {len(names)} heat maps into {task.output}")
+
+
+def heat_maps(name: str, results: Results) -> Figure:
+    """A heat map of each method that one task was asked with."""
+    cells, lengths = results.cells, lengths_of(results.cells)
+    accuracy = {
+        f"{method}, cost {mean_share(cells, method):.1%}": grid(cells, method, results.depths, lengths)
+        for method in results.methods if any(cell["method"] == method for cell in cells)
+    }  # fmt: skip
+    return plot_heat_maps(accuracy, lengths=lengths, depths=results.depths, title=name)
+
+
+def lengths_of(cells: Sequence[Cell]) -> list[int]:
+    """Lengths of the prompts, ascending; tokens."""
+    return sorted({cell["tokens"] for cell in cells})
+
+
+def csv_text(cells: Sequence[Cell]) -> str:
+    """One line per cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for cell in cells:
+        figures = cell["correct"], cell["asked"], accuracy_of([cell]), cell["density"], share_of(cell)
+        rounded = [round(x, 5) if isinstance(x, float) else x for x in figures]
+        writer.writerow([cell["task"], cell["method"], cell["tokens"], cell["depth"], *rounded, cell["pattern"]])
+    return text.getvalue()
+
+
+def grid(cells: Sequence[Cell], method: str, depths: Sequence[float], lengths: Sequence[int]) -> np.ndarray:
+    """Accuracy of one method, `[depths, lengths]`; NaN where it was not asked."""
+    found = {(c["depth"], c["tokens"]): accuracy_of([c]) for c in cells if c["method"] == method}
+    return np.array([[found.get((depth, n), np.nan) for n in lengths] for depth in depths])
+
+
+def accuracy_of(cells: Sequence[Cell]) -> float:
+    """Share of questions answered right."""
+    return sum(cell["correct"] for cell in cells) / sum(cell["asked"] for cell in cells)
+
+
+def share_of(cell: Cell) -> float:
+    """Attention cost over that of dense attention."""
+    return cell["cost"] / cell["dense_cost"]
+
+
+def mean_share(cells: Sequence[Cell], method: str) -> float:
+    """The same, mean over a method's cells."""
+    return float(np.mean([share_of(cell) for cell in cells if cell["method"] == method]))
+
+
+def means_table(name: str, results: Results) -> Table:
+    """Accuracy of each method by length and over all; its cost, marked where it is not that of the matched method."""
+    lengths = lengths_of(results.cells)
+    table = Table("method", *(f"{n}" for n in lengths), "all", "cost", "density", title=name, title_justify="left")
+    for method in results.methods:
+        own = [cell for cell in results.cells if cell["method"] == method]
+        if not own:
+            continue
+        by_length = [[c for c in own if c["tokens"] == n] for n in lengths]
+        table.add_row(
+            method,
+            *(f"{accuracy_of(group):.1%}" if group else "" for group in by_length),
+            f"{accuracy_of(own):.1%}",
+            f"{mean_share(own, method):.1%}{' (not equal)' if results.is_off(method, own) else ''}",
+            f"{np.mean([cell['density'] for cell in own]):.1%}",
+        )
+    return table

@@ -1,0 +1,188 @@
+"""What `mmi niah` does: the cells of the grid one by one, and what is written of them."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmi_jax import PatternTable
+from mmi_jax.cli import console
+from mmi_jax.cli.digest import run_on
+from mmi_jax.cli.niah.answers import Asked, answer, ask_in_batches
+from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.niah.results import remember_methods, write_results
+from mmi_jax.cli.niah.sizes import Sizes
+from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.engine.buckets import Buckets
+from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.tables import pattern_json
+from mmi_jax.method.tables.cost_model import CostModel
+from mmi_jax.search.costs import cost_models, default_costs
+from mmi_jax.search.journal import Journal
+from models.huggingface.hub import locate
+from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.weights import load
+
+QUESTIONS = 4
+"""Questions of a sample at most; each prefill has room for so many."""
+
+type Place = tuple[str, int, int]
+"""Task, length in tokens, and number of the depth."""
+
+type Methods = Mapping[str, PatternTable | Pattern | None]
+"""What methods run."""
+
+VERSION = 4
+"""Of what the tasks' samples show and of how sizes are chosen: cells of another are refused."""
+
+SAMPLES_AHEAD = 2
+"""Cells whose samples are being made while another's are asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runner:
+    """A model, the samples for it, and the journal of what is done.
+
+    Args:
+      warmed: programs that are compiled: method, pattern and padded length.
+    """
+
+    task: NiahTask
+    model: Any
+    source: SampleSource
+    costs: CostModel
+    journal: Journal
+    warmed: set[tuple[str, str, int]] = dataclasses.field(default_factory=set)
+
+    def batches(self, name: str, tokens: int, depth_number: int) -> list[Asked]:
+        """The samples of one cell, the same for every method."""
+        depth = self.task.depths[depth_number]
+        seeds = self.task.seeds(depth_number)
+        samples = [self.source.sample(name, num_tokens=tokens, depth=depth, seed=seed) for seed in seeds]
+        return ask_in_batches(self.source.processor, samples, batch=self.task.batch, num_rows=QUESTIONS)
+
+    def missing(self, place: Place, methods: Sequence[str]) -> list[str]:
+        """Those that have no cell in a place."""
+        return [method for method in methods if not self.journal.where(**self._key(place, method))]
+
+    def fill(self, place: Place, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
+        """The missing cells of a place; the baselines last, as the matched method's own cell tells their sizes."""
+        given = self.missing(place, self.task.given)
+        self._ask_all(place, {method: self.task.tables.get(method) for method in given}, batches, on_step)
+        if baselines := self.missing(place, self.task.baselines):
+            on_step("sizes of baselines")
+            name, tokens, _ = place
+            self._ask_all(place, self._sizes.fit(baselines, name, tokens, batches[0]), batches, on_step)
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(task=self.task, model=self.model, source=self.source, costs=self.costs, journal=self.journal)
+
+    def _ask_all(
+        self, place: Place, patterns: Methods, batches: Sequence[Asked], on_step: Callable[[str], None]
+    ) -> None:
+        """A cell of each method."""
+        self._warm(patterns, batches, on_step)
+        for method, pattern in patterns.items():
+            on_step(method)
+            cell = self._key(place, method) | self._ask(batches, pattern) | {"pattern": _named(pattern)}
+            self.journal.add(cell)
+
+    def _warm(self, patterns: Methods, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
+        """Compiles the programs of several methods side by side, which takes the memory of as many prefills."""
+        length = Buckets().length_for(batches[0].prompt.tokens.shape[1])
+        programs = {method: (method, _named(pattern), length) for method, pattern in patterns.items()}
+        cold = [method for method, program in programs.items() if program not in self.warmed]
+        if cold and self.task.side_by_side > 1:
+            on_step("compiling")
+            with ThreadPoolExecutor(max_workers=self.task.side_by_side) as pool:
+                list(pool.map(lambda method: self._ask(batches[:1], patterns[method]), cold))
+        self.warmed.update(programs.values())
+
+    def _ask(self, batches: Sequence[Asked], pattern: PatternTable | Pattern | None) -> dict[str, Any]:
+        """The figures of some samples under one method."""
+        return dataclasses.asdict(answer(self.model, batches, pattern, self.costs))
+
+    def _key(self, place: Place, method: str) -> dict[str, Any]:
+        """What names a cell of one method."""
+        name, tokens, number = place
+        return {"kind": "cell", "task": name, "tokens": tokens, "depth": self.task.depths[number], "method": method}
+
+
+def run_niah(task: NiahTask) -> None:
+    """Fills the grid, writes CSV, JSON and heat maps into the output directory, and prints the means.
+
+    What is written holds all cells of the output directory, those of methods, tasks and lengths of earlier runs too.
+
+    Raises:
+      ValueError: the model, haystack or journal cannot be used, or the prompts are too short for a task.
+    """
+    directory = locate(task.model)
+    processor = Processor.from_directory(directory)
+    source = SampleSource(processor=processor, haystack=haystack_of(task.haystack))
+    for name, tokens in itertools.product(task.tasks, task.tokens):  # refused now rather than after an hour
+        for seed in task.seeds(0):
+            source.script(name, num_tokens=tokens, depth=0.5, seed=seed)
+    cost_name = task.costs or default_costs()
+    task.output.mkdir(parents=True, exist_ok=True)
+    run = _run_of(task, directory, cost_name)
+    journal = Journal(task.output / "cells.jsonl", run)
+    with console.progress_bar("loading weights", "tensors") as on_tensor:
+        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+    for table in task.tables.values():
+        table.check_fits(num_layers=model.config.num_layers, num_heads=model.config.num_heads)
+    runner = Runner(task=task, model=model, source=source, costs=cost_models()[cost_name], journal=journal)
+    remember_methods(journal, task.methods)
+    with console.work_bar("cells") as on_cell:
+        _fill(runner, on_cell)
+    write_results(task, journal)
+
+
+def _fill(runner: Runner, on_cell: Callable[[int, int, str], None]) -> None:
+    """Every cell, in the order of task, length and depth; the next samples are made while these are asked."""
+    task, journal = runner.task, runner.journal
+    places = list(itertools.product(task.tasks, task.tokens, range(len(task.depths))))
+    missing = {place: runner.missing(place, task.methods) for place in places}
+    total, unfilled = len(places) * len(task.methods), [place for place in places if missing[place]]
+    of_others = len(journal.where(kind="cell")) - (total - sum(map(len, missing.values())))
+    with ThreadPoolExecutor(max_workers=SAMPLES_AHEAD) as pool:
+        coming = [pool.submit(runner.batches, *place) for place in unfilled[:SAMPLES_AHEAD]]
+        for n, (name, tokens, number) in enumerate(unfilled):
+            what = f"{name}, {tokens} tokens, depth {task.depths[number]:.2f}"
+
+            def on_step(step: str, what=what) -> None:
+                on_cell(len(journal.where(kind="cell")) - of_others, total, f"{step}: {what}")
+
+            on_step("samples")
+            batches = coming.pop(0).result()
+            coming += [pool.submit(runner.batches, *p) for p in unfilled[n + SAMPLES_AHEAD : n + SAMPLES_AHEAD + 1]]
+            runner.fill((name, tokens, number), batches, on_step)
+    on_cell(total, total, "done")
+
+
+def _named(table: PatternTable | Pattern | None) -> str:
+    """A method's pattern as text."""
+    if table is None:
+        return "Dense()"
+    return "a table" if isinstance(table, PatternTable) else repr(table)
+
+
+def _run_of(task: NiahTask, directory: Path, cost_name: str) -> dict[str, Any]:
+    """What the cells depend on besides their own coordinates; more tasks, lengths or methods may be added later."""
+    return run_on(task.model, directory, task.dtype) | {
+        "version": VERSION,
+        "haystack": task.haystack,
+        "depths": task.num_depths,
+        "samples": task.samples,
+        "seed": task.seed,
+        "costs": cost_name,
+        "matched to": task.match_to,
+        "tables": {
+            name: [[pattern_json.to_json(p) for p in row] for row in table.layers]
+            for name, table in task.tables.items()
+        },
+    }

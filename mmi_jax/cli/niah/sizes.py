@@ -1,0 +1,93 @@
+"""Sizes of the baselines of `mmi niah`: each costs what the matched method costs on the same task and length."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from mmi_jax import Blocks
+from mmi_jax.cli.niah.answers import Asked, answer
+from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.samples import SampleSource
+from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.tables import pattern_json
+from mmi_jax.method.tables.cost_model import CostModel
+from mmi_jax.search.capture import captured_layers
+from mmi_jax.search.equal_cost import PlanInputs, member_of_cost
+from mmi_jax.search.families import FAMILIES, published
+from mmi_jax.search.journal import Journal
+
+NUM_LAYERS_LOOKED_AT = 4
+"""Layers, evenly over the depth, on whose queries and keys a size is chosen; what it cost is counted in all of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The baselines of every task and length, found once and kept in the journal.
+
+    A size is never taken over from another task: what a baseline costs depends on the prompts, as ours does.
+    """
+
+    task: NiahTask
+    model: Any
+    source: SampleSource
+    costs: CostModel
+    journal: Journal
+
+    def fit(self, methods: Sequence[str], name: str, tokens: int, batch: Asked) -> dict[str, Pattern]:
+        """The baselines of a task and a length; those not in the journal are sized on the first prompt."""
+        place = {"task": name, "tokens": tokens}
+        rows = self.journal.where(kind="size", **place)
+        found = {row["method"]: pattern_json.from_json(row["pattern"]) for row in rows if row["method"] in methods}
+        if missing := [method for method in methods if method not in found]:
+            share = self._share_to_match(name, tokens, batch)
+            for method, (pattern, counted) in zip(missing, self._sized(missing, tokens, share, batch), strict=True):
+                row = {"kind": "size", **place, "method": method, "share": share, "counted": counted}
+                self.journal.add(row | {"pattern": pattern_json.to_json(pattern)})
+                found[method] = pattern
+        return found
+
+    def _share_to_match(self, name: str, tokens: int, batch: Asked) -> float | None:
+        """What the matched method costs there, of dense attention, from its own cell; it is asked if it has none."""
+        method = self.task.match_to
+        if method is None:
+            return None
+        place = {"task": name, "tokens": tokens, "method": method}
+        for cell in self.journal.where(kind="cell", **place):
+            return cell["cost"] / cell["dense_cost"]
+        for row in self.journal.where(kind="share", **place):
+            return row["share"]
+        asked = answer(self.model, [batch], self.task.tables.get(method), self.costs)
+        share = asked.cost / asked.dense_cost
+        self.journal.add({"kind": "share", **place, "share": share})
+        return share
+
+    def _sized(
+        self, methods: Sequence[str], tokens: int, share: float | None, batch: Asked
+    ) -> list[tuple[Pattern, float | None]]:
+        """The members of families that cost this share, and what was counted; without one those of the paper."""
+        if share is None:
+            return [(published(method, self.source.measure.grid), None) for method in methods]
+        layers = self._layers(batch)
+
+        def member(method: str) -> tuple[Pattern, float]:
+            # The ladder is that of the asked length, so that tasks try the same members and share their programs.
+            return member_of_cost(FAMILIES[method].ladder(tokens), share, layers, self.costs, Blocks())
+
+        with ThreadPoolExecutor(max_workers=len(methods)) as pool:  # compiling takes most of it, and little memory
+            return list(pool.map(member, methods))
+
+    def _layers(self, batch: Asked) -> list[PlanInputs]:
+        """What plans read of the layers looked at."""
+        wanted = layers_looked_at(self.model.config.num_layers)
+        prompt = self.source.processor(list(batch.samples[0].parts), cuts_on_device=True)
+        captured = captured_layers(self.model, prompt, blocks=Blocks(), num_layers=wanted[-1] + 1)
+        return [PlanInputs(x.q, x.k, x.layout) for n, x in enumerate(captured) if n in wanted]
+
+
+def layers_looked_at(num_layers: int) -> list[int]:
+    """Numbers of layers evenly over the depth, each amid its share of them: 1, 3, 5, 7 of 8."""
+    count = min(NUM_LAYERS_LOOKED_AT, num_layers)
+    return [int((n + 0.5) * num_layers / count) for n in np.arange(count)]

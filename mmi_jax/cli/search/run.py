@@ -1,0 +1,146 @@
+"""What `mmi search` does: prompts, trials, the best table within the budget, the held-out check, the file."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from mmi_jax import PatternTable
+from mmi_jax.bench.machine import machine
+from mmi_jax.cli import console
+from mmi_jax.cli.digest import run_on
+from mmi_jax.cli.search.options import SearchTask
+from mmi_jax.cli.search.prompts import Prompts, calibration_prompts, held_out_prompts, weighed_prompts
+from mmi_jax.cli.show.table_view import print_table
+from mmi_jax.method.tables.cost_model import CostModel
+from mmi_jax.search.best import Best, best_choice, shares_of_dense
+from mmi_jax.search.candidates import Candidates
+from mmi_jax.search.costs import cost_models, default_costs
+from mmi_jax.search.journal import Journal
+from mmi_jax.search.measure import FIELDS, modalities_of
+from mmi_jax.search.run import Search
+from mmi_jax.search.scores import Scores
+from mmi_jax.search.sensitivity import CUT
+from mmi_jax.search.trials import first_trials
+from models.huggingface.hub import locate
+from models.prompt import Prompt
+from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.weights import load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A finished search: the table, and the errors behind it."""
+
+    table: PatternTable
+    calibration_error: float
+    held_out_error: float | None
+
+
+def run_search(task: SearchTask) -> Found:
+    """Searches, writes the table and prints it.
+
+    Raises:
+      ValueError: a prompt cannot be made, the work file is another search's, or the target is out of reach; what was
+        measured stays in the work file.
+    """
+    out = console.stderr_console()
+    directory = locate(task.model)
+    processor = Processor.from_directory(directory)
+    with console.spinner("prompts"):
+        prompts = calibration_prompts(processor, task.calibration)
+        weighed = weighed_prompts(processor, task.calibration) if task.weigh else None
+        held_out = held_out_prompts(processor, task.calibration)
+    candidates = task.read_candidates()
+    journal = Journal(task.work, _run_of(task, directory, prompts, weighed))
+    with console.progress_bar("loading weights", "tensors") as on_tensor:
+        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+    name = task.costs or default_costs()
+    costs = cost_models()[name]
+    out.print(forecast(candidates, prompts.by_name, model.config, name, costs), markup=False, soft_wrap=True)
+    start = time.perf_counter()
+    with console.work_bar("trials") as on_trial:
+        search = Search(model=model, journal=journal, on_trial=on_trial)
+        weights = search.weigh(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
+        scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
+    with console.spinner("choosing"):
+        best = best_choice(scores, task.dial.target, costs, excluded=task.excluded)
+    on_others = None
+    if held_out.by_name:
+        with console.work_bar("trials") as on_trial:
+            search = dataclasses.replace(search, on_trial=on_trial)
+            search.measure(held_out.by_name, best.trials, "held-out prompts", answer_rows=held_out.answer_rows)
+        on_others = search.scores(held_out.by_name, best.trials, weights)
+    provenance = _provenance(task, journal, name, best, scores, costs, on_others)
+    provenance["seconds of this run"] = f"{time.perf_counter() - start:.0f}"
+    table = PatternTable(
+        layers=tuple(tuple(choice.pattern for choice in row) for row in best.choices),
+        model=Path(task.model).name,
+        provenance=provenance,
+        scores=best.scores,
+    )
+    table.save(task.output)
+    print_table(table, console.stdout_console())
+    print(f"wrote {task.output}")
+    held_out_error = None if on_others is None else best.error_on(on_others)
+    return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
+
+
+def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
+    """What the trials' figures are and depend on: a work file of anything else is refused."""
+    run = run_on(task.model, directory, task.dtype)
+    run |= {"measured": ", ".join(FIELDS), "calibration": prompts.description}
+    return run if weighed is None else run | {"heads weighed": f"by {CUT} on {weighed.description}"}
+
+
+def _provenance(
+    task: SearchTask, journal: Journal, cost_name: str, best: Best, scores: Scores, costs: CostModel,
+    on_others: Scores | None,
+) -> dict[str, str]:  # fmt: skip
+    """How the table was found, as text by name."""
+    candidates = task.read_candidates()
+    error = best.error_on(scores)
+    where = machine()
+    found = {
+        "source": "mmi search",
+        **journal.run,
+        "target": str(task.dial.target),
+        "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
+        "attention cost": _dearest(best.shares, "calibration prompt"),
+        "error": f"{error:.6g} (mean over heads{', by their weight,' if task.weigh else ''} of the relative squared "
+        "error of the attention output; half of it is that of the rows from which answers are read, where a prompt has "
+        "such)",
+        "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
+        f"{len(scores.by_trial)} trials",
+        "excluded": ", ".join(sorted(task.excluded)) or "nothing",
+        "date": where["date"],
+        "commit": where["commit"],
+        "jax": where["jax"],
+    }
+    if on_others is not None:
+        held_out_error = best.error_on(on_others)
+        found["held-out cost"] = _dearest(shares_of_dense(best.choices, on_others, costs), "held-out prompt")
+        found["held-out error"] = f"{held_out_error:.6g} ({held_out_error / max(error, 1e-12) - 1:+.1%})"
+    return found
+
+
+def _dearest(shares: Mapping[str, float], what: str) -> str:
+    """The cost of the prompt with the largest one, and the mean beside it."""
+    name, share = max(shares.items(), key=lambda item: item[1])
+    mean = sum(shares.values()) / len(shares)
+    return f"{share:.4f} of dense, speed-up {1 / share:.2f}, on the dearest {what} ({name}); {mean:.4f} on their mean"
+
+
+def forecast(candidates: Candidates, prompts: Mapping[str, Prompt], config, cost_name: str, costs: CostModel) -> str:
+    """How many calls the search makes, and how long they take where the cost model is in milliseconds."""
+    first = next(iter(prompts.values()))
+    trials = first_trials(candidates, modalities_of(first.layout))
+    calls = len(trials) * config.num_layers * len(prompts)
+    text = f"{len(trials)} trials x {config.num_layers} layers x {len(prompts)} prompts = {calls:,} attention calls"
+    if cost_name == "tiles":
+        return text
+    tokens = max(prompt.tokens.shape[1] for prompt in prompts.values())
+    most = calls * costs.dense(config.num_heads, tokens) / 1e3
+    return f"{text}, at most {most:.0f} s by the cost model of {cost_name}, beside compiling {len(trials)} programs"

@@ -1,0 +1,1 @@
+"""New tokens from the KV cache of a prefill."""

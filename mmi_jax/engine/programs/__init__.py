@@ -1,0 +1,1 @@
+"""Compiled programs of the layers, and the cache that keeps executables on disk."""

@@ -1,0 +1,91 @@
+"""Compiled programs kept on disk by what they are made of, so that a new process need not trace them.
+
+JAX's persistent cache is asked with the lowered program, and tracing and lowering 28 different layers takes a minute
+or more of Python. Its keys hold the numbers that JAX 0.11.2 gives the Mosaic kernels of a process, too, so that they
+depend on what was lowered before. The keys here are made of patterns, shapes, sources, versions, device and settings.
+
+The entries lie beside JAX's own, where `jax_compilation_cache_dir` says; without one nothing is kept. As JAX says of
+serialized programs: whoever can write the directory can run code in the process that reads it.
+"""
+
+import os
+import pickle
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
+
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "MOSAIC_GPU_")
+"""How the names of the environment's variables begin that compilers read."""
+
+UNREAD = ("cache", "log", "dump", "traceback")
+"""Settings of JAX whose names contain one of these do not change a program."""
+
+
+def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
+    """Where a program is kept; None where nothing is, or where it cannot be told from others.
+
+    Args:
+      what: everything it depends on besides the arguments' shapes, with `mesh` None.
+      options: of the compiler.
+    """
+    directory, device = jax.config.values["jax_compilation_cache_dir"], _device_of(args)
+    if not directory or device is None:
+        return None
+    leaves, tree = jax.tree.flatten(args)
+    settings = {k: repr(v) for k, v in jax.config.values.items() if not any(word in k for word in UNREAD)}
+    about = (
+        [(leaf.shape, jax.numpy.dtype(leaf.dtype)) for leaf in leaves],
+        tree,
+        options,
+        (device.platform, device.device_kind, device.id, device.client.platform_version),
+        sorted(settings.items()),
+        sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)),
+    )
+    try:
+        key = digest((name, what, about), "mmi_jax", "pallas_kernels", "jax", "jaxlib", "flax")
+    except NoFingerprintError:
+        return None
+    return Path(directory) / f"prefill_{name}-{key}-cache"
+
+
+def read(entry: Path, args: tuple) -> Any:
+    """The program kept there for such arguments; None, with a warning, where it cannot be read."""
+    in_tree = jax.tree.structure((args, {}))
+    try:
+        serialized, out_tree = pickle.loads(entry.read_bytes())
+        return serialize_executable.deserialize_and_load(
+            serialized, in_tree, out_tree, execution_devices=[_device_of(args)]
+        )
+    except Exception as error:  # whatever a killed process, a full disk or another driver leaves
+        warnings.warn(f"the kept program {entry.name[:32]} is unreadable and compiled again: {error}", stacklevel=2)
+        entry.unlink(missing_ok=True)
+        return None
+
+
+def write(entry: Path | None, compiled: Any) -> None:
+    """Keeps the program; a warning where the disk does not take it."""
+    if entry is None:
+        return
+    serialized, _, out_tree = serialize_executable.serialize(compiled)
+    try:
+        with tempfile.TemporaryDirectory(dir=entry.parent) as directory:  # nothing half-written bears the entry's name
+            written = Path(directory) / "program"
+            written.write_bytes(pickle.dumps((serialized, out_tree)))
+            written.replace(entry)
+    except OSError as error:
+        warnings.warn(f"the program {entry.name[:32]} is not kept: {error}", stacklevel=2)
+
+
+def _device_of(args: tuple) -> Any:
+    """The one device that the arguments lie on, the default one for shapes; None for several."""
+    found = set()
+    for leaf in jax.tree.leaves(args):
+        found |= getattr(getattr(leaf, "sharding", None), "device_set", set())
+    devices = found or set(jax.devices()[:1])
+    return devices.pop() if len(devices) == 1 else None

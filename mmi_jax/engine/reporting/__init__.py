@@ -1,0 +1,1 @@
+"""What a prefill reports, and where its device time goes."""

@@ -1,0 +1,1 @@
+"""The method: from patterns to plans, and from plans to attention."""

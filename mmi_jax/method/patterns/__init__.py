@@ -1,0 +1,14 @@
+"""The patterns: one file each, a union of frozen dataclasses with a single duty, `parts`."""
+
+from mmi_jax.method.patterns.base import Pattern as Pattern
+from mmi_jax.method.patterns.block_top_k import BlockTopK as BlockTopK
+from mmi_jax.method.patterns.boundary import Boundary2D as Boundary2D
+from mmi_jax.method.patterns.boundary import QBoundary as QBoundary
+from mmi_jax.method.patterns.dense import Dense as Dense
+from mmi_jax.method.patterns.grid import Grid as Grid
+from mmi_jax.method.patterns.static import SparseTransformerFixed as SparseTransformerFixed
+from mmi_jax.method.patterns.static import SparseTransformerStrided as SparseTransformerStrided
+from mmi_jax.method.patterns.static import SwinWindow as SwinWindow
+from mmi_jax.method.patterns.streaming import AShape as AShape
+from mmi_jax.method.patterns.streaming import TriShape as TriShape
+from mmi_jax.method.patterns.vertical_slash import VerticalSlash as VerticalSlash

@@ -1,0 +1,36 @@
+"""Dense: every query sees every key before it."""
+
+import dataclasses
+
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
+from mmi_jax.method.query_parts import Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Pattern):
+    """Causal attention, nothing left out.
+
+    1 0 0 0
+    1 1 0 0
+    1 1 1 0
+    1 1 1 1
+    """
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return mean_up_to(num_kv_blocks, num_kv_blocks)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part that sees everything."""
+        return [all_keys_part(scope)]
+
+
+def all_keys_part(scope: Scope) -> Part:
+    """The scope's members, each seeing all keys of the group."""
+    return Part(member=scope.member, visits=scope.all_keys(), max_blocks=scope.bound(-(-scope.num_kv_blocks // 8)))

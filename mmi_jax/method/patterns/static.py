@@ -1,0 +1,179 @@
+"""Static baselines: Sparse Transformer (Child et al. 2019), fixed and strided, and Swin's 3-D shifted windows."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.kv_views import Group, KeyView, SortedBy, View
+from mmi_jax.method.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
+from mmi_jax.method.patterns.checks import check_at_least
+from mmi_jax.method.patterns.dense import all_keys_part
+from mmi_jax.method.patterns.streaming import window_blocks, window_part
+from mmi_jax.method.query_parts import Part, QBlocks, Runs, blocks_between, sinks
+from mmi_jax.method.token_groups import NO_KEY, Key, PositionPhase, Window3D
+from pallas_kernels.block_index import NO_LIMIT
+from pallas_kernels.estimate.top_k import places_of
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTransformerStrided(Pattern):
+    """A local window of one stride, and every key whose distance is a multiple of the stride.
+
+    `SparseTransformerStrided(stride=2)` over 6 tokens:
+
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        0 1 1 1 0 0
+        1 0 1 1 1 0
+        0 1 0 1 1 1
+
+    Queries and keys of one phase fill blocks of their own; neighbours that share such a block are attended too.
+
+    Args:
+      stride: period and window; tokens per frame in the paper's baseline (Table 3).
+    """
+
+    stride: int
+
+    def __post_init__(self):
+        """Raises ValueError for a stride below 2."""
+        check_at_least(self, stride=2)
+
+    def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
+        """The keys sorted by position modulo the stride."""
+        return (SortedBy(PositionPhase(self.stride), 0, group),)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        dilated = num_kv_blocks / 2 / self.stride + 1
+        return mean_up_to(window_blocks(0, self.stride, blocks) + dilated, num_kv_blocks)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """The window, and the same queries again sorted by phase."""
+        blocks = scope.blocks
+        view = scope.geometry.view(self.views(scope.group, blocks)[0])
+        per_q_block = -(-scope.num_kv_blocks // self.stride) + 2
+        dilated = sorted_part(
+            scope, PositionPhase(self.stride), view, scope.bound(per_q_block), (self.stride, NO_LIMIT)
+        )
+        return [window_part(scope, 0, self.stride), dataclasses.replace(dilated, view=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTransformerFixed(Pattern):
+    """Attention inside each segment, and from every query to the first token of every segment.
+
+    `SparseTransformerFixed(stride=3)` over 6 tokens:
+
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 0 0 1 0 0
+        1 0 0 1 1 0
+        1 0 0 1 1 1
+
+    A q block that straddles segments sees the whole of both, as far as causality lets it. Among the keys of one
+    modality the first token of a segment is the first that the modality has there.
+
+    Args:
+      stride: tokens in a segment; tokens per frame in the paper's baseline (Table 3).
+    """
+
+    stride: int
+
+    def __post_init__(self):
+        """Raises ValueError for a stride below 2."""
+        check_at_least(self, stride=2)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        segment = (self.stride / 2 + blocks.q) / blocks.kv + 1
+        return mean_up_to(segment + num_kv_blocks / self.stride, num_kv_blocks)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part in prompt order; the segments' first tokens are gathered."""
+        blocks, view = scope.blocks, scope.view
+
+        def segment(q_blocks: QBlocks) -> list[Runs]:
+            first = view.rank(q_blocks.lowest // self.stride * self.stride)
+            return [blocks_between(view, first, view.rank(q_blocks.highest + 1), blocks)]
+
+        segment_of_row = view.pos // self.stride
+        is_first = (view.order >= 0) & (segment_of_row != jnp.roll(segment_of_row, 1).at[0].set(-2))
+        max_blocks = scope.bound(-(-(self.stride + blocks.q) // blocks.kv) + 2) + scope.num_kv_blocks
+        columns = gathered_columns(scope, places_of(is_first, -(-len(view.order) // self.stride)))
+        return [Part(member=scope.member, visits=segment, max_blocks=max_blocks, columns=(columns,))]
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinWindow(Pattern):
+    """Vision tokens see their own window of frames, rows and columns and the sinks; text queries see everything.
+
+    Args:
+      frames, rows, columns: the window's extent in merged tokens.
+      is_shifted: windows displaced by half their extent, as in every second Swin layer.
+      sink: first keys that everyone sees, rounded up to whole kv blocks; tokens.
+    """
+
+    frames: int = 8
+    rows: int = 8
+    columns: int = 8
+    is_shifted: bool = False
+    sink: int = 128
+
+    def __post_init__(self):
+        """Raises ValueError for an empty window."""
+        check_at_least(self, frames=1, rows=1, columns=1, sink=0)
+
+    @property
+    def _key(self) -> Window3D:
+        return Window3D(self.frames, self.rows, self.columns, self.is_shifted)
+
+    def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
+        """The keys sorted by window."""
+        return (SortedBy(self._key, self.sink, group),)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        window = self.frames * self.rows * self.columns / blocks.kv + 1
+        return mean_up_to(window + -(-self.sink // blocks.kv), num_kv_blocks)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """The vision queries sorted by window, and all others."""
+        blocks = scope.blocks
+        view = scope.geometry.view(self.views(scope.group, blocks)[0])
+        q_key, _ = scope.geometry.queries_by(self._key)
+        bound = scope.bound(-(-self.frames * self.rows * self.columns // blocks.kv) + 3 + -(-self.sink // blocks.kv))
+        windows = sorted_part(scope.restrict(q_key != NO_KEY), self._key, view, bound, (0, NO_LIMIT), self.sink)
+        return [windows, all_keys_part(scope.restrict(q_key == NO_KEY))]
+
+
+def sorted_part(
+    scope: Scope, key: Key, view: KeyView, max_blocks: int, interval: tuple[int, int], sink: int = 0
+) -> Part:
+    """Queries sorted by `key`, each seeing the keys of the keys in its q block, and the sinks."""
+    blocks = scope.blocks
+    q_key, q_order = scope.geometry.queries_by(key)
+
+    def visits(q_blocks: QBlocks) -> list[Runs]:
+        own = blocks_between(view, *view.rows_of_key(*q_blocks.extent(q_key)), blocks, interval)
+        return [own, sinks(scope.view, q_blocks, sink, blocks)]
+
+    return Part(member=scope.member, visits=visits, max_blocks=max_blocks, order=q_order)

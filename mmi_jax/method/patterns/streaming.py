@@ -1,0 +1,108 @@
+"""A-shape and Tri-shape: sinks and a local window, fixed before the prompt is seen (StreamingLLM; paper App. C.3)."""
+
+import dataclasses
+
+from mmi_jax.method.block_sizes import Blocks
+from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
+from mmi_jax.method.patterns.checks import check_at_least
+from mmi_jax.method.patterns.dense import all_keys_part
+from mmi_jax.method.query_parts import Part, last_members, sink_and_window
+
+
+@dataclasses.dataclass(frozen=True)
+class AShape(Pattern):
+    """Attention sinks at the start and a local window before each query.
+
+    `AShape(sink=1, local=2)` over 6 tokens:
+
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 0 1 1 0 0
+        1 0 0 1 1 0
+        1 0 0 0 1 1
+
+    Args:
+      sink: first keys that everyone sees, rounded up to whole kv blocks; tokens (Table 3: 128).
+      local: nearest keys, the query's own included, exact to the token (Table 3: 4096).
+    """
+
+    sink: int = 128
+    local: int = 4096
+
+    def __post_init__(self):
+        """Raises ValueError for a negative sink or a window without the query itself."""
+        check_at_least(self, sink=0, local=1)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        return mean_up_to(window_blocks(self.sink, self.local, blocks), num_kv_blocks)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """One part in prompt order."""
+        return [window_part(scope, self.sink, self.local)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TriShape(Pattern):
+    """A-shape whose last queries see everything.
+
+    `TriShape(sink=1, local=2, last=1)` over 6 tokens:
+
+        1 0 0 0 0 0
+        1 1 0 0 0 0
+        1 1 1 0 0 0
+        1 0 1 1 0 0
+        1 0 0 1 1 0
+        1 1 1 1 1 1
+
+    Args:
+      sink, local: as in `AShape`.
+      last: queries at the end of the prompt that see every key (Table 3: 128).
+    """
+
+    sink: int = 128
+    local: int = 4096
+    last: int = 128
+
+    def __post_init__(self):
+        """Raises ValueError for sizes out of range."""
+        check_at_least(self, sink=0, local=1, last=1)
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: fixed before the prompt is seen."""
+        return False
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """Kv blocks that a q block typically visits, see `Pattern`."""
+        window = mean_up_to(window_blocks(self.sink, self.local, blocks), num_kv_blocks)
+        return window + self.last / blocks.q  # so many rows of `num_kv_blocks`, over as many rows
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """The window's part and the last queries' part."""
+        is_last = last_members(scope.member, self.last)
+        return [
+            window_part(scope.restrict(~is_last), self.sink, self.local),
+            all_keys_part(scope.restrict(is_last)),
+        ]
+
+
+def window_blocks(sink: int, local: int, blocks: Blocks) -> int:
+    """Kv blocks that a q block touches for sinks and a local window."""
+    return -(-sink // blocks.kv) + -(-(local + blocks.q) // blocks.kv) + 1
+
+
+def window_part(scope: Scope, sink: int, local: int) -> Part:
+    """The scope's members, each seeing the sinks and its local window."""
+    blocks = scope.blocks
+    return Part(
+        member=scope.member,
+        visits=lambda q_blocks: sink_and_window(scope.view, q_blocks, sink, local, blocks),
+        max_blocks=scope.bound(window_blocks(sink, local, blocks) + 1) + scope.num_kv_blocks,
+    )

@@ -1,0 +1,1 @@
+"""A pattern for every layer and head: the table, its JSON, and what a pattern costs."""

@@ -1,0 +1,1 @@
+"""Pictures of masks, tables and head plans."""

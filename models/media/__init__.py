@@ -1,0 +1,1 @@
+"""Videos and images from files, streams and arrays."""

@@ -1,0 +1,50 @@
+"""`mmi bench batch`: three ways to the same logits, timed."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from tiny_preset import TINY
+
+from mmi_jax import AShape, PatternTable
+from mmi_jax.cli import main
+from mmi_jax.cli.bench.batch import measured, requests_of
+from models.qwen2_5_vl import presets
+
+
+@pytest.mark.slow
+def test_the_three_ways_give_the_same_logits(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    PatternTable(layers=((AShape(128, 256),) * 6,)).save(table := tmp_path / "table.json")
+    arguments = ["--preset", "tiny", "--layers", "1", "--table", str(table), "--repeats", "1", "--debug"]
+    arguments += [text for n in (1024, 1800, 1024) for text in ("--tokens", str(n))]
+    assert main(["bench", "batch", *arguments]) == 0
+    out = capsys.readouterr().out
+    case = json.loads(out.strip().splitlines()[-1])["cases"][0]
+    assert case["batches"] == [1, 2] and case["tokens"] == 3848
+    assert all(other["logits_difference"] < 1e-5 for other in case["others"]) and "one padded batch" in out
+
+
+def test_all_that_the_ways_run_is_compiled_before():
+    requests = requests_of(TINY, [1024, 1800, 1000], {"table": AShape(128, 256), "measures_recall": False})
+    assert {(one.sizes.padded, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
+    assert len(requests) == 4 and not any(one.measures_recall for one in requests)
+
+
+def test_figures_of_the_ways_stand_beside_ours():
+    asked = []
+
+    def run(way):
+        asked.append(way)
+        time.sleep(1e-3)
+        return np.full((3, 2), 2.0 if way == "many" else 1.0)
+
+    figures = measured(run, [1024, 1800, 1000], 2)
+    assert asked == [way for way in ("many", "padded", "alone") for _ in range(3)]
+    assert (figures["tokens"], figures["padded_tokens"], figures["batches"]) == (3824, 2 * 1024 + 1920, [1, 2])
+    padded, alone = figures["others"]
+    assert padded["padded_tokens"] == 3 * 1920 and alone["padded_tokens"] == figures["padded_tokens"]
+    assert padded["logits_difference"] == pytest.approx(1.0) and padded["speedup"] > 0
+    failing = measured(lambda way: run(way) * (np.nan if way == "padded" else 1.0), [1024], 1)
+    assert "logits must be finite" in failing["others"][0]["error"] and "error" not in failing["others"][1]

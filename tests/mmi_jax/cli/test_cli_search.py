@@ -1,0 +1,396 @@
+"""`mmi search`, `mmi niah` and `mmi qa` on the demo's model: what they write, that they go on, what they refuse."""
+
+import csv
+import dataclasses
+import json
+from typing import Any
+
+import av
+import jax
+import numpy as np
+import pytest
+
+import mmi_jax
+from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
+from mmi_jax.cli import main
+from mmi_jax.cli.niah.answers import Answers, Asked, ask_in_batches
+from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.niah.results import heat_maps, means_table, remember_methods, results_of
+from mmi_jax.cli.niah.run import Runner
+from mmi_jax.cli.niah.sizes import Sizes, layers_looked_at
+from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.method.tables.pattern_table import load_table, uniform_table
+from mmi_jax.search.costs import cost_models
+from mmi_jax.search.journal import Journal
+from models.demo import build_demo_model
+from models.small.config import small_processor
+
+TOKENS = "700"  # 64 of them for every two frames
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("models") / "demo"
+    build_demo_model(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def candidates(tmp_path) -> str:
+    path = tmp_path / "candidates.json"
+    path.write_text(json.dumps([{"pattern": "AShape", "sink": 128, "local": 64}]))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candidates, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "table.json"
+    options = ["search", "--model", model, "--task", "v-niah", "--tokens", TOKENS, "--held-out-samples", "1"]
+    options += ["--dtype", "float32", "--candidates", candidates, "--output", str(output), "--costs", "tiles"]
+    assert main([*options, "--target-density", "0.9"]) == 0
+    table = load_table(output)
+    assert table.scores is not None and (table.num_layers, table.num_heads) == (4, 8)
+    assert AShape(128, 64) in sum(table.layers, ()) and len(set(sum(table.layers, ()))) > 1
+    assert np.mean(table.scores.density) <= 0.9 + 1e-6
+    assert {"weights", "calibration", "device", "date", "commit", "target", "held-out error"} <= set(table.provenance)
+    printed = capsys.readouterr().out
+    assert "error of each head, per mille" in printed and "cost of each head" in printed and "share of time" in printed
+    work = (tmp_path / "table.work.jsonl").read_bytes()
+    monkeypatch.setattr("mmi_jax.search.measure.measured", lambda *_, **__: pytest.fail("a trial ran again"))
+    assert main([*options, "--target-density", "1", "--exclude", "AShape"]) == 0
+    assert {p for row in load_table(output).layers for p in row} == {Dense()}
+    assert (tmp_path / "table.work.jsonl").read_bytes() == work
+    assert main(["search", *options[1:], "--target-density", "0.9", "--seed", "7"]) == 2
+    assert "holds the pieces of another run: calibration was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "search needs --model DIRECTORY_OR_HUB_NAME, or --from-minference FILE"),
+        (["--model", "m"], "one of --target-speedup and --target-density: got None and None"),
+        (["--model", "m", "--target-speedup", "2", "--target-density", "0.5"], "one of --target-speedup and"),
+        (["--model", "m", "--target-speedup", "0.5"], "a target speed-up must be at least 1, got 0.5"),
+        (["--model", "m", "--target-density", "0"], "a target density must be above 0 and at most 1, got 0.0"),
+        (["--model", "m", "--target-density", "0.5"], "search needs calibration prompts"),
+        (["--model", "m", "--target-density", "0.5", "--video", "absent.mp4"], "no such file: absent.mp4"),
+        (
+            ["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--exclude", "Gird"],
+            "--exclude must name patterns, AShape",
+        ),
+        (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--costs", "x"], "--costs must be one of"),
+        (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--candidates", "x"], "or a JSON file"),
+        (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--scale", "0"], "a positive factor, got 0"),
+    ],
+)
+def test_what_a_search_refuses_before_it_loads_anything(options, message, tmp_path, capsys):
+    assert main(["search", "--output", str(tmp_path / "table.json"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "table.json").exists()
+
+
+MINFERENCE = [
+    {"0": ["vertical_and_slash", 1000, 6096, 336], "1": ["stream_llm", 128, 1024, 5]},
+    {"0": ["block_sparse", 10, 1, 0.9], "1": ["vertical_and_slash", 10, 20, 1]},
+]
+
+
+def test_a_table_of_minference_is_shown_and_converted(tmp_path, capsys):
+    path = tmp_path / "minference.json"
+    path.write_text(json.dumps(MINFERENCE))
+    assert main(["show", str(path)]) == 0
+    assert "VerticalSlash(vertical=1000, slash=6096" in capsys.readouterr().out
+    assert main(["search", "--from-minference", str(path), "--output", str(tmp_path / "table.json")]) == 0
+    layers = load_table(tmp_path / "table.json").layers
+    assert layers[0] == (VerticalSlash(1000, 6096, local=100), AShape(128, 1024))
+    assert repr(layers[1]) == "(BlockTopK(num_blocks=50), VerticalSlash(vertical=30, slash=50, local=100, last_q=64))"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "a table of MInference is a list over layers"),
+        (
+            [{"0": ["vertical_and_slash", 1, 2, 3], "2": ["stream_llm", 1, 2, 3]}],
+            "layer 0: heads must be numbered 0 to 1",
+        ),
+        ([{"0": ["dense", 1, 2, 3]}], "layer 0, head 0: a head must be"),
+        ([{"0": ["vertical_and_slash", "many", 2, 3]}], "layer 0, head 0: a head must be"),
+    ],
+)
+def test_what_is_no_table_of_minference(value, message, tmp_path, capsys):
+    path = tmp_path / "minference.json"
+    path.write_text(json.dumps(value))
+    assert main(["search", "--from-minference", str(path), "--output", str(tmp_path / "table.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys, monkeypatch):
+    uniform_table(AShape(sink=128, local=32), num_layers=4, num_heads=8).save(tmp_path / "ours.json")
+    output = tmp_path / "niah"
+    options = ["niah", "--model", model, "--task", "v-niah", "--tokens", TOKENS, "--depths", "2", "--samples", "1"]
+    options += ["--dtype", "float32", "--output", str(output), "--costs", "tiles", "--side-by-side", "2"]
+    options += ["--table", str(tmp_path / "ours.json"), "--method", "dense", "--method", "ours", "--method", "a-shape"]
+    prefill, calls = mmi_jax.prefill, []
+
+    def killed(*args, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(kwargs["table"])
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr(mmi_jax, "prefill", killed)
+    assert main(options) == 130
+    assert not (output / "results.csv").exists()
+    monkeypatch.setattr(mmi_jax, "prefill", prefill)
+    assert main(options) == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        "cells.jsonl",
+        "results.csv",
+        "results.json",
+        "v_niah.png",
+    ]
+    with open(output / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["depth"]) for row in rows] == [
+        (name, depth) for depth in ("0.0", "1.0") for name in ("dense", "ours", "a-shape")
+    ]
+    share = {row["method"]: float(row["cost share"]) for row in rows}
+    assert share["dense"] == pytest.approx(1, abs=0.05) and share["ours"] < 0.95
+    assert share["a-shape"] == pytest.approx(share["ours"], rel=0.1)
+    cells = (output / "cells.jsonl").read_bytes()
+    monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a cell ran again"))
+    assert main(options) == 0 and (output / "cells.jsonl").read_bytes() == cells
+    assert "not equal" not in capsys.readouterr().out
+    monkeypatch.setattr(mmi_jax, "prefill", prefill)
+    first = rows
+    assert main([*options[: options.index("--method")], "--method", "minference"]) == 0
+    with open(output / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row for row in rows if row["method"] != "minference"] == first and len(rows) == 8
+    assert "% (not equal)" in capsys.readouterr().out  # its smallest size costs more than ours at 700 tokens
+
+
+def niah_task(directory, **changes) -> NiahTask:
+    values: dict[str, Any] = dict(
+        model="m", tasks=("v_niah",), haystack="generated", tokens=(1024,), num_depths=1, samples=1,
+        methods=("a-shape", "swin"), tables={}, match_to="dense", margin=0.1, output=directory, dtype="float32",
+        costs=None, batch=1, side_by_side=1, seed=0,
+    )  # fmt: skip
+    return NiahTask(**values | changes)
+
+
+def sizes_of(directory, **changes) -> Sizes:
+    source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
+    journal = Journal(directory / "cells.jsonl", {"model": "m"})
+    task = niah_task(directory, **changes)
+    return Sizes(task=task, model=None, source=source, costs=cost_models()["tiles"], journal=journal)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Asked:
+    source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
+    sample = source.sample("v_niah", num_tokens=1024, depth=0.5, seed=0)
+    return ask_in_batches(source.processor, [sample], batch=1, num_rows=1)[0]
+
+
+def answers(cost: float) -> Answers:
+    return Answers(correct=1, asked=1, cost=cost, dense_cost=1.0, density=cost, prompt_tokens=1024.0)
+
+
+def cell(method: str, cost: float, task: str = "v_niah", tokens: int = 1024, depth: float = 0.5) -> dict[str, Any]:
+    place = {"kind": "cell", "task": task, "tokens": tokens, "depth": depth, "method": method}
+    return place | dataclasses.asdict(answers(cost)) | {"pattern": "x"}
+
+
+@pytest.fixture
+def sized(monkeypatch) -> list[tuple[str, int, float | None]]:
+    """Which baselines got a size, for how many tokens and to cost what; the size is a thousand times that."""
+    found = []
+
+    def sizes(self, methods, tokens, share, batch):
+        found.extend((method, tokens, share) for method in methods)
+        return [(AShape(sink=128, local=round(1000 * share)), share) for _ in methods]
+
+    monkeypatch.setattr(Sizes, "_sized", sizes)
+    return found
+
+
+def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_cell_costs(
+    tmp_path, monkeypatch, sized, batch
+):
+    monkeypatch.setattr("mmi_jax.cli.niah.sizes.answer", lambda *_: pytest.fail("the matched method was asked again"))
+    for row in (cell("dense", 0.2), cell("dense", 0.3, task="mm_niah"), cell("dense", 0.4, tokens=2048)):
+        sizes_of(tmp_path).journal.add(row)
+    for _ in range(2):  # the second as after a kill: from the journal alone
+        sizes = sizes_of(tmp_path)
+        assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(128, 200)}
+        both = sizes.fit(["swin", "a-shape"], "mm_niah", 1024, batch)
+        assert both == {"swin": AShape(128, 300), "a-shape": AShape(128, 300)}
+        assert sizes.fit(["a-shape"], "v_niah", 2048, batch) == {"a-shape": AShape(128, 400)}
+    assert sized == [("a-shape", 1024, 0.2), ("swin", 1024, 0.3), ("a-shape", 1024, 0.3), ("a-shape", 2048, 0.4)]
+
+
+def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(tmp_path, monkeypatch, sized, batch):
+    costs = iter((0.2, 0.3))
+    monkeypatch.setattr("mmi_jax.cli.niah.sizes.answer", lambda *_: answers(next(costs)))
+    for _ in range(2):
+        sizes = sizes_of(tmp_path)
+        for method in ("a-shape", "swin"):
+            sizes.fit([method], "v_niah", 1024, batch)
+            sizes.fit([method], "mm_niah", 1024, batch)
+    assert sized == [(method, 1024, share) for method in ("a-shape", "swin") for share in (0.2, 0.3)]
+    assert next(costs, None) is None
+
+
+def test_without_a_method_to_match_sizes_are_those_of_the_paper(tmp_path, batch):
+    sizes = sizes_of(tmp_path, match_to=None)
+    assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(sink=128, local=4096)}
+
+
+def test_the_matched_method_is_asked_before_the_baselines_whatever_the_order(tmp_path, monkeypatch, sized):
+    asked = []
+
+    def answer(model, batches, pattern, costs):
+        asked.append(pattern)
+        return answers(1.0 if pattern is None else 0.9)
+
+    monkeypatch.setattr("mmi_jax.cli.niah.run.answer", answer)
+    sizes = sizes_of(tmp_path, methods=("a-shape", "dense"))
+    runner = Runner(task=sizes.task, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
+    place = ("v_niah", 1024, 0)
+    runner.fill(place, runner.batches(*place), lambda step: None)
+    assert asked == [None, AShape(128, 1000)] and sized == [("a-shape", 1024, 1.0)]
+    assert not runner.missing(place, sizes.task.methods)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"), [(1, [0]), (3, [0, 1, 2]), (8, [1, 3, 5, 7]), (28, [3, 10, 17, 24])]
+)
+def test_layers_looked_at_are_spread_over_the_depth(num_layers, expected):
+    assert layers_looked_at(num_layers) == expected
+
+
+def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_path):
+    journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
+    remember_methods(journal, ("dense", "ours", "swin"))
+    for method in ("ours", "swin"):  # killed before dense was asked
+        journal.add(cell(method, 0.2, tokens=2048))
+    remember_methods(journal, ("a-shape", "dense"))
+    for method in ("a-shape", "dense"):
+        journal.add(cell(method, 0.2))
+    length = len(journal.rows)
+    remember_methods(journal, ("swin",))
+    assert len(journal.rows) == length
+    results = results_of(niah_task(tmp_path), journal)
+    found = [(c["tokens"], c["method"]) for c in results.cells]
+    assert found == [(1024, "dense"), (1024, "a-shape"), (2048, "ours"), (2048, "swin")]
+    assert list(results.methods) == ["dense", "ours", "swin", "a-shape"]
+    table = means_table("v_niah", results)
+    assert [list(column.cells)[1] for column in table.columns[:3]] == ["ours", "", "100.0%"]
+    titles = [axes.get_title() for axes in heat_maps("v_niah", results).axes]
+    assert titles[:4] == [f"{method}, cost 20.0%" for method in results.methods]
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is_asked):
+    """Also where the matched method is not among the methods. Of both baselines the mean is equal."""
+    journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
+    remember_methods(journal, ("dense", "a-shape", "swin"))
+    for tokens, share in ((1024, 0.4), (2048, 0.2)):
+        if is_asked:
+            journal.add(cell("dense", share, tokens=tokens))
+        else:
+            journal.add({"kind": "share", "task": "v_niah", "tokens": tokens, "method": "dense", "share": share})
+    for method, costs in {"a-shape": (0.41, 0.19), "swin": (0.35, 0.25)}.items():
+        for tokens, cost in zip((1024, 2048), costs, strict=True):
+            journal.add(cell(method, cost, tokens=tokens))
+    table = means_table("v_niah", results_of(niah_task(tmp_path), journal))
+    shown = dict(zip(table.columns[0].cells, table.columns[4].cells, strict=True))
+    assert shown == ({"dense": "30.0%"} if is_asked else {}) | {"a-shape": "30.0%", "swin": "30.0% (not equal)"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "magic"], "unknown method 'magic': expected one of dense, minference"),
+        (["--method", "dense", "--method", "dense"], "a method must be named once"),
+        (["--task", "hay"], "unknown task 'hay': expected one of v-niah"),
+        (["--match-cost", "ours"], "--match-cost must name a method with a table, got 'ours'"),
+        (["--samples", "0"], "must be at least 1"),
+        (["--margin", "-1"], "--margin must be a share of 0 or more, got -1.0"),
+        (["--method", "ours=absent.json"], "absent.json: cannot read a pattern table"),
+    ],
+)
+def test_what_niah_refuses_before_it_loads_anything(options, message, tmp_path, capsys):
+    assert main(["niah", "--model", "m", "--output", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_niah_refuses_prompts_too_short_for_a_task(model, tmp_path, capsys):
+    assert (
+        main(["niah", "--model", model, "--output", str(tmp_path / "out"), "--tokens", "700", "--task", "match"]) == 2
+    )
+    assert "the task needs 32 pairs of frames" in capsys.readouterr().err
+
+
+def write_video(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 32
+        for n in range(4):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 40 * n, np.uint8), format="rgb24"))
+            )
+        container.mux(stream.encode())
+
+
+@pytest.mark.slow
+def test_qa_asks_every_question_once(model, tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    (data / "dataset").mkdir(parents=True)
+    write_video(data / "v_one.mp4")
+    questions = [{"video_name": "one", "question": f"what is {n}", "question_id": f"v_one_{n}"} for n in range(2)]
+    answers = [{"answer": "yes", "type": 3, "question_id": question["question_id"]} for question in questions]
+    (data / "dataset" / "test_q.json").write_text(json.dumps(questions))
+    (data / "dataset" / "test_a.json").write_text(json.dumps(answers))
+    options = ["qa", "--model", model, "--dataset", "activitynet-qa", "--data", str(data), "--dtype", "float32"]
+    options += ["--output", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "2"]
+    assert main(options) == 0
+    assert "yes or no" in capsys.readouterr().out
+    monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a question was asked again"))
+    assert main(options) == 0
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+    assert main([*options, "--pattern", "AShape"]) == 2
+    assert "pieces of another run: patterns was null" in capsys.readouterr().err
+
+
+def test_a_table_with_scores_is_drawn(tmp_path, capsys):
+    from mmi_jax.method.tables.pattern_table import HeadScores
+
+    scores = HeadScores(error=((0.1, 0.0),), density=((0.2, 1.0),), cost=((1.0, 4.0),), dense_cost=4.0)
+    table = PatternTable(layers=((AShape(), Dense()),), scores=scores, provenance={"target": "half"})
+    table.save(tmp_path / "table.json")
+    assert load_table(tmp_path / "table.json") == table
+    assert main(["show", str(tmp_path / "table.json"), "--plots", str(tmp_path / "plots")]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "layer 0  AS1 D1"
+    assert "layer 0   100    0" in lines and "layer 0    25  100" in lines
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["patterns.png", "scores.png"]

@@ -1,0 +1,139 @@
+"""A prefill that goes on from a cache, against the whole prompt in one piece."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import BLOCKS, BUCKETS, STATIC, batch, forward, join, pad, prompt, tiny_model
+
+from mmi_jax import Buckets, Grid, PrefillResult, VerticalSlash, decode
+from mmi_jax import prefill as run_prefill
+from mmi_jax.engine.padded_lengths import Sizes, sizes_for
+from mmi_jax.method.tables.pattern_table import uniform_table
+from mmi_jax.sharding import ONE_DEVICE, Shards
+
+VIDEO = prompt(0, 5, (3, 2, 4))
+MORE = prompt(1, (2, 2, 4), 4)
+QUESTION, OTHER = prompt(2, 11), prompt(3, 7)
+
+
+TWO = Buckets(smallest=64, largest=256, multiple=32)
+SPARSE = (Grid(local=8, sink=0, tail=4, last_q=8), VerticalSlash(4, 4, local=4, last_q=8))
+
+
+def prefill(prompt, **kwargs) -> PrefillResult:
+    """One bucket of 64 tokens in a cache of 128, unless told otherwise: few programs serve all tests."""
+    before = kwargs.get("cache")
+    held = 0 if before is None else int(np.max(getattr(before, "cache", before).lengths))
+    room = 128 - held - prompt.tokens.shape[1]
+    settings: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=room) | kwargs
+    return run_prefill(tiny_model(), prompt, **settings)
+
+
+def assert_same(result, whole, atol=1e-5):
+    """Logits and every real token's keys and values, positions and lengths."""
+    np.testing.assert_allclose(result.logits, whole.logits, atol=atol)
+    np.testing.assert_allclose(result.hidden, whole.hidden, atol=atol)
+    np.testing.assert_array_equal(result.cache.lengths, whole.cache.lengths)
+    np.testing.assert_array_equal(result.cache.next_rope_pos, whole.cache.next_rope_pos)
+    for row, length in enumerate(np.asarray(whole.cache.lengths)):
+        for mine, theirs in zip(jax.tree.leaves(result.cache.layout), jax.tree.leaves(whole.cache.layout), strict=True):
+            np.testing.assert_array_equal(mine[row, :length], theirs[row, :length])
+            assert (np.asarray(mine)[row, length:] == -1).all()
+        for name in ("k", "v"):
+            mine, theirs = (np.asarray(getattr(x.cache, name))[:, row, :length] for x in (result, whole))
+            np.testing.assert_allclose(mine, theirs, atol=atol)
+
+
+@pytest.mark.parametrize("table", [None, STATIC])
+def test_a_video_in_two_chunks_and_a_question_equal_one_shot(table):
+    """None of the pieces fills a block."""
+    first = prefill(VIDEO, table=table)
+    second = prefill(MORE, table=table, cache=first)
+    third = prefill(QUESTION, table=table, cache=second.cache)
+    assert_same(second, prefill(join(VIDEO, MORE), table=table))
+    assert_same(third, prefill(join(VIDEO, MORE, QUESTION), table=table))
+    assert first.cache.k.shape == third.cache.k.shape, "there was room"
+
+
+def test_later_chunks_attend_sparsely_to_all_before():
+    table = uniform_table(SPARSE[0], num_layers=3, num_heads=4)
+    table = dataclasses.replace(table, layers=((SPARSE[0], SPARSE[1]) * 2,) * 3)
+    first = prefill(VIDEO, table=table)
+    second, everything = (prefill(prompt(4, (5, 2, 3), 20), table=t, cache=first) for t in (table, None))
+    assert (second.report.recall[:, :2] < 0.99).any(axis=0).all(), "both patterns must skip something"
+    assert np.abs(everything.logits - second.logits).max() > 1e-3
+    np.testing.assert_array_equal(everything.cache.lengths, second.cache.lengths)
+
+
+def test_one_video_serves_several_questions():
+    video = prefill(VIDEO)
+    before = np.asarray(video.cache.k)
+    answers = [prefill(question, cache=video) for question in (QUESTION, OTHER)]
+    for question, answer in zip((QUESTION, OTHER), answers, strict=True):
+        assert_same(answer, prefill(join(VIDEO, question)))
+    np.testing.assert_array_equal(video.cache.k, before)
+
+
+@pytest.mark.parametrize("room", [0, 36])
+def test_a_cache_that_is_given_up_can_be_reclaimed(room):
+    """Its memory is taken over, or given back where it was too small."""
+    video = prefill(VIDEO, max_new_tokens=room)
+    first = prefill(QUESTION, cache=video, donates_cache=True)
+    assert video.cache.k.is_deleted() and video.cache.v.is_deleted()
+    assert_same(first, prefill(join(VIDEO, QUESTION)))
+    second = prefill(OTHER, cache=video.cache.reclaim(first.cache), donates_cache=True)
+    assert_same(second, prefill(join(VIDEO, OTHER)))
+    if room == 0:
+        with pytest.raises(ValueError, match=r"these prompts and more: this is \(1, 128\), got one of \(1, 64\)"):
+            second.cache.reclaim(video.cache)
+
+
+def test_chunks_batches_and_logits_anywhere():
+    """Two prompts of equal length go on with different ones, in chunks."""
+    starts = prompt(5, (2, 2, 3), 9), prompt(6, 23)  # two of the first one's tokens begin and end its video
+    rests = prompt(7, 3, (3, 2, 4), 8), prompt(8, 20)
+    first = prefill(batch(*starts))
+    at = np.array([[0, 36], [19, 2]])
+    second = prefill(batch(*rests), cache=first, chunk_tokens=16, logits_at=at)
+    wholes = [join(a, b) for a, b in zip(starts, rests, strict=True)]
+    assert_same(second, prefill(batch(*wholes)))
+    everywhere = np.asarray(forward(tiny_model(), pad(batch(*wholes), 64)))
+    assert second.logits_at is not None
+    np.testing.assert_allclose(second.logits_at, everywhere[np.arange(2)[:, None], 23 + at], atol=1e-5)
+
+
+def test_decoding_goes_on_after_a_continued_prompt():
+    continued = prefill(QUESTION, cache=prefill(VIDEO))
+    whole = prefill(join(VIDEO, QUESTION))
+    np.testing.assert_array_equal(
+        decode(tiny_model(), continued, max_new_tokens=6), decode(tiny_model(), whole, max_new_tokens=6)
+    )
+
+
+def test_what_cannot_be_continued_is_refused():
+    uneven = prefill(batch(prompt(3, 45), prompt(2, 30)))
+    with pytest.raises(ValueError, match=r"must hold equally many tokens.*got \[45, 30\]; continue each on its own"):
+        prefill(batch(QUESTION, QUESTION), cache=uneven)
+    with pytest.raises(ValueError, match=r"as many prompts: expected float32 \(3, 2, 128, 2, 8\), got float32 \(3, 1,"):
+        prefill(batch(QUESTION, QUESTION), cache=prefill(VIDEO))
+    with pytest.raises(ValueError, match=r"fit the largest bucket.*held=31, num_tokens=11, max_new_tokens=220"):
+        prefill(QUESTION, cache=prefill(VIDEO), max_new_tokens=220)
+
+
+def test_sizes_leave_room_for_every_chunk():
+    kwargs: dict[str, Any] = dict(
+        max_new_tokens=0, buckets=Buckets(smallest=64, largest=256, multiple=16), blocks=BLOCKS, shards=ONE_DEVICE
+    )
+    assert sizes_for(40, chunk_tokens=None, **kwargs) == Sizes(held=0, padded=64, chunk=64, capacity=64)
+    assert sizes_for(40, chunk_tokens=48, **kwargs) == Sizes(held=0, padded=96, chunk=48, capacity=96)
+    kept = sizes_for(40, chunk_tokens=None, held=30, capacity=96, **kwargs)
+    assert kept == Sizes(held=30, padded=64, chunk=64, capacity=96) and list(kept.starts) == [30]
+    assert sizes_for(40, chunk_tokens=None, held=33, capacity=96, **kwargs).capacity == 112
+    last = sizes_for(40, chunk_tokens=48, held=216, capacity=240, **kwargs)
+    assert last.starts == range(216, 312, 48) and last.capacity == 312 + 8  # past the largest bucket, with padding only
+    cut: dict[str, Any] = kwargs | {"shards": Shards(sequence=2), "buckets": TWO}
+    with pytest.raises(ValueError, match="expected no chunk_tokens, got None, and no cache, got one of 30 tokens"):
+        sizes_for(40, chunk_tokens=None, held=30, **cut)

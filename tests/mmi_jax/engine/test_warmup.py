@@ -1,0 +1,108 @@
+"""prepare: after it a prefill of a prepared length compiles nothing."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
+
+from mmi_jax import prefill, prepare
+from mmi_jax.bench.soak import counted_compilations
+from mmi_jax.engine.memory import memory_check
+from mmi_jax.engine.memory.memory_check import DoesNotFitError, Room
+from mmi_jax.engine.programs import compilation
+from mmi_jax.engine.programs.compilation import num_compiled_programs
+from mmi_jax.engine.prompts import fit_prompt
+from mmi_jax.engine.settings import request_for
+from mmi_jax.engine.warmup import _of_bucket
+
+SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)
+
+
+def test_a_prefill_of_a_prepared_length_compiles_nothing():
+    short, long = prompt(0, 9, (3, 2, 5), 17), prompt(1, 70)
+    for one, bucket in ((short, 64), (long, 80)):
+        jax.block_until_ready(tiny_model().embed(fit_prompt(one, bucket)))
+    before = num_compiled_programs()
+    assert prepare(tiny_model(), [75, 50, 80], table=STATIC, measures_recall=False, **SIZES) == [64, 80]
+    assert num_compiled_programs() == before + 2, "one program of a layer for each bucket"
+    with counted_compilations() as compilations:
+        results = [
+            prefill(tiny_model(), one, table=STATIC, measures_recall=False, **SIZES) for one in (short, long, short)
+        ]
+        assert compilations() == 0
+    assert num_compiled_programs() == before + 2
+    assert [result.report.padded_tokens for result in results] == [64, 80, 64]
+    np.testing.assert_array_equal(results[0].logits, results[2].logits)
+
+
+def test_chunks_and_batches_are_prepared_too():
+    settings: dict[str, Any] = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
+    prepare(tiny_model(), [58], batch=2, **settings)
+    programs = num_compiled_programs()
+    one = prompt(2, 58)
+    prefill(tiny_model(), type(one).batch([one, prompt(3, 60)]), **settings)
+    assert num_compiled_programs() == programs
+    prefill(tiny_model(), one, **settings)
+    assert num_compiled_programs() == programs + 1, "a prompt alone is another program"
+
+
+@pytest.mark.parametrize(("max_new_tokens", "chunk_tokens"), [(0, None), (20, None), (16, 32), (150, None)])
+def test_all_sizes_of_a_bucket_are_found(max_new_tokens, chunk_tokens):
+    def request(num_tokens):
+        return request_for(CONFIG, num_tokens, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens, **SIZES)
+
+    found = {one.sizes for one in _of_bucket(request(90))}
+    assert found == {request(n).sizes for n in range(81, 97)}
+
+
+def test_what_prefill_refuses_is_refused(monkeypatch):
+    assert prepare(tiny_model(), [], **SIZES) == []
+    with pytest.raises(ValueError, match="a prompt must have 1 to 256 tokens .the largest bucket., got 257"):
+        prepare(tiny_model(), [64, 257], **SIZES)
+    monkeypatch.setattr(memory_check, "room_of", lambda device: Room(limit=10_000))
+    with pytest.raises(DoesNotFitError, match="1 x 80 tokens must fit the device"):
+        prepare(tiny_model(), [64, 75], **SIZES)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("lengths", "settings", "message"),
+    [
+        (64, {}, "lengths must be numbers of tokens, as in .64., got 64"),
+        ("64", {}, "lengths must be numbers of tokens"),
+        ([64, 80.0], {}, "num_tokens must be a whole number, got 80.0"),
+        ([None], {}, "num_tokens must be a whole number, got None"),
+        ([64], dict(batch=0), "batch must be at least 1, got 0"),
+        ([64], dict(batch=1.5), "batch must be a whole number, got 1.5"),
+        ([64], dict(max_new_tokens=3.5), "max_new_tokens must be a whole number, got 3.5"),
+        ([64], dict(chunk_tokens="32"), "chunk_tokens must be a whole number, got '32'"),
+        ([64], dict(table="mix"), "table must be a PatternTable, a pattern or None, got 'mix'"),
+    ],
+)
+def test_what_is_no_length_or_setting_is_refused_before_anything_is_compiled(lengths, settings, message):
+    programs = num_compiled_programs()
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny_model(), lengths, **SIZES, **settings)
+    assert num_compiled_programs() == programs
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_lengths_and_settings_may_be_of_numpy():
+    settings: dict[str, Any] = dict(batch=np.int32(2), max_new_tokens=np.int64(3), chunk_tokens=np.int64(32))
+    ours: Any = np.int64(90)
+    assert request_for(CONFIG, ours, **SIZES, **settings) == request_for(
+        CONFIG, 90, batch=2, max_new_tokens=3, chunk_tokens=32, **SIZES
+    )
+
+
+def test_what_is_compiled_beside_a_program_that_fails_is_kept(monkeypatch):
+    monkeypatch.setattr(compilation, "_COMPILED", {})
+    with ThreadPoolExecutor() as pool:
+        parts = compilation._Parts(pool=pool)
+        parts.futures = {"fails": pool.submit(divmod, 1, 0), "compiles": pool.submit(divmod, 7, 2)}
+        with pytest.raises(ZeroDivisionError):
+            parts.finish()
+    assert compilation._COMPILED == {"compiles": (3, 1)}
