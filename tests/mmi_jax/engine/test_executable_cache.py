@@ -99,10 +99,11 @@ def test_what_has_no_contents_to_tell_it_by_is_refused():
 
 def test_digests_are_the_same_in_another_process():
     code = (
-        "import json; from test_executable_cache import DIFFERENT, digest; from tiny import tiny_model; from flax import nnx;"
+        "import json; from flax import nnx; from tiny import tiny_model;"
+        "from test_executable_cache import DIFFERENT, digest;"
         "print(json.dumps(digest((DIFFERENT.layers, nnx.split(tiny_model())[0]), 'mmi_jax')))"
     )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/support"), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     from flax import nnx
