@@ -9,7 +9,6 @@ from mmi_jax.engine.prefill import prefill as prefill
 from mmi_jax.engine.warmup import prepare as prepare
 from mmi_jax.layout import TokenLayout as TokenLayout
 from mmi_jax.method.attention import sparse_attention as sparse_attention
-from mmi_jax.method.block_sizes import Blocks as Blocks
 from mmi_jax.method.patterns import AShape as AShape
 from mmi_jax.method.patterns import BlockTopK as BlockTopK
 from mmi_jax.method.patterns import Boundary2D as Boundary2D
@@ -24,3 +23,4 @@ from mmi_jax.method.patterns import TriShape as TriShape
 from mmi_jax.method.patterns import VerticalSlash as VerticalSlash
 from mmi_jax.method.plan import Plan as Plan
 from mmi_jax.method.tables.pattern_table import PatternTable as PatternTable
+from pallas_kernels.block_lists.block_sizes import Blocks as Blocks

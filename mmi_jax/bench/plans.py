@@ -13,11 +13,11 @@ from mmi_jax.bench.sampled import sample, sample_dense
 from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.bench.timing import Program, compile_programs
 from mmi_jax.method.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
 from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns
 from mmi_jax.method.token_groups import FramePlace
 from pallas_kernels.attention.api import Implementation, attend_inputs
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 _FRAME = (FramePlace(),)
 

@@ -25,9 +25,9 @@ from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.engine.settings import request_for
 from mmi_jax.engine.warmup import chunk_shapes
 from mmi_jax.method.attention import VENDOR
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_table import PatternTable
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 MIX = PLAN_CASES["mix"]
 """The table of the measurements: a third of every layer's heads each."""

@@ -10,8 +10,8 @@ from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.padded_lengths import default_buckets
 from mmi_jax.engine.prefill import PrefillResult, VisionLanguageModel, prefill
 from mmi_jax.engine.prompts import lengths_of
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.sharding import ONE_DEVICE
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 BATCH_TOKENS = 2**16
 """Padded tokens of a batch, at most: beyond it a GPU is full, and batching gains nothing."""

@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from mmi_jax.engine.buckets import MOST_TOKENS, Buckets
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.sharding import Shards
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

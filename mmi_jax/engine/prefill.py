@@ -32,12 +32,12 @@ from mmi_jax.engine.prompts import (
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.engine.settings import Request, request_for
 from mmi_jax.method.attention import Vendor
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.dense_attention import is_plain
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, weight_specs
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import AnyArray, Array, Float
 from pallas_kernels.pytree import pytree
 

@@ -12,12 +12,12 @@ from mmi_jax.engine.memory.memory_plan import MemoryTask
 from mmi_jax.engine.padded_lengths import Sizes, default_buckets, sizes_for
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.method.attention import Vendor
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns
 from mmi_jax.method.tables.pattern_table import PatternTable, as_table, uniform_table
 from mmi_jax.sharding import Shards, shards_of
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from mmi_jax.engine.programs.compilation import compiled_chunks
 from mmi_jax.engine.settings import Request, request_for
 from mmi_jax.layout import text_tokens
 from mmi_jax.method.attention import Vendor
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import ONE_DEVICE
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 def prepare(

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.dense_attention import attend_densely, cudnn_takes, is_plain
 from mmi_jax.method.kv_views import Geometry
 from mmi_jax.method.patterns.base import Pattern
@@ -17,6 +16,7 @@ from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
 from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
 

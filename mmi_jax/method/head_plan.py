@@ -1,28 +1,17 @@
-"""From the parts of a pattern to what a kernel reads: row order, positions and block lists of one head.
-
-Stages: rows -> runs -> entries (runs spelled out) -> lists (entries sorted into full and partial, dead ones dropped);
-the last two are in `entries.py`.
-All of it is a handful of cumulative sums and scatters over flat arrays; nothing is quadratic in the prompt.
-"""
+"""Head plan: from the parts of a pattern to row order, positions and runs of one head, and so to its block lists."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.block_sizes import Blocks
-from mmi_jax.method.entries import Entries, RunsOfHead
-from mmi_jax.method.kv_views import search
 from mmi_jax.method.query_parts import Everything, Part, QBlocks
 from pallas_kernels.block_index import NO_LIMIT
-from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS, Array, Int32
+from pallas_kernels.block_lists.api import block_lists
+from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.block_lists.inputs import BlockLists, BlockRuns, ListInputs, list_capacity
+from pallas_kernels.notation import PAD_Q_POS, Array, Int32
 from pallas_kernels.pytree import pytree, static_field
-
-SMALL_INDEX = 2**16
-"""Block entries of a head for which there is always room."""
-
-LARGEST_INDEX = 2**22
-"""Block entries of a head for which there is never room: each of a dozen passes over them would write 16 MB a head."""
 
 
 @pytree
@@ -32,12 +21,7 @@ class HeadPlan:
     order: Int32[Array, " r"]
     inverse: Int32[Array, "n t"]
     q_pos: Int32[Array, " r"]
-    first: Int32[Array, " i"]
-    num_full: Int32[Array, " i"]
-    count: Int32[Array, " i"]
-    start: Int32[Array, " l"]
-    interval: Int32[Array, " l"]
-    variant: Int32[Array, " i"]
+    lists: BlockLists
     intervals: tuple[tuple[int, int], ...] = static_field()
 
 
@@ -57,46 +41,26 @@ def assemble(
     order, inverse, part_of_block = _rows(parts, len(q_pos), blocks)
     row_pos = jnp.where(order >= 0, q_pos[jnp.maximum(order, 0)], PAD_Q_POS)
     q_blocks = _q_blocks(order, row_pos, blocks)
-    variant = jnp.asarray(variants, jnp.int32)[part_of_block]
+    pos_row = jnp.asarray(variants, jnp.int32)[part_of_block]
     runs, intervals, sees_everything = _runs(parts, part_of_block, q_blocks)
-    capacity = _capacity(parts, len(part_of_block), num_prompt_rows // blocks.kv)
-    extents = _block_extents(kv_pos, blocks)
-    entries = Entries(
-        capacity=capacity,
-        num_shared=num_prompt_rows // blocks.kv,
-        num_granules=extents[0].shape[1],
-        intervals=intervals,
-        blocks=blocks,
+    num_kv_blocks = num_prompt_rows // blocks.kv
+    max_blocks = sum(part.max_blocks for part in parts if not isinstance(part.visits, Everything))
+    lists = block_lists(
+        ListInputs(
+            runs=runs,
+            q_min=q_blocks.lowest,
+            q_max=q_blocks.highest,
+            kv_pos=tuple(kv_pos),
+            pos_row=pos_row,
+            visits_all=sees_everything,
+            takes_over=jnp.arange(len(part_of_block)) < len(part_of_block) // inverse.shape[0],
+            intervals=intervals,
+            num_shared=num_kv_blocks,
+            capacity=list_capacity(max_blocks, len(part_of_block), num_kv_blocks),
+            blocks=blocks,
+        )
     )
-    *lists, start, interval = entries.lists(runs, q_blocks, extents, variant)
-    # A head whose lists do not fit runs dense, which is slower and never wrong.
-    is_dense = jnp.sum(runs.num_blocks, dtype=jnp.int32) > capacity
-    is_first_view = jnp.arange(len(part_of_block)) < len(part_of_block) // inverse.shape[0]
-    takes_all = jnp.where(is_dense, is_first_view, sees_everything)
-    everything = _everything(q_blocks, extents, num_prompt_rows, blocks)
-    rows = [jnp.where(takes_all, a, jnp.where(is_dense, 0, b)) for a, b in zip(everything, lists, strict=True)]
-    return HeadPlan(
-        order=order,
-        inverse=inverse,
-        q_pos=row_pos,
-        first=rows[0],
-        num_full=rows[1],
-        count=rows[2],
-        start=start,
-        interval=interval,
-        variant=jnp.where(takes_all, 0, variant),
-        intervals=intervals,
-    )
-
-
-def _capacity(parts: Sequence[Part], num_q_blocks: int, num_kv_blocks: int) -> int:
-    """Room for block entries: what the parts ask for, but no more than makes a head worth running sparse.
-
-    A list of three quarters of the causal blocks is no faster than dense attention.
-    """
-    asked = sum(part.max_blocks for part in parts if not isinstance(part.visits, Everything))
-    worth_it = 3 * num_q_blocks * num_kv_blocks // 8
-    return max(1, min(asked, max(SMALL_INDEX, min(worth_it, LARGEST_INDEX))))
+    return HeadPlan(order=order, inverse=inverse, q_pos=row_pos, lists=lists, intervals=intervals)
 
 
 def _rows(parts: Sequence[Part], num_tokens: int, blocks: Blocks):
@@ -140,43 +104,29 @@ def _runs(parts: Sequence[Part], part_of_block, q_blocks: QBlocks):
     intervals = {(0, NO_LIMIT): 0}
     is_empty = q_blocks.highest < q_blocks.lowest
     sees_everything = jnp.zeros_like(is_empty)
-    merged = RunsOfHead(*(jnp.zeros((len(part_of_block), 1), jnp.int32) for _ in range(3)))
+    start, num_blocks, interval = (jnp.zeros((len(part_of_block), 1), jnp.int32) for _ in range(3))
+    merged = BlockRuns(start=start, num_blocks=num_blocks, interval=interval)
     for n, part in enumerate(parts):
         is_own = (part_of_block == n) & ~is_empty
         if isinstance(part.visits, Everything):
             sees_everything |= is_own
             continue
         own = [
-            RunsOfHead(
-                *jnp.broadcast_arrays(runs.start, runs.num_blocks, intervals.setdefault(runs.interval, len(intervals)))
-            )
+            jnp.broadcast_arrays(runs.start, runs.num_blocks, intervals.setdefault(runs.interval, len(intervals)))
             for runs in part.visits(q_blocks)
         ]
-        merged = _select(is_own[:, None], RunsOfHead(*map(lambda *xs: jnp.concatenate(xs, axis=1), *own)), merged)
-    return merged._replace(num_blocks=jnp.maximum(merged.num_blocks, 0)), tuple(intervals), sees_everything
+        start, num_blocks, interval = (jnp.concatenate(xs, axis=1) for xs in zip(*own, strict=True))
+        of_part = BlockRuns(start=start, num_blocks=num_blocks, interval=interval)
+        merged = _select(is_own[:, None], of_part, merged)
+    return merged, tuple(intervals), sees_everything
 
 
-def _select(is_own, own: RunsOfHead, others: RunsOfHead) -> RunsOfHead:
+def _select(is_own, own: BlockRuns, others: BlockRuns) -> BlockRuns:
     """The part's runs in its own q blocks, the others' elsewhere."""
     width = max(own.start.shape[1], others.start.shape[1])
-    own, others = (RunsOfHead(*(jnp.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in runs)) for runs in (own, others))
-    return RunsOfHead(*(jnp.where(is_own, a, b) for a, b in zip(own, others, strict=True)))
 
+    def select(a, b):
+        a, b = (jnp.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (a, b))
+        return jnp.where(is_own, a, b)
 
-def _block_extents(kv_pos: Sequence[Array], blocks: Blocks):
-    """Least and greatest position in the kv block that starts at each granule; int32 [n, granules]."""
-    window, ends = (blocks.kv // blocks.granule,), ((0, blocks.kv // blocks.granule - 1),)
-    granules = [pos.reshape(-1, blocks.granule) for pos in kv_pos]
-    lowest = [jax.lax.reduce_window(x.min(axis=1), PAD_KV_POS, jax.lax.min, window, (1,), ends) for x in granules]
-    highest = [jax.lax.reduce_window(x.max(axis=1), -PAD_KV_POS, jax.lax.max, window, (1,), ends) for x in granules]
-    return jnp.stack(lowest), jnp.stack(highest)
-
-
-def _everything(q_blocks: QBlocks, extents, num_prompt_rows: int, blocks: Blocks):
-    """`first`, `num_full`, `count` of q blocks that visit all prompt blocks, whose list comes before all others."""
-    step = blocks.kv // blocks.granule
-    lowest, highest = (extent[0, : num_prompt_rows // blocks.granule : step] for extent in extents)
-    least_from_here = jax.lax.cummin(lowest, reverse=True)
-    count = search(least_from_here, q_blocks.highest, side="right")
-    num_full = search(jax.lax.cummax(highest), q_blocks.lowest, side="right")
-    return jnp.zeros_like(count), jnp.minimum(num_full, count), count
+    return jax.tree.map(select, own, others)

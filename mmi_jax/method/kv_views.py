@@ -5,14 +5,14 @@ copied once per view, never once per query head. View 0 is the prompt itself, al
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.token_groups import NO_KEY, Key
+from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.block_lists.integers import search
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS, Array, Int32
 from pallas_kernels.pytree import pytree
 
@@ -150,19 +150,6 @@ def build_geometry(
         queries=queries,
         q_keys={repr(key): _sorted_queries(key, layout, q_start, num_queries) for key in sort_keys},
     )
-
-
-def search(ascending, values, *, side: Literal["left", "right"]):
-    """`jnp.searchsorted` as int32.
-
-    On an accelerator a loop costs kernel launches at every step of the binary search, so it is unrolled there; on a CPU
-    that only doubles the time to compile a plan.
-    """
-
-    def by(method):
-        return lambda a, v: jnp.searchsorted(a, v, side=side, method=method).astype(jnp.int32)
-
-    return jax.lax.platform_dependent(ascending, jnp.asarray(values), cpu=by("scan"), default=by("scan_unrolled"))
 
 
 def _searchable(pos):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.head_plan import HeadPlan, assemble
 from mmi_jax.method.kv_views import AllKeys, Geometry, build_geometry
 from mmi_jax.method.patterns.base import Pattern, Scope
 from mmi_jax.method.permutation import Permutation
 from mmi_jax.method.query_parts import Everything, Part, QBlocks, Runs
 from pallas_kernels import BlockIndex, coverage
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
@@ -114,12 +114,16 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         planned, extra_order, variants = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(heads), *x.shape)), shared)
     num_heads = len(heads)
     if extra_order is None or variants is None:
-        extra_order, kv_pos, pos_row = jnp.zeros((num_heads, 0), jnp.int32), geometry.kv_pos[None], planned.variant
+        extra_order, kv_pos, pos_row = (
+            jnp.zeros((num_heads, 0), jnp.int32),
+            geometry.kv_pos[None],
+            planned.lists.pos_row,
+        )
     else:
         own_rows = jnp.arange(num_heads, dtype=jnp.int32)[:, None] * variants.shape[1]
         shared_row = jnp.pad(geometry.kv_pos, (0, extra_order.shape[1]), constant_values=PAD_KV_POS)
         kv_pos = jnp.concatenate([shared_row[None], variants.reshape(-1, len(shared_row))])
-        pos_row = jnp.where(planned.variant > 0, planned.variant + own_rows, 0)
+        pos_row = jnp.where(planned.lists.pos_row > 0, planned.lists.pos_row + own_rows, 0)
     intervals = jnp.asarray(planned.intervals, jnp.int32)
     return Plan(
         q_order=Permutation(order=planned.order, inverse=planned.inverse),
@@ -128,11 +132,11 @@ def _same_pattern(pattern: Pattern, heads: list[int], q, k, geometry: Geometry, 
         q_pos=planned.q_pos,
         kv_pos=kv_pos,
         index=BlockIndex(
-            first=planned.first,
-            num_full=planned.num_full,
-            count=planned.count,
-            start=planned.start,
-            interval=planned.interval,
+            first=planned.lists.first,
+            num_full=planned.lists.num_full,
+            count=planned.lists.count,
+            start=planned.lists.start,
+            interval=planned.lists.interval,
             intervals=jnp.broadcast_to(intervals, (num_heads, *intervals.shape)),
             pos_row=pos_row,
             block_q=blocks.q,

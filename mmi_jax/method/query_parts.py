@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.block_sizes import Blocks, floor_divide
 from mmi_jax.method.kv_views import KeyView
 from pallas_kernels.block_index import NO_LIMIT
+from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.block_lists.integers import floor_divide
 from pallas_kernels.notation import Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 

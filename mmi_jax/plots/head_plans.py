@@ -10,10 +10,10 @@ from flax import nnx
 
 from mmi_jax.engine.buckets import Buckets
 from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.method.tables.pattern_table import PatternTable
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 def plan_of_heads(

@@ -12,9 +12,9 @@ from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.layout import TokenLayout
 from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.dense_attention import is_plain
 from mmi_jax.method.patterns import Dense
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import AnyArray, Array, Bool, Float
 from pallas_kernels.pytree import pytree
 

@@ -11,11 +11,11 @@ from mmi_jax.engine.programs.compilation import compile_options
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import TokenLayout
 from mmi_jax.method.attention import batch_geometry, plan_batch
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.capture import num_tokens_of
 from mmi_jax.search.costs import layer_cost
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Float
 
 

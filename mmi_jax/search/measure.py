@@ -12,11 +12,11 @@ import numpy as np
 
 from mmi_jax.engine.programs.compilation import compile_options
 from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import Plan
 from mmi_jax.search.capture import Captured
 from mmi_jax.search.trials import Trial
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree
 

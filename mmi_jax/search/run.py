@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from mmi_jax.engine.buckets import Buckets
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.search.candidates import Candidates
 from mmi_jax.search.capture import captured_layers, check_rows, num_tokens_of
 from mmi_jax.search.joint import joint_trials
@@ -16,6 +15,7 @@ from mmi_jax.search.measure import FIELDS, Measured, Meter, modalities_of
 from mmi_jax.search.scores import Scores, read_scores, trials_of_rows
 from mmi_jax.search.sensitivity import Sensitivity, head_sensitivity, head_weights
 from mmi_jax.search.trials import Trial, first_trials
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Float
 
 MOST_JOINT = 12

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Pattern, QBoundary
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.budget import Option, undominated
 from mmi_jax.search.measure import FIELDS, Measured
 from mmi_jax.search.trials import DENSE, NUM_MODALITIES, Trial, of_queries
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Float
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.dense_attention import is_plain
 from mmi_jax.method.patterns import AShape, Dense, Pattern
 from mmi_jax.search.capture import check_rows, check_single, num_tokens_of
 from mmi_jax.search.measure import share_lost
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Bool, Float
 from pallas_kernels.pytree import pytree
 

@@ -14,8 +14,8 @@ from tiny import BLOCKS, BUCKETS, tiny_model
 
 from mmi_jax import prefill
 from mmi_jax.engine.padded_lengths import default_buckets
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.sharding import ONE_DEVICE, Shards, make_mesh, shards_of
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 EQUAL = [name for name in CASES if name != "own last queries"]
 

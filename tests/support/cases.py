@@ -24,9 +24,9 @@ from mmi_jax import (
     VerticalSlash,
 )
 from mmi_jax.layout import AUDIO, PADDING, TEXT, VISION, concatenate, text_tokens, vision_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.plan import plan_heads, prompt_geometry
 from mmi_jax.method.token_groups import RankPhase
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 TOKENS = Blocks(q=1, kv=1, granule=1)
 """Blocks of one token: a mask is exactly what the pattern says."""

@@ -4,10 +4,10 @@ import dataclasses
 from typing import Any
 
 from mmi_jax.engine.memory.chips import chip_of
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_json import parse
 from mmi_jax.method.tables.pattern_table import PatternTable, load_table, uniform_table
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 LARGEST_TOKENS = 2**30
 """Positions are int32, and a prompt of almost 2**31 tokens is padded to a bucket of 2**31."""

@@ -16,8 +16,8 @@ from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
 from mmi_jax.engine.memory.memory_check import Room, check_fits, describe, room_of, weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.tables.pattern_table import as_table
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
 """Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""

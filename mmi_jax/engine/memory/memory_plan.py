@@ -13,10 +13,10 @@ from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.padded_lengths import Sizes, sizes_for
 from mmi_jax.layout import text_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.dense_attention import CUDNN_TOKENS
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.sharding import ONE_DEVICE
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 STAGES = ("embed", "project", "plan", "permute", "attend", "undo", "mlp", "logits")
 """A prefill in order of time; those from project to mlp are gone through once for every layer."""

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.method import estimate
 from mmi_jax.method.attention import SparseAttention, Vendor, attend_sparsely, batch_geometry
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.kv_views import AllKeys
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.sharding import (
@@ -27,6 +26,7 @@ from mmi_jax.sharding import (
     weight_specs,
 )
 from pallas_kernels.attention.api import Backend
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array
 
 NUM_RECALL_QUERIES = 64

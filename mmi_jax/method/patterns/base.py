@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from mmi_jax.method import estimate
-from mmi_jax.method.block_sizes import Blocks
-from mmi_jax.method.head_plan import SMALL_INDEX
 from mmi_jax.method.kv_views import AllKeys, Geometry, Group, KeyView, View
 from mmi_jax.method.query_parts import Columns, Everything, Part, QBlocks, Runs, blocks_between
+from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.block_lists.inputs import MIN_CAPACITY
 from pallas_kernels.estimate.api import column_mass, line_mass
 from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
@@ -76,7 +76,7 @@ class Scope:
     def bound(self, blocks_per_q_block: int) -> int:
         """A `Part.max_blocks`: so many per q block on average, within reason for small plans."""
         most = self.num_q_blocks * self.num_kv_blocks
-        return max(1, min(most, max(SMALL_INDEX, self.num_q_blocks * blocks_per_q_block)))
+        return max(1, min(most, max(MIN_CAPACITY, self.num_q_blocks * blocks_per_q_block)))
 
     @property
     def group_pos(self):

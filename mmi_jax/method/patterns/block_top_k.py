@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.method.patterns.checks import check_at_least
 from mmi_jax.method.query_parts import Part, QBlocks, Runs
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 Q_BLOCKS_AT_ONCE = 1024
 """Q blocks whose scores against all kv blocks are held at once: all of them would be quadratic in memory."""

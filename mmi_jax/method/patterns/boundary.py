@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from mmi_jax.layout import VISION
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.kv_views import AllKeys, Group, OfModality, View
 from mmi_jax.method.patterns.base import Pattern, Scope
 from mmi_jax.method.patterns.dense import Dense
 from mmi_jax.method.query_parts import Everything, Part, QBlocks, Runs
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)

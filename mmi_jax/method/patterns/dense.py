@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.method.query_parts import Part
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)

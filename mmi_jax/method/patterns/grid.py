@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from mmi_jax.layout import VISION
 from mmi_jax.method import estimate
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.kv_views import Group, KeyView, SortedBy, View
 from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.method.patterns.checks import check_at_least
@@ -24,6 +23,7 @@ from mmi_jax.method.query_parts import (
 )
 from mmi_jax.method.token_groups import NO_KEY, FramePlace, Key, RankPhase, RowPlace
 from pallas_kernels.block_index import NO_LIMIT
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Int32
 from pallas_kernels.pytree import pytree
 

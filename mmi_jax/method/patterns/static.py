@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.kv_views import Group, KeyView, SortedBy, View
 from mmi_jax.method.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.method.patterns.checks import check_at_least
@@ -13,6 +12,7 @@ from mmi_jax.method.patterns.streaming import window_blocks, window_part
 from mmi_jax.method.query_parts import Part, QBlocks, Runs, blocks_between, sinks
 from mmi_jax.method.token_groups import NO_KEY, Key, PositionPhase, Window3D
 from pallas_kernels.block_index import NO_LIMIT
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.estimate.top_k import places_of
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
 from mmi_jax.method.patterns.checks import check_at_least
 from mmi_jax.method.patterns.dense import all_keys_part
 from mmi_jax.method.query_parts import Part, last_members, sink_and_window
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)

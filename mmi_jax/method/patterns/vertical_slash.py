@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.block_sizes import Blocks, floor_divide
 from mmi_jax.method.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
 from mmi_jax.method.patterns.checks import check_at_least
 from mmi_jax.method.query_parts import Columns, Part, Runs
+from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.block_lists.integers import floor_divide
 from pallas_kernels.estimate.top_k import largest_places
 
 BANDS_AT_ONCE = 64

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Pattern
 from mmi_jax.method.patterns.dense import Dense
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from cases import plan_of, video_with_timestamps, visit_counts
 
 from mmi_jax import Boundary2D, Grid, QBoundary, VerticalSlash
 from mmi_jax.layout import TEXT, VISION, concatenate, text_tokens, vision_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Scope
 from mmi_jax.method.plan import prompt_geometry
 from mmi_jax.method.token_groups import FramePlace, RankPhase, RowPlace
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 NUM_CASES, NUM_TOKENS, HEAD_DIM = 200, 1024, 32
 BLOCKS = Blocks(q=64, kv=64, granule=16)

@@ -17,15 +17,14 @@ from closeness import (
     plain_attention,
     score_ulp,
 )
-from jaxtyping import config as shape_checks
 
 from mmi_jax import AShape, Dense, Grid, Pattern, VerticalSlash, sparse_attention
 from mmi_jax.layout import concatenate, stack, text_tokens, vision_tokens
-from mmi_jax.method import entries
 from mmi_jax.method.attention import attend_by_plan, attend_sparsely, batch_geometry, plan_batch
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns.base import Scope
 from mmi_jax.method.query_parts import Part, Runs
+from pallas_kernels.block_lists import xla
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 NAMES = tuple(PATTERNS)
 HEADS = tuple(PATTERNS.values())
@@ -222,7 +221,7 @@ def test_lists_that_do_not_fit_make_their_head_dense_and_no_other():
 
 @pytest.mark.parametrize("room", [60, 59, 15])
 def test_lists_are_the_same_from_the_short_program_and_from_the_long_one(room, monkeypatch):
-    monkeypatch.setattr(entries, "FEW", 0)
+    monkeypatch.setattr(xla, "SHORT_PROGRAM_FROM", 0)
     # Six q blocks visit 1 + 2 + 2 + 3 + 3 + 4 blocks: a quarter of 60, more than a quarter of 59.
     masks = visit_counts(plan_of([EveryOther(room)] * 2, text_tokens(90)))
     assert (masks == every_other(90, 16)[None]).all()
@@ -253,14 +252,6 @@ def wrong_calls():
         "patterns": ({"patterns": lambda x: [x]}, "one pattern for each of the 4 query heads, got 1"),
         "q_start": ({"q_start": lambda x: 1}, "queries must lie among the keys: q_start=1 and 10 queries, 10 keys"),
     }
-
-
-@pytest.fixture
-def no_shape_checks():
-    """As users run it: our own messages, not the test suite's type checker, must catch bad input."""
-    shape_checks.update("jaxtyping_disable", True)
-    yield
-    shape_checks.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("rule", wrong_calls())

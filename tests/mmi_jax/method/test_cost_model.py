@@ -7,7 +7,6 @@ import pytest
 from cases import plan_of
 
 from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.patterns import (
     AShape,
     BlockTopK,
@@ -25,6 +24,7 @@ from mmi_jax.method.patterns import (
 from mmi_jax.method.tables.cost_model import HOPPER, costs_of_device, faster_patterns
 from mmi_jax.method.token_groups import FramePlace
 from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 GRID_BY_FRAME = Grid(strides=(FramePlace(),))
 PATTERNS = [

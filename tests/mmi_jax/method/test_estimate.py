@@ -5,10 +5,10 @@ import numpy as np
 from cases import words
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.estimate import fold_score, last_queries, salience
 from mmi_jax.method.kv_views import SortedBy, build_geometry
 from mmi_jax.method.token_groups import NO_KEY, RowPlace
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.estimate.xla import attention_rows, diagonal_mass
 
 

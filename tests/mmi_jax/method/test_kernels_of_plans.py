@@ -15,10 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
-from mmi_jax.method.block_sizes import Blocks
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.attention.gpu_config import HopperConfig
 from pallas_kernels.attention.tpu_config import TpuConfig
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 PROMPT = concatenate(
     [text_tokens(19), vision_tokens(24, 3, 5), text_tokens(20), vision_tokens(3, 4, 6), text_tokens(9)]
@@ -78,7 +78,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from mmi_jax import Boundary2D, Grid, VerticalSlash
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
-from mmi_jax.method.block_sizes import Blocks
+from pallas_kernels.block_lists.block_sizes import Blocks
 from mmi_jax.layout import text_tokens
 from pallas_kernels.attention import mosaic_tpu
 

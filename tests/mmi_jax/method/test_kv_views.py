@@ -6,9 +6,9 @@ import pytest
 from cases import padded_left, words
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.kv_views import AllKeys, OfModality, SortedBy, build_geometry
 from mmi_jax.method.token_groups import NO_KEY, PositionPhase, RowPlace
+from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import PAD_KV_POS
 
 BLOCKS = Blocks(q=2, kv=4, granule=2)

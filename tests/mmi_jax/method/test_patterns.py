@@ -22,8 +22,8 @@ from mmi_jax import (
     VerticalSlash,
 )
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.token_groups import FramePlace, RankPhase, RowPlace
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 def blocks_of(num_tokens: int) -> Blocks:

@@ -12,7 +12,6 @@ from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, Vertic
 from mmi_jax.bench.synthetic import LOCAL, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.attention import attend_sparsely, batch_geometry, plan_batch
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.token_groups import FramePlace
 from mmi_jax.search import Candidates, Journal, Search, TargetDensity, best_choice
 from mmi_jax.search.capture import Captured, captured_layers
@@ -20,6 +19,7 @@ from mmi_jax.search.costs import TILES
 from mmi_jax.search.measure import Meter, measured
 from mmi_jax.search.scores import Scores, trials_of_rows
 from mmi_jax.search.trials import Trial, first_trials, of_queries, trial_of
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 SMALL = Blocks(q=16, kv=16, granule=16)
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.tables.cost_model import HOPPER
 from mmi_jax.search import TargetDensity, TargetSpeedup, best_choice
 from mmi_jax.search.best import ROUNDING, shares_of_dense
@@ -18,6 +17,7 @@ from mmi_jax.search.equal_cost import dense_tiles
 from mmi_jax.search.measure import Measured
 from mmi_jax.search.scores import Choice, Scores, read_scores
 from mmi_jax.search.trials import DENSE, Trial, of_queries
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 LENGTHS = {"video": 4096, "documents": 6000}
 

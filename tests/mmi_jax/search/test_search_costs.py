@@ -10,13 +10,13 @@ from mmi_jax import AShape, BlockTopK, Dense, Grid, VerticalSlash
 from mmi_jax.engine.memory.chips import CHIPS
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import text_tokens
-from mmi_jax.method.block_sizes import Blocks
 from mmi_jax.method.tables.cost_model import HOPPER
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, layer_cost
 from mmi_jax.search.equal_cost import PlanInputs, cost_share, dense_tiles, member_of_cost, report_cost, visited_tiles
 from mmi_jax.search.families import FAMILIES, published
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,8 +1,6 @@
-"""Blocks: the tile sizes a plan is made for."""
+"""Blocks: the tile sizes that lists are made for; here because the kernels' copy engines set them, not the patterns."""
 
 import dataclasses
-
-from pallas_kernels.notation import Array, Int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +26,3 @@ class Blocks:
     def round_kv(self, num_tokens: int) -> int:
         """`num_tokens` rounded up to whole kv blocks."""
         return -(-num_tokens // self.kv) * self.kv
-
-
-def floor_divide(x: Int32[Array, "*n"], divisor: int) -> Int32[Array, "*n"]:
-    """`x // divisor`, by a shift where it can: XLA spells a floor division out, remainder, signs and all."""
-    shift = divisor.bit_length() - 1
-    return x >> shift if divisor == 1 << shift else x // divisor
