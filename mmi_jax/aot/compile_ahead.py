@@ -14,10 +14,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mmi_jax.engine.buckets import Buckets
-from mmi_jax.engine.padded_lengths import default_buckets
 from mmi_jax.engine.programs.compilation import layer_arguments
 from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
 from mmi_jax.method.patterns import Pattern

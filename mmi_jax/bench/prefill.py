@@ -14,7 +14,6 @@ from mmi_jax.bench import masked
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.rows import reason
 from mmi_jax.bench.sampled import ERROR_LIMIT
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.memory.memory_check import weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask, plan_memory
 from mmi_jax.engine.prefill import prefill
@@ -22,7 +21,8 @@ from mmi_jax.engine.programs.compilation import program_texts
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.reporting.profiling import StageTimes, profiled
 from mmi_jax.engine.reporting.report import PrefillReport
-from mmi_jax.engine.settings import request_for
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import chunk_shapes
 from mmi_jax.method.attention import VENDOR
 from mmi_jax.method.patterns import Dense

@@ -9,7 +9,7 @@ import jax
 import typer
 
 from mmi_jax.cli import compile_cache
-from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.settings.buckets import Buckets
 
 
 class DType(enum.StrEnum):

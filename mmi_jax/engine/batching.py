@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from mmi_jax.engine.buckets import Buckets
-from mmi_jax.engine.padded_lengths import default_buckets
 from mmi_jax.engine.prefill import PrefillResult, VisionLanguageModel, prefill
 from mmi_jax.engine.prompts import lengths_of
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import default_buckets
 from mmi_jax.sharding import ONE_DEVICE
 from pallas_kernels.block_lists.block_sizes import Blocks
 

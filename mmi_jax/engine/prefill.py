@@ -13,11 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.kv_cache import KVCache, empty_cache, with_capacity
 from mmi_jax.engine.memory.memory_check import check_room, explained_exhaustion
 from mmi_jax.engine.memory.memory_plan import bytes_of
-from mmi_jax.engine.padded_lengths import Sizes
 from mmi_jax.engine.programs.compilation import compiled_chunk, pieces_of
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.prompts import (
@@ -30,7 +28,9 @@ from mmi_jax.engine.prompts import (
     wanted_tokens,
 )
 from mmi_jax.engine.reporting.report import PrefillReport
-from mmi_jax.engine.settings import Request, request_for
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import Sizes
+from mmi_jax.engine.settings.request import Request, request_for
 from mmi_jax.method.attention import Vendor
 from mmi_jax.method.dense_attention import is_plain
 from mmi_jax.method.patterns import Pattern

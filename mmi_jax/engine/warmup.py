@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.kv_cache import empty_cache
 from mmi_jax.engine.memory.memory_check import check_room
-from mmi_jax.engine.padded_lengths import sizes_for
 from mmi_jax.engine.prefill import VisionLanguageModel, next_logits
 from mmi_jax.engine.programs.compilation import compiled_chunks
-from mmi_jax.engine.settings import Request, request_for
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import sizes_for
+from mmi_jax.engine.settings.request import Request, request_for
 from mmi_jax.layout import text_tokens
 from mmi_jax.method.attention import Vendor
 from mmi_jax.method.patterns import Pattern

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.attention import attend_sparsely
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.search.candidates import Candidates
 from mmi_jax.search.capture import captured_layers, check_rows, num_tokens_of
 from mmi_jax.search.joint import joint_trials

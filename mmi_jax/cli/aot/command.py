@@ -19,7 +19,7 @@ from mmi_jax.aot.bundles import dump_flags
 from mmi_jax.cli.aot.options import Task
 from mmi_jax.cli.console import spinner, stdout_console
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.engine.buckets import MOST_TOKENS, Buckets
+from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # no TPU is asked for

@@ -20,9 +20,9 @@ from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine.batching import BATCH_TOKENS, batches, prefill_many
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.prefill import prefill
-from mmi_jax.engine.settings import Request, request_for
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.request import Request, request_for
 from mmi_jax.engine.warmup import prepare_requests
 
 ON_GPU = (2000, 2010, 2030, 2048, 8000, 8192, 32000, 32768)

@@ -26,9 +26,9 @@ from mmi_jax.cli.doctor.memory_plan import vision_bytes
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.prompts import fit_prompt
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.warmup import prepare
 from mmi_jax.method.tables.pattern_table import PatternTable
 from pallas_kernels.attention.gpu_tuned import check_target

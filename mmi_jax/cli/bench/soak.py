@@ -21,8 +21,8 @@ from mmi_jax.cli.console import stderr_console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.warmup import prepare
 from mmi_jax.method.tables.pattern_table import PatternTable
 

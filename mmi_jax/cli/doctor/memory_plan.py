@@ -12,10 +12,10 @@ from rich.table import Table
 
 from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
 from mmi_jax.cli.prefill.command import chosen_patterns
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
 from mmi_jax.engine.memory.memory_check import Room, check_fits, describe, room_of, weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.tables.pattern_table import as_table
 from pallas_kernels.block_lists.block_sizes import Blocks
 

@@ -17,7 +17,7 @@ from mmi_jax.cli.niah.options import NiahTask
 from mmi_jax.cli.niah.results import remember_methods, write_results
 from mmi_jax.cli.niah.sizes import Sizes
 from mmi_jax.cli.samples import SampleSource, haystack_of
-from mmi_jax.engine.buckets import Buckets
+from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.engine.buckets import Buckets
-from mmi_jax.engine.padded_lengths import Sizes, sizes_for
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import Sizes, sizes_for
 from mmi_jax.layout import text_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
 from mmi_jax.method.dense_attention import CUDNN_TOKENS

@@ -13,8 +13,8 @@ from tiny import CONFIG
 from mmi_jax import AShape, Blocks, Dense, Grid
 from mmi_jax.aot import compile_ahead
 from mmi_jax.aot.compile_ahead import Memory, Target, kernel_inputs, longest_that_fits, prefill_shapes
-from mmi_jax.engine.buckets import MOST_TOKENS, Buckets
-from mmi_jax.engine.padded_lengths import default_buckets
+from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
+from mmi_jax.engine.settings.padded_lengths import default_buckets
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import BOTH, Shards, make_mesh
 from models.qwen2_5_vl import Qwen2_5_VL

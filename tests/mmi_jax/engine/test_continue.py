@@ -10,7 +10,7 @@ from tiny import BLOCKS, BUCKETS, STATIC, batch, forward, join, pad, prompt, tin
 
 from mmi_jax import Buckets, Grid, PrefillResult, VerticalSlash, decode
 from mmi_jax import prefill as run_prefill
-from mmi_jax.engine.padded_lengths import Sizes, sizes_for
+from mmi_jax.engine.settings.padded_lengths import Sizes, sizes_for
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import ONE_DEVICE, Shards
 

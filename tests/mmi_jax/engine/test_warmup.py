@@ -15,7 +15,7 @@ from mmi_jax.engine.memory.memory_check import DoesNotFitError, Room
 from mmi_jax.engine.programs import compilation
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.prompts import fit_prompt
-from mmi_jax.engine.settings import request_for
+from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import _of_bucket
 
 SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import BLOCKS, BUCKETS, prompt, tiny_model
 
-from mmi_jax.engine import prefill, settings
+from mmi_jax.engine import prefill
 from mmi_jax.engine.programs import compilation
+from mmi_jax.engine.settings import request
 from mmi_jax.layout import PADDING, concatenate, stack, text_tokens, vision_tokens
 from mmi_jax.method import attention, dense_attention
 from mmi_jax.method.attention import attend_sparsely
@@ -126,7 +127,7 @@ DENSE_IS_FREE = CostModel(
 def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_xla):
     run = functools.partial(prefill.prefill, tiny_model(), prompt(0, 9, (3, 2, 5), 17), buckets=BUCKETS, blocks=BLOCKS)
     expected = run(table=Dense(), implementation="xla")
-    monkeypatch.setattr(settings, "costs_of_device", lambda: DENSE_IS_FREE)
+    monkeypatch.setattr(request, "costs_of_device", lambda: DENSE_IS_FREE)
     monkeypatch.setattr(compilation, "_COMPILED", {})  # programs of other tests know nothing of this kernel
     got = run(table=AShape(sink=1, local=2))
     assert cudnn_by_xla, "dense layers of a plain prompt went to the vendor's kernel"

@@ -6,11 +6,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmi_jax.engine.buckets import Buckets
 from mmi_jax.engine.memory.memory_check import weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask
-from mmi_jax.engine.padded_lengths import Sizes, default_buckets, sizes_for
 from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.padded_lengths import Sizes, default_buckets, sizes_for
 from mmi_jax.method.attention import Vendor
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from mmi_jax.engine.buckets import MOST_TOKENS, Buckets
+from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
 from mmi_jax.sharding import Shards
 from pallas_kernels.block_lists.block_sizes import Blocks
 
