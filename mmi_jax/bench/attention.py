@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.bench import torch_peers
-from mmi_jax.bench.dense import MASKED_LIMIT, dense_row, masked_row
-from mmi_jax.bench.rows import chosen, dense_flops, rate
-from mmi_jax.bench.sampled import SampledRows, sample, sample_dense
-from mmi_jax.bench.timing import compile_program
+from mmi_jax.bench.baselines import torch_attention
+from mmi_jax.bench.baselines.dense_attention import MASKED_LIMIT, measure_dense, measure_masked
+from mmi_jax.bench.checks.sampled_rows import SampledRows, sample, sample_dense
+from mmi_jax.bench.timing.measurements import chosen, dense_flops, rate
+from mmi_jax.bench.timing.wall_time import compile_program
 from pallas_kernels.attention.api import Implementation, attend_inputs
 from pallas_kernels.attention.cases import AttentionCase
 from pallas_kernels.attention.inputs import AttentionInputs
@@ -72,11 +72,11 @@ def _others(
     dense = sample_dense(q, k, v, scale=scale)
     rows = []
     if with_dense:
-        rows.append(dense_row(q, k, v, dense, scale=scale, repeats=repeats))
-        rows += [masked_row(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
+        rows.append(measure_dense(q, k, v, dense, scale=scale, repeats=repeats))
+        rows += [measure_masked(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
     if with_peers:
-        rows += torch_peers.dense_rows(q, k, v, dense, scale=scale, repeats=repeats)
-        rows.append(torch_peers.flex_row(inputs, expected, flops=flops, repeats=repeats))
+        rows += torch_attention.measure_dense(q, k, v, dense, scale=scale, repeats=repeats)
+        rows.append(torch_attention.measure_flex(inputs, expected, flops=flops, repeats=repeats))
     return rows
 
 

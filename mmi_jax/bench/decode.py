@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.bench.rows import row
-from mmi_jax.bench.timing import compile_lowered, compile_program, copy_bytes_per_s
+from mmi_jax.bench.timing.measurements import measurement
+from mmi_jax.bench.timing.wall_time import compile_lowered, compile_program, copy_bytes_per_s
 from mmi_jax.engine.decoding import decode_step
 from mmi_jax.engine.kv_cache import KVCache
 from mmi_jax.layout import TokenLayout
@@ -76,10 +76,10 @@ def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bo
         "copy_tb_per_s": round(copy / 1e12, 3),
         "share_of_copy": round(bytes_per_token / ms * 1e3 / copy, 4),
     }
-    others = [row("attention of one layer", lambda: _time_attention(q, cache, repeats))]
+    others = [measurement("attention of one layer", lambda: _time_attention(q, cache, repeats))]
     if with_baseline:
-        others.append(row("attention of one layer, cudnn", lambda: _time_cudnn(q, cache, repeats)))
-        others.append(row("whole block, xla", lambda: _baseline(graphdef, state, cache, repeats)))
+        others.append(measurement("attention of one layer, cudnn", lambda: _time_cudnn(q, cache, repeats)))
+        others.append(measurement("whole block, xla", lambda: _baseline(graphdef, state, cache, repeats)))
     return figures | {"others": others}
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.bench.rows import chosen, rate, tile_flops
-from mmi_jax.bench.sampled import sample, sample_dense
+from mmi_jax.bench.checks.sampled_rows import sample, sample_dense
 from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
-from mmi_jax.bench.timing import Program, compile_programs
+from mmi_jax.bench.timing.measurements import chosen, rate, tile_flops
+from mmi_jax.bench.timing.wall_time import Program, compile_programs
 from mmi_jax.method.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
 from mmi_jax.method.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
 from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmi_jax.bench import masked
+from mmi_jax.bench.checks import masked_attention
+from mmi_jax.bench.checks.sampled_rows import ERROR_LIMIT
 from mmi_jax.bench.plans import PLAN_CASES
-from mmi_jax.bench.rows import reason
-from mmi_jax.bench.sampled import ERROR_LIMIT
+from mmi_jax.bench.timing.measurements import reason
 from mmi_jax.engine.memory.memory_check import weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask, plan_memory
 from mmi_jax.engine.prefill import prefill
@@ -69,13 +69,13 @@ def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) ->
     def error(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
-    ours, theirs, dense = logits(table, None), logits(table, masked.attend), logits(None, VENDOR)
+    ours, theirs, dense = logits(table, None), logits(table, masked_attention.attend), logits(None, VENDOR)
     if not (found := error(ours, theirs)) <= ERROR_LIMIT[dtype]:
         raise RuntimeError(f"logits must equal masked dense attention's within {ERROR_LIMIT[dtype]}, got {found:.2e}")
     return {
         "tokens": num_tokens,
         "relative_error": found,
-        "relative_error_of_dense": error(dense, logits(None, masked.attend)),
+        "relative_error_of_dense": error(dense, logits(None, masked_attention.attend)),
         "relative_difference_from_dense": error(ours, dense),
     }
 

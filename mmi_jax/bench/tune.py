@@ -1,4 +1,4 @@
-"""The search for the Hopper kernel's configs: every candidate is checked, then timed, and the best goes to a table."""
+"""The search for the Hopper kernel's configs: every candidate is checked, then timed."""
 
 import dataclasses
 import itertools
@@ -6,21 +6,18 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.bench.machine import machine
-from mmi_jax.bench.rows import reason, tile_flops
-from mmi_jax.bench.sampled import sample
-from mmi_jax.bench.timing import Program, compile_lowered
+from mmi_jax.bench.checks.sampled_rows import sample
+from mmi_jax.bench.timing.measurements import reason, tile_flops
+from mmi_jax.bench.timing.wall_time import Program, compile_lowered
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import AllVisited, AttentionCase, RandomLists
 from pallas_kernels.attention.gpu_config import CONFIGS, HEAD_DIMS, SHARED_MEMORY_BYTES, HopperConfig
-from pallas_kernels.attention.gpu_tuned import TunedEntry, check_target, read_table, write_table
 from pallas_kernels.attention.inputs import AttentionInputs
 
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
@@ -179,47 +176,11 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
         raise RuntimeError(f"no config gives a right output: {'; '.join(sorted(set((failed | failed_late).values())))}")
     best = sorted(finals, key=lambda config: -_mean(finals[config]))
     others = sorted(screened.keys() - finals.keys() - failed_late.keys(), key=lambda c: -screened[c]["random"])
-    ranking = [_row(config, finals[config]) for config in best] + [_row(config, screened[config]) for config in others]
-    ranking += [_row(config, {}) | {"error": why} for config, why in (failed | failed_late).items()]
+    ranking = [_ranked(config, finals[config]) for config in best] + [
+        _ranked(config, screened[config]) for config in others
+    ]
+    ranking += [_ranked(config, {}) | {"error": why} for config, why in (failed | failed_late).items()]
     return {"case": problem.label, "tflops_per_s": round(_mean(finals[best[0]]), 2), "ranking": ranking}
-
-
-def entry(problem: TuneProblem, ranking: list[dict[str, Any]]) -> TunedEntry:
-    """The table's entry for the first of a ranking."""
-    where = machine()
-    return TunedEntry(
-        head_dim=problem.head_dim,
-        block_kv=64 if problem.block_kv % 128 else 128,
-        heads_per_kv_head=problem.num_q_heads // problem.num_kv_heads,
-        config=HopperConfig(**ranking[0]["config"]),
-        tflops_per_s=ranking[0]["tflops_per_s"],
-        device=where["device"],
-        date=where["date"],
-        commit=where["commit"],
-    )
-
-
-def check_table(path: Path) -> None:
-    """Raises ValueError for a table that `keep` could not write or read: before a search, not after it."""
-    check_target(path)
-    if path.exists():
-        read_table(path)
-
-
-def tune_and_keep(problem: TuneProblem, table: Path, *, repeats: int) -> dict[str, Any]:
-    """The figures of `tune`, the best of them kept in the table; `error` says why where it could not be kept."""
-    figures = tune(problem, repeats=repeats)
-    try:
-        keep(table, entry(problem, figures["ranking"]))
-    except Exception as error:  # the search took long: its ranking must not be lost with the table
-        figures["error"] = f"measured, but not kept in {table}: {reason(error)}"
-    return figures
-
-
-def keep(path: Path, new: TunedEntry) -> None:
-    """Writes the entry into the table, in place of the one for the same kind of problem."""
-    old = read_table(path) if path.exists() else ()
-    write_table(path, [*(entry for entry in old if entry.key != new.key), new])
 
 
 def _rates(
@@ -241,7 +202,7 @@ def _rates(
     return {config: {k: statistics.median(v) for k, v in rates[config].items()} for config in right}, failed
 
 
-def _row(config: HopperConfig, rates: dict[str, float]) -> dict[str, Any]:
+def _ranked(config: HopperConfig, rates: dict[str, float]) -> dict[str, Any]:
     rounded = {name: round(rate, 2) for name, rate in rates.items()}
     return {"config": dataclasses.asdict(config), "tflops_per_s": rounded}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_preset import TINY
 
+from mmi_jax.bench.checks.kernel_rules import RULE_CASES
 from mmi_jax.bench.plans import PLAN_CASES
-from mmi_jax.bench.rules import RULE_CASES
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.start_child import ready
 from models.qwen2_5_vl import presets

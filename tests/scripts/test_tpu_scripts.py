@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import typer.main
 
+from mmi_jax.bench.checks.kernel_rules import RULE_CASES
 from mmi_jax.bench.plans import PLAN_CASES
-from mmi_jax.bench.rules import RULE_CASES
 from mmi_jax.cli import app
 from models.demo import DEMO_VIDEO, build_demo_model
 from pallas_kernels.attention.cases import CASES

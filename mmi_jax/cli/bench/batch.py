@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import typer
 
-from mmi_jax.bench.rows import row
+from mmi_jax.bench.timing.measurements import measurement
 from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.command import DebugOption, JsonFileOption, RepeatsOption
 from mmi_jax.cli.bench.prefill import config_of, random_weights, table_of
@@ -60,7 +60,7 @@ def batch(
             prompts = [video_prompt(config, n) for n in lengths]
             settings = dict(table=chosen, measures_recall=False)
             prepare_requests(model, requests_of(config, lengths, settings))
-            return measured(functools.partial(logits_of, model, prompts, settings), lengths, repeats) | {
+            return compare_ways(functools.partial(logits_of, model, prompts, settings), lengths, repeats) | {
                 "case": f"{preset}, {chosen.model}",
                 "layers": config.num_layers,
             }
@@ -89,7 +89,7 @@ def logits_of(model: Any, prompts: Sequence[Any], settings: dict[str, Any], way:
     raise ValueError(f"expected many, padded or alone, got {way}")
 
 
-def measured(run: Callable[[str], np.ndarray], lengths: Sequence[int], repeats: int) -> dict[str, Any]:
+def compare_ways(run: Callable[[str], np.ndarray], lengths: Sequence[int], repeats: int) -> dict[str, Any]:
     """Seconds of the three ways, ours first, and how far its logits are from those of the others.
 
     Args:
@@ -114,7 +114,7 @@ def measured(run: Callable[[str], np.ndarray], lengths: Sequence[int], repeats: 
         "padded_tokens": sum(len(group) * padded[group[0]] for group in groups),
         "batches": [len(group) for group in groups],
         **ours,
-        "others": [row(name, functools.partial(beside, *way)) for name, way in others.items()],
+        "others": [measurement(name, functools.partial(beside, *way)) for name, way in others.items()],
     }
 
 

@@ -15,11 +15,12 @@ import jax
 import typer
 
 from mmi_jax.bench.attention import bench_attention
-from mmi_jax.bench.dense import best_dense
+from mmi_jax.bench.baselines.dense_attention import best_dense
+from mmi_jax.bench.checks.kernel_rules import RULE_CASES, check_rules
+from mmi_jax.bench.checks.sampled_rows import ERROR_LIMIT
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
-from mmi_jax.bench.rules import RULE_CASES, check_rules
-from mmi_jax.bench.sampled import ERROR_LIMIT
-from mmi_jax.bench.tune import TuneProblem, check_table, tune_and_keep
+from mmi_jax.bench.tune import TuneProblem
+from mmi_jax.bench.tuned_table import check_table, tune_and_keep
 from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.run import Run, in_own_process, run_all
 from mmi_jax.cli.errors import one_line_errors

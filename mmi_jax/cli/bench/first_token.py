@@ -16,7 +16,7 @@ import numpy as np
 import typer
 
 from mmi_jax.bench.prefill import DenseBaseline, dense_seconds, is_all_dense, memory_figures
-from mmi_jax.bench.rows import row
+from mmi_jax.bench.timing.measurements import measurement
 from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.command import BaselineOption, DebugOption, JsonFileOption
 from mmi_jax.cli.bench.prefill import config_of, head_shapes, own_programs, table_of
@@ -79,7 +79,7 @@ def first_token(
             suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
         with own_programs():
-            suite.ready = row("ready", lambda: suite.made_ready(lengths))
+            suite.ready = measurement("ready", lambda: suite.made_ready(lengths))
             runs = [Run(f"{preset} {n}", n) for n in lengths]
             table_view = tables.first_token_table
             run_all(runs, suite.measure, table_view, json_file, stops_at_error=debug, times_matmul=False)
@@ -132,7 +132,7 @@ class _Suite:
             }
             if num_tokens <= self.host_limit:
                 by_host = lambda: [self.once(num_tokens, path, made_by_host) for _ in range(2)][1]  # noqa: E731
-                figures["others"].append(row("patches made by the host", by_host))
+                figures["others"].append(measurement("patches made by the host", by_host))
         return figures if self.dense is None else figures | with_dense_prefill(figures, self.dense.of(num_tokens))
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import typer
 
+from mmi_jax.bench.baselines.transformers_model import measure_transformers
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.prefill import (
     DenseBaseline,
@@ -23,8 +24,7 @@ from mmi_jax.bench.prefill import (
     profile_stages,
     projection_flops,
 )
-from mmi_jax.bench.rows import row
-from mmi_jax.bench.torch_model import transformers_rows
+from mmi_jax.bench.timing.measurements import measurement
 from mmi_jax.cli import compile_cache
 from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.command import DebugOption, JsonFileOption, check_known
@@ -73,9 +73,9 @@ def prefill(
         config = config_of(preset, layers)
         chosen = table_of(table, config)
         dtype = bench_dtype(dtype)
-        rows = transformers_rows(config, [n for n in lengths if n <= peers_limit]) if peers else []
+        rows = measure_transformers(config, [n for n in lengths if n <= peers_limit]) if peers else []
         task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
-        started = row("start", lambda: start_seconds(task)) if start else None
+        started = measurement("start", lambda: start_seconds(task)) if start else None
         with own_programs():
             runs = [Run(f"{preset} {n}", n) for n in lengths]
             suite = _Suite(
@@ -84,7 +84,7 @@ def prefill(
             if baseline and not is_all_dense(chosen):
                 suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
             if check:
-                suite.check = row(
+                suite.check = measurement(
                     "one layer against masked dense attention", lambda: suite.checked(min(check_tokens, lengths[0]))
                 )
             run_all(runs, suite.measure, tables.prefill_table, json_file, stops_at_error=debug)

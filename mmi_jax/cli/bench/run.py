@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import typer
 from rich.console import RenderableType
 
-from mmi_jax.bench.machine import machine
-from mmi_jax.bench.rows import reason
-from mmi_jax.bench.timing import matmul_tflops_per_s
+from mmi_jax.bench.timing.machine import machine
+from mmi_jax.bench.timing.measurements import reason
+from mmi_jax.bench.timing.wall_time import matmul_tflops_per_s
 from mmi_jax.cli.console import stderr_console, stdout_console
 from pallas_kernels.attention.gpu_tuned import check_target, write_whole
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.bench.rows import rate, row
-from mmi_jax.bench.timing import summary, time_calls
+from mmi_jax.bench.timing.measurements import measurement, rate
+from mmi_jax.bench.timing.wall_time import summary, time_calls
 
 Implementation = Literal["cudnn", "xla"]
 Size = tuple[int, int]
@@ -60,7 +60,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
         **rate(flops, timing),
         "frames_per_s": round(num_frames / timing.median_ms * 1e3, 2),
         "tokens_per_s": round(num_frames * math.prod(size) / config.block_len / timing.median_ms * 1e3, 1),
-        "others": [row(name, measure) for name, measure in batches.items()],
+        "others": [measurement(name, measure) for name, measure in batches.items()],
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mmi_jax.bench.machine import machine
+from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
 from mmi_jax.cli.niah.options import DENSE, NiahTask
 from mmi_jax.cli.pictures import write_figure

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from mmi_jax import PatternTable
-from mmi_jax.bench.machine import machine
+from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
 from mmi_jax.cli.search.options import SearchTask

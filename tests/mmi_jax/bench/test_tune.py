@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import pytest
 
-from mmi_jax.bench import tune
-from mmi_jax.bench.timing import summary
+from mmi_jax.bench import tune, tuned_table
+from mmi_jax.bench.timing.wall_time import summary
 from mmi_jax.cli import main
 from pallas_kernels.attention import gpu_config, gpu_tuned, reference
 from pallas_kernels.attention.gpu_config import CONFIGS, SHARED_MEMORY_BYTES, HopperConfig, choose_config
@@ -54,7 +54,7 @@ def stand_ins(**of_fast) -> Any:
 
 def test_the_fastest_config_is_first_and_becomes_the_entry():
     found = tune.tune(PROBLEM, repeats=2, compile_all=stand_ins(ms=1.0))
-    entry = tune.entry(PROBLEM, found["ranking"])
+    entry = tuned_table.tuned_entry(PROBLEM, found["ranking"])
     assert entry.config == FAST and entry.key == (64, 128, 2)
     assert entry.tflops_per_s == found["ranking"][0]["tflops_per_s"] and set(entry.tflops_per_s) == {
         "all",
@@ -144,7 +144,7 @@ def run_tune(monkeypatch):
     def run(table, search):
         monkeypatch.setattr("mmi_jax.cli.bench.command.has_hopper_gpu", lambda: True)
         monkeypatch.setattr("mmi_jax.cli.bench.run.matmul_tflops_per_s", lambda: 1.0)
-        monkeypatch.setattr(tune, "tune", search)
+        monkeypatch.setattr(tuned_table, "tune", search)
         return main(["bench", "tune", "--head-dim", "64", "--heads", "2/1", "--table", str(table)])
 
     return run
@@ -213,7 +213,7 @@ def test_the_table_keeps_the_newest_entry_of_each_kind(tmp_path):
     other = dataclasses.replace(ENTRY, head_dim=64)
     newer = dataclasses.replace(ENTRY, config=OTHER, commit="def456")
     for entry in (ENTRY, other, newer):
-        tune.keep(path, entry)
+        tuned_table.put_entry(path, entry)
     assert read_table(path) == (other, newer)
     assert [p.name for p in tmp_path.iterdir()] == ["gpu_tuned.json"]
     assert len(path.read_text().splitlines()) == 4  # an entry a line

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from mmi_jax.bench import dense, machine, rows, sampled, timing, torch_peers
 from mmi_jax.bench.attention import bench_attention
+from mmi_jax.bench.baselines import dense_attention, torch_attention
+from mmi_jax.bench.checks import sampled_rows
+from mmi_jax.bench.checks.kernel_rules import RULE_CASES, check_rules
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
-from mmi_jax.bench.rules import RULE_CASES, check_rules
 from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
+from mmi_jax.bench.timing import machine, measurements, wall_time
 from mmi_jax.cli import main
 from mmi_jax.layout import TEXT, VISION
 from mmi_jax.method.patterns import Grid
@@ -33,7 +35,7 @@ SIZES = PlanSizes(num_tokens=1024, num_q_heads=2, num_kv_heads=1, head_dim=64, d
 @pytest.fixture
 def small_case(monkeypatch):
     monkeypatch.setitem(CASES, "small", SMALL)
-    monkeypatch.setattr(timing, "matmul_tflops_per_s", lambda: 1.0)
+    monkeypatch.setattr(wall_time, "matmul_tflops_per_s", lambda: 1.0)
 
 
 def last_line(capsys):
@@ -64,7 +66,7 @@ def test_a_wrong_output_is_not_timed(monkeypatch, spoil):
         return (out * 1.01, lse) if spoil == "out" else (out, lse + 0.01)
 
     monkeypatch.setattr("mmi_jax.bench.attention.attend_inputs", wrong)
-    monkeypatch.setattr(timing.Program, "time", lambda *_, **__: pytest.fail("timed a wrong output"))
+    monkeypatch.setattr(wall_time.Program, "time", lambda *_, **__: pytest.fail("timed a wrong output"))
     message = {"out": "relative error against float64 must be at most 1e-05", "lse": "log-sum-exp must be within"}
     with pytest.raises(RuntimeError, match=message[spoil]):
         figures_of(SMALL)
@@ -74,13 +76,13 @@ def test_sampled_rows_follow_the_lists():
     inputs = mixed_inputs(num_q_blocks=2, num_shared=256, dtype="float32")
     out, lse = reference.attend(inputs)
     rows = np.array([0, 127, 128, 255])
-    expected, expected_lse = sampled.rows_in_float64(inputs, 1, rows)
+    expected, expected_lse = sampled_rows.rows_in_float64(inputs, 1, rows)
     np.testing.assert_allclose(expected, np.asarray(out[1])[rows], rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(expected_lse, np.asarray(lse[1])[rows], rtol=1e-5)
 
 
 def test_a_row_that_visits_nothing_is_minus_infinity_exactly():
-    rows = sampled.SampledRows(
+    rows = sampled_rows.SampledRows(
         heads=np.zeros(2, int), rows=np.arange(2), out=np.array([[0.0], [1.0]]), lse=np.array([-np.inf, 2.0])
     )
     assert rows.check(rows.out, rows.lse, dtype="float32") == {"relative_error": 0.0, "lse_error": 0.0}
@@ -91,7 +93,7 @@ def test_a_row_that_visits_nothing_is_minus_infinity_exactly():
 
 def test_dense_rows_see_what_stands_before_them():
     inputs = SMALL.inputs()
-    rows = sampled.sample_dense(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
+    rows = sampled_rows.sample_dense(inputs.q, inputs.k, inputs.v, scale=inputs.scale)
     plain = jax.nn.dot_product_attention(*(x.transpose(1, 0, 2)[None] for x in (inputs.q, inputs.k, inputs.v)),
                                          scale=inputs.scale, is_causal=True)[0]  # fmt: skip
     np.testing.assert_allclose(rows.out, np.asarray(plain)[rows.rows, rows.heads], rtol=2e-5, atol=2e-6)
@@ -101,7 +103,7 @@ def test_dense_rows_see_what_stands_before_them():
 def test_without_torch_every_peer_gives_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     found = peers_of("float32")
-    assert [row["name"] for row in found] == [*torch_peers.DENSE, torch_peers.FLEX]
+    assert [row["name"] for row in found] == [*torch_attention.DENSE, torch_attention.FLEX]
     assert all(row["error"].startswith("torch is not installed") for row in found)
 
 
@@ -115,7 +117,7 @@ def peers_of(dtype):
 def test_peers_get_our_arrays_and_lists_and_are_checked(monkeypatch, dtype, takes_gqa):
     fake_torch.install(monkeypatch, takes_gqa=takes_gqa)
     found = peers_of(dtype)
-    assert [row["name"] for row in found] == [*torch_peers.DENSE, torch_peers.FLEX]
+    assert [row["name"] for row in found] == [*torch_attention.DENSE, torch_attention.FLEX]
     assert all(row["relative_error"] < 1e-6 and row["median_ms"] > 0 and "speedup" in row for row in found)
     assert [row.get("note") for row in found] == [None if takes_gqa else "kv heads repeated"] * 2 + [None]
     visited = SMALL.flops(SMALL.lists.index(SMALL.num_q_heads, SMALL.num_tokens, SMALL.block))
@@ -132,14 +134,14 @@ def test_a_failing_row_keeps_its_reason_on_one_line():
     def fail():
         raise KeyError("no kernel\nfor this")
 
-    assert rows.row("peer", fail) == {"name": "peer", "error": "KeyError: 'no kernel\\nfor this'"}
+    assert measurements.measurement("peer", fail) == {"name": "peer", "error": "KeyError: 'no kernel\\nfor this'"}
     group = ExceptionGroup("no backend", [ValueError("a"), NotImplementedError("b")])
-    assert rows.reason(group) == "no backend: a; b"
+    assert measurements.reason(group) == "no backend: a; b"
 
 
 def test_flex_tables_hold_the_lists_partial_and_full_apart():
     index = RandomLists(blocks_per_row=3).index(2, 1024, 128)
-    (partial_count, full_count), (partial, full) = torch_peers.flex_tables(index)
+    (partial_count, full_count), (partial, full) = torch_attention.flex_tables(index)
     assert (partial_count == 1).all() and full_count.sum() == index.num_full.sum()
     for h, i in np.ndindex(2, 8):
         found = [*full[0, h, i, : full_count[0, h, i]], *partial[0, h, i, : partial_count[0, h, i]]]
@@ -150,7 +152,7 @@ def test_flex_tables_hold_the_lists_partial_and_full_apart():
 def test_flex_tables_refuse_what_would_not_fit():
     index = AllVisited().index(1, 2**22, 128)
     with pytest.raises(NotImplementedError, match="at most 4294967296 bytes, got 8589934592"):
-        torch_peers.flex_tables(index)
+        torch_attention.flex_tables(index)
 
 
 @pytest.mark.slow
@@ -193,10 +195,10 @@ def test_dense_is_measured_up_to_the_limit_and_extrapolated_by_the_square(monkey
             {"name": "fast", "median_ms": 3.0},
         )
 
-    monkeypatch.setattr(dense, "planted_dense_rows", measured)
-    found = dense.best_dense(8192, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
+    monkeypatch.setattr(dense_attention, "measure_synthetic_dense", measured)
+    found = dense_attention.best_dense(8192, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
     assert (found["dense"], found["dense_ms"], found["is_dense_extrapolated"]) == ("fast", 48.0, True)
-    found = dense.best_dense(1024, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
+    found = dense_attention.best_dense(1024, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
     assert (found["dense_ms"], found["is_dense_extrapolated"]) == (3.0, False)
     assert asked == [2048, 1024]
 
@@ -284,7 +286,9 @@ def test_check_holds_every_rule_against_the_reference(capsys):
     ],
 )
 def test_check_names_the_rule_that_is_broken(monkeypatch, spoil, message):
-    monkeypatch.setattr("mmi_jax.bench.rules.attend_inputs", lambda inputs, _: spoil(*reference.attend(inputs)))
+    monkeypatch.setattr(
+        "mmi_jax.bench.checks.kernel_rules.attend_inputs", lambda inputs, _: spoil(*reference.attend(inputs))
+    )
     with pytest.raises(RuntimeError, match=message):
         check_rules("tiny", implementation="xla")
 
@@ -341,9 +345,9 @@ def test_a_third_of_the_heads_each():
 def test_a_measurement_queues_as_many_calls_as_fill_it(monkeypatch):
     log = []
     clock = iter([0.0, 0.010, 1.0, 1.050, 2.0, 2.045])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times = timing.time_calls(lambda: log.append("call"), lambda _: log.append("wait"), repeats=2, fill_ms=50.0)
+    monkeypatch.setattr(wall_time.time, "perf_counter", lambda: next(clock))
+    times = wall_time.time_calls(lambda: log.append("call"), lambda _: log.append("wait"), repeats=2, fill_ms=50.0)
     assert log == ["call", "wait"] * 2 + (["call"] * 5 + ["wait"]) * 2
     assert times == pytest.approx([10.0, 9.0])
-    found = timing.summary([3.0, 1.0, 2.0], compile_ms=7.0)
+    found = wall_time.summary([3.0, 1.0, 2.0], compile_ms=7.0)
     assert found.figures() == {"median_ms": 2.0, "fastest_ms": 1.0, "slowest_ms": 3.0, "compile_ms": 7.0}

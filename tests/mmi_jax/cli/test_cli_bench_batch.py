@@ -9,7 +9,7 @@ from tiny_preset import TINY
 
 from mmi_jax import AShape, PatternTable
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.batch import measured, requests_of
+from mmi_jax.cli.bench.batch import compare_ways, requests_of
 from models.qwen2_5_vl import presets
 
 
@@ -40,11 +40,11 @@ def test_figures_of_the_ways_stand_beside_ours():
         time.sleep(1e-3)
         return np.full((3, 2), 2.0 if way == "many" else 1.0)
 
-    figures = measured(run, [1024, 1800, 1000], 2)
+    figures = compare_ways(run, [1024, 1800, 1000], 2)
     assert asked == [way for way in ("many", "padded", "alone") for _ in range(3)]
     assert (figures["tokens"], figures["padded_tokens"], figures["batches"]) == (3824, 2 * 1024 + 1920, [1, 2])
     padded, alone = figures["others"]
     assert padded["padded_tokens"] == 3 * 1920 and alone["padded_tokens"] == figures["padded_tokens"]
     assert padded["logits_difference"] == pytest.approx(1.0) and padded["speedup"] > 0
-    failing = measured(lambda way: run(way) * (np.nan if way == "padded" else 1.0), [1024], 1)
+    failing = compare_ways(lambda way: run(way) * (np.nan if way == "padded" else 1.0), [1024], 1)
     assert "logits must be finite" in failing["others"][0]["error"] and "error" not in failing["others"][1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmi_jax.bench import timing
+from mmi_jax.bench.timing import wall_time
 from mmi_jax.cli import main
 from mmi_jax.cli.bench import model
 from mmi_jax.cli.bench.vision import frame_flops
@@ -108,7 +108,7 @@ def test_every_type_that_the_message_names_is_taken(dtype):
 
 
 def test_the_copy_rate_counts_bytes_read_and_written():
-    rate = timing.copy_bytes_per_s(repeats=1)
+    rate = wall_time.copy_bytes_per_s(repeats=1)
     assert np.isfinite(rate) and rate > 1e8 and jax.default_backend() == "cpu"
 
 

@@ -7,8 +7,8 @@ import pytest
 from tiny_preset import TINY
 
 from mmi_jax import AShape, Dense, PatternTable
+from mmi_jax.bench.baselines.transformers_model import _read_lines
 from mmi_jax.bench.prefill import MIX, DenseBaseline, mixed_table, prefill_program, projection_flops
-from mmi_jax.bench.torch_model import _rows
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.prefill import table_of
 from mmi_jax.cli.bench.synthetic_prompts import video_prompt
@@ -130,4 +130,4 @@ def test_tables_are_named_by_the_cases_of_plans():
 
 
 def test_rows_of_transformers_are_read_from_among_its_warnings():
-    assert _rows('warning\n{"tokens": 5, "seconds": 1.0}\n') == [{"tokens": 5, "seconds": 1.0}]
+    assert _read_lines('warning\n{"tokens": 5, "seconds": 1.0}\n') == [{"tokens": 5, "seconds": 1.0}]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.bench.rows import chosen
-from mmi_jax.bench.sampled import LSE_LIMIT
+from mmi_jax.bench.checks.sampled_rows import LSE_LIMIT
+from mmi_jax.bench.timing.measurements import chosen
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.api import Implementation, attend_inputs
 from pallas_kernels.attention.cases import late_peak_inputs, mixed_inputs

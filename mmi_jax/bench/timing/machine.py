@@ -33,7 +33,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     """The commit of the checkout this package runs from; else what `MMI_COMMIT` says; else "unknown"."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if (root / ".git").exists():  # a wheel may lie inside somebody else's checkout
         command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
         try:

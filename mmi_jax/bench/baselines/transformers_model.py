@@ -14,7 +14,7 @@ from typing import Any
 TIMEOUT_SECONDS = 300
 
 
-def transformers_rows(config: Any, tokens: list[int]) -> list[dict[str, Any]]:
+def measure_transformers(config: Any, tokens: list[int]) -> list[dict[str, Any]]:
     """A row for each length: seconds and peak memory of a prefill, or why there is none."""
     sizes = dict(
         vocab_size=config.vocab_size,
@@ -26,16 +26,16 @@ def transformers_rows(config: Any, tokens: list[int]) -> list[dict[str, Any]]:
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
     )
-    command = [sys.executable, "-m", "mmi_jax.bench.torch_model", json.dumps([sizes, tokens])]
+    command = [sys.executable, "-m", "mmi_jax.bench.baselines.transformers_model", json.dumps([sizes, tokens])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        return _rows(str(error.stdout or "")) + [{"error": f"stopped after {TIMEOUT_SECONDS} s"}]
-    rows = _rows(done.stdout)
+        return _read_lines(str(error.stdout or "")) + [{"error": f"stopped after {TIMEOUT_SECONDS} s"}]
+    rows = _read_lines(done.stdout)
     return rows if done.returncode == 0 else [*rows, {"error": f"status {done.returncode}: {done.stderr[-300:]}"}]
 
 
-def _rows(text: str) -> list[dict[str, Any]]:
+def _read_lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 

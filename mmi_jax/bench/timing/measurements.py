@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmi_jax.bench.timing import Timing
+from mmi_jax.bench.timing.wall_time import Timing
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.inputs import AttentionInputs
 
@@ -14,7 +14,7 @@ REASON_LENGTH = 300
 """Characters of a failure's message that a row keeps: compilers write pages."""
 
 
-def row(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def measurement(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The figures under this name, or `error` with the reason: one failure must not end a run on a rented machine."""
     try:
         return {"name": name} | measure()

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmi_jax.bench.rows import dense_flops, rate, row
-from mmi_jax.bench.sampled import SampledRows
-from mmi_jax.bench.timing import summary, time_calls
+from mmi_jax.bench.checks.sampled_rows import SampledRows
+from mmi_jax.bench.timing.measurements import dense_flops, measurement, rate
+from mmi_jax.bench.timing.wall_time import summary, time_calls
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.block_index import BlockIndex
 
@@ -27,16 +27,16 @@ MAX_FLEX_TABLE_BYTES = 2**32
 """FlexAttention's block tables are as wide as a row has blocks; past this they are not built."""
 
 
-def dense_rows(q, k, v, expected: SampledRows, *, scale: float, repeats: int) -> list[dict[str, Any]]:
-    """A row for each dense peer, checked before it is timed; arguments as for `mmi_jax.bench.dense.dense_row`."""
+def measure_dense(q, k, v, expected: SampledRows, *, scale: float, repeats: int) -> list[dict[str, Any]]:
+    """Figures of each dense peer, checked before it is timed; arguments as for `dense_attention.measure_dense`."""
     return [
-        _row(name, lambda torch, b=backend: _sdpa(torch, q, k, v, scale, b, expected, repeats))
+        _with_torch(name, lambda torch, b=backend: _sdpa(torch, q, k, v, scale, b, expected, repeats))
         for name, backend in DENSE.items()
     ]
 
 
-def flex_row(inputs: AttentionInputs, expected: SampledRows, *, flops: float, repeats: int) -> dict[str, Any]:
-    """The row of FlexAttention over the same lists.
+def measure_flex(inputs: AttentionInputs, expected: SampledRows, *, flops: float, repeats: int) -> dict[str, Any]:
+    """Figures of FlexAttention over the same lists.
 
     Args:
       inputs: whose index `flex_tables` takes.
@@ -44,10 +44,10 @@ def flex_row(inputs: AttentionInputs, expected: SampledRows, *, flops: float, re
       flops: floating-point operations of the visited tiles.
       repeats: measurements.
     """
-    return _row(FLEX, lambda torch: _flex(torch, inputs, expected, flops, repeats))
+    return _with_torch(FLEX, lambda torch: _flex(torch, inputs, expected, flops, repeats))
 
 
-def _row(name: str, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _with_torch(name: str, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` finds with torch; the memory it took goes back to the device."""
 
     def with_torch():
@@ -59,7 +59,7 @@ def _row(name: str, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
             gc.collect()
             torch.cuda.empty_cache()
 
-    return row(name, with_torch)
+    return measurement(name, with_torch)
 
 
 def _torch() -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmi_jax.bench import torch_peers
-from mmi_jax.bench.rows import dense_flops, rate, row
-from mmi_jax.bench.sampled import SampledRows, sample_dense
+from mmi_jax.bench.baselines import torch_attention
+from mmi_jax.bench.checks.sampled_rows import SampledRows, sample_dense
 from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
-from mmi_jax.bench.timing import compile_program
+from mmi_jax.bench.timing.measurements import dense_flops, measurement, rate
+from mmi_jax.bench.timing.wall_time import compile_program
 from pallas_kernels import coverage
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.notation import Array, Float
@@ -19,7 +19,7 @@ MASKED_LIMIT = 4096
 """Tokens up to which dense attention also runs under the lists' mask, to compare errors: the mask is quadratic."""
 
 
-def dense_row(
+def measure_dense(
     q: Float[Array, "h t d"], k: Float[Array, "g t d"], v: Float[Array, "g t d"], expected: SampledRows,
     *, scale: float, repeats: int,
 ) -> dict[str, Any]:  # fmt: skip
@@ -39,10 +39,10 @@ def dense_row(
         errors = expected.check(out, None, dtype=str(q.dtype))
         return errors | rate(dense_flops(*q.shape), program.time(*arrays, repeats=repeats))
 
-    return row(f"{_backend()} dense, jax", measure)
+    return measurement(f"{_backend()} dense, jax", measure)
 
 
-def masked_row(inputs: AttentionInputs, expected: SampledRows) -> dict[str, Any]:
+def measure_masked(inputs: AttentionInputs, expected: SampledRows) -> dict[str, Any]:
     """The error of dense attention under the lists' own mask, against which ours is held; not timed.
 
     Args:
@@ -59,7 +59,7 @@ def masked_row(inputs: AttentionInputs, expected: SampledRows) -> dict[str, Any]
         out = np.asarray(program(mask, *arrays)[0, expected.rows, expected.heads])
         return expected.check(out, None, dtype=str(inputs.q.dtype))
 
-    return row(f"{_backend()} masked, jax", measure)
+    return measurement(f"{_backend()} masked, jax", measure)
 
 
 def _backend() -> str:
@@ -71,7 +71,7 @@ def _attention(**kwargs):
 
 
 @functools.cache
-def planted_dense_rows(
+def measure_synthetic_dense(
     num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str, *, repeats: int, with_peers: bool
 ) -> tuple[dict[str, Any], ...]:
     """Figures of dense attention on a planted video prompt, through JAX and, with the peers, torch; measured once."""
@@ -82,9 +82,9 @@ def planted_dense_rows(
     q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
     scale = head_dim**-0.5
     expected = sample_dense(q, k, v, scale=scale)
-    rows = [dense_row(q, k, v, expected, scale=scale, repeats=repeats)]
+    rows = [measure_dense(q, k, v, expected, scale=scale, repeats=repeats)]
     if with_peers:
-        rows += torch_peers.dense_rows(q, k, v, expected, scale=scale, repeats=repeats)
+        rows += torch_attention.measure_dense(q, k, v, expected, scale=scale, repeats=repeats)
     return tuple(rows)
 
 
@@ -97,7 +97,7 @@ def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peer
       limit: tokens at which dense attention is measured at most.
     """
     measured_at = min(num_tokens, limit)
-    rows = planted_dense_rows(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
+    rows = measure_synthetic_dense(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
     able = [found for found in rows if "median_ms" in found]
     if not able:
         return {"dense": rows[0]["name"], "dense_error": rows[0]["error"]}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from problems import random_problem
 
-from mmi_jax.bench import masked
+from mmi_jax.bench.checks import masked_attention
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.inputs import AttentionInputs
 
@@ -14,7 +14,7 @@ from pallas_kernels.attention.inputs import AttentionInputs
 @pytest.mark.parametrize("entries", [2, 512])
 def test_it_is_the_reference(rng, monkeypatch, entries):
     """Also where a list is marked in several pieces."""
-    monkeypatch.setattr(masked, "ENTRIES", entries)
+    monkeypatch.setattr(masked_attention, "ENTRIES", entries)
     problem = random_problem(rng)
     inputs = AttentionInputs(
         q=jnp.asarray(problem.q),
@@ -27,9 +27,9 @@ def test_it_is_the_reference(rng, monkeypatch, entries):
         index=jax.tree.map(jnp.asarray, problem.index),
         scale=0.25,
     )
-    blocks = [jax.jit(masked.visited)(inputs, 2, i) for i in range(problem.index.num_q_blocks)]
+    blocks = [jax.jit(masked_attention.visited)(inputs, 2, i) for i in range(problem.index.num_q_blocks)]
     np.testing.assert_array_equal(np.concatenate(blocks), problem.mask()[2])
-    (out, lse), (want, want_lse) = jax.jit(masked.attend)(inputs), reference.attend(inputs)
+    (out, lse), (want, want_lse) = jax.jit(masked_attention.attend)(inputs), reference.attend(inputs)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)
     assert np.isneginf(lse).any() and np.isfinite(lse).any()

@@ -1,0 +1,1 @@
+"""What the results are compared with: dense attention, torch, transformers."""

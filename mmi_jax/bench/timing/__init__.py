@@ -1,0 +1,1 @@
+"""Wall times of compiled functions, and the machine they were measured on."""
