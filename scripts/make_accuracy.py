@@ -29,12 +29,12 @@ from mmi_jax.method.plan import plan_heads, prompt_geometry
 from mmi_jax.method.tables.pattern_table import load_table
 from mmi_jax.plots import table_plots
 from mmi_jax.plots.attention_map import plot_attention
-from mmi_jax.search.capture import Captured, captured_layers
+from mmi_jax.search.activations import LayerActivations, layer_activations
 from mmi_jax.search.costs import DENSITY
-from mmi_jax.search.journal import read_journal
-from mmi_jax.search.measure import modalities_of
 from mmi_jax.search.scores import Choice, Scores, read_scores
-from mmi_jax.search.trials import trial_of
+from mmi_jax.search.trials.journal import read_journal
+from mmi_jax.search.trials.measurement import modalities_of
+from mmi_jax.search.trials.trial import trial_of
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
 from pallas_kernels.attention.gpu_tuned import write_whole
@@ -157,15 +157,15 @@ def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern
         for head in range(scores.num_heads):
             options = scores.options(layer, head, DENSITY) + [scores.option(c, layer, head, DENSITY) for c in own]
             for option in options:
-                if isinstance(option.what.pattern, kind):
+                if isinstance(option.item.pattern, kind):
                     price = option.error + PICTURE_PRICE * option.cost
-                    found.append((price, layer, head, option.what.pattern, option.error))
+                    found.append((price, layer, head, option.item.pattern, option.error))
     return min(found, key=lambda row: row[:3])[1:] if found else None
 
 
-def draw_head(task: Task, captured: Captured, layer: int, head: int, pattern: Pattern) -> list[str]:
+def draw_head(task: Task, activations: LayerActivations, layer: int, head: int, pattern: Pattern) -> list[str]:
     """Pictures of one head's attention and mask before and after permutation; their names."""
-    q, k, layout = captured.q[0], captured.k[0], jax.tree.map(lambda x: x[0], captured.layout)
+    q, k, layout = activations.q[0], activations.k[0], jax.tree.map(lambda x: x[0], activations.layout)
     kv_head = head // (q.shape[1] // k.shape[1])
     geometry = prompt_geometry(layout, [pattern], num_queries=q.shape[0], q_start=jnp.int32(0), blocks=Blocks())
     scale = q.shape[-1] ** -0.5
@@ -188,10 +188,10 @@ def draw_heads(task: Task, model: Any, prompt: Any, scores: Scores, table: Patte
     wanted = {name: found for name, found in chosen.items() if found is not None}
     last = max((layer for layer, *_ in wanted.values()), default=-1)
     shown = []
-    for n, captured in enumerate(captured_layers(model, prompt, blocks=Blocks(), num_layers=last + 1)):
+    for n, activations in enumerate(layer_activations(model, prompt, blocks=Blocks(), num_layers=last + 1)):
         for kind, (layer, head, pattern, error) in wanted.items():
             if layer == n:
-                files = draw_head(task, captured, layer, head, pattern)
+                files = draw_head(task, activations, layer, head, pattern)
                 shown.append({"kind": kind, "layer": layer, "head": head, "pattern": repr(pattern), "error": error,
                               "given": repr(table.layers[layer][head]), "files": files})  # fmt: skip
     return shown

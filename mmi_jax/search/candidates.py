@@ -1,4 +1,4 @@
-"""The patterns that a search tries on every head: the paper's Table 4, and ours."""
+"""Candidates: the patterns that a search tries on every head, the paper's Table 4 and ours."""
 
 import dataclasses
 
@@ -91,7 +91,7 @@ class Candidates:
         )
 
 
-GRANULE = 16
+SIZE_STEP = 16
 """Scaled sizes are multiples of this, and at least as large; tokens."""
 
 _IN_TOKENS = ("sink", "local", "last", "tail", "vertical", "slash")
@@ -101,7 +101,7 @@ def _scaled(pattern: Pattern, factor: float) -> Pattern:
     """The pattern with sizes in tokens multiplied, and blocks likewise but at least two."""
 
     def tokens(size: int) -> int:
-        return max(GRANULE, round(size * factor / GRANULE) * GRANULE)
+        return max(SIZE_STEP, round(size * factor / SIZE_STEP) * SIZE_STEP)
 
     names = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}  # pyright: ignore[reportArgumentType]
     sizes = {name: tokens(size) for name, size in names.items() if name in _IN_TOKENS and not isinstance(size, bool)}

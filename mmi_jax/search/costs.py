@@ -1,4 +1,4 @@
-"""What a head's plan costs: tiles that were counted, at the price of a device that was measured or reckoned."""
+"""Cost models of devices, measured or from published rates, and the cost of a layer by its heads' visited tiles."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,18 +15,20 @@ HEAD_DIM, QUERIES, ITEM_BYTES = 128, 64, 2
 """What cost models are made for: values in a head, queries behind an estimate, bytes of a value."""
 
 TILE_FLOPS = 4 * 128 * 128 * HEAD_DIM
+"""Of a tile of 128 x 128: two products, of two operations a value."""
 
-MXU_SHARE = {"v4": 0.82, "v5e": 0.91, "v5p": 0.92, "v6e": 0.75, "tpu7x": 0.75}
-"""Of the peak, that the TPU kernel reaches in full tiles by the compiler's schedules (docs/log.md, 2026-11-25)."""
+MXU_UTILIZATION = {"v4": 0.82, "v5e": 0.91, "v5p": 0.92, "v6e": 0.75, "tpu7x": 0.75}
+"""Fraction of the peak that the TPU kernel reaches in full tiles by the compiler's schedules (docs/log.md,
+2026-11-25)."""
 
 
-def analytical_costs(chip: Chip, mxu_share: float) -> CostModel:
+def analytical_costs(chip: Chip, mxu_utilization: float) -> CostModel:
     """A TPU's costs from its published rates: no TPU has been measured.
 
-    A tile costs its products at that share of the peak. A moved token is read and written as a query and as an output;
-    an estimate multiplies it with 64 queries twice, or reads it, whichever is longer. Launches are left out.
+    A tile costs its products at that fraction of the peak. A moved token is read and written as a query and as an
+    output; an estimate multiplies it with 64 queries twice, or reads it, whichever is longer. Launches are left out.
     """
-    rate = mxu_share * chip.flops_per_second * 1e-9  # FLOPs in a nanosecond
+    rate = mxu_utilization * chip.flops_per_second * 1e-9  # FLOPs in a nanosecond
     bandwidth = chip.hbm_bytes_per_second * 1e-9
     estimate_flops, key_bytes = 2 * 2 * QUERIES * HEAD_DIM, HEAD_DIM * ITEM_BYTES
     return CostModel(
@@ -58,7 +60,7 @@ DENSITY = dataclasses.replace(TILES, move_ns=0.0, estimate_ns=0.0)
 
 def cost_models() -> dict[str, CostModel]:
     """By the name that `--costs` takes."""
-    tpus = {name: analytical_costs(chip, MXU_SHARE[name]) for name, chip in CHIPS.items()}
+    tpus = {name: analytical_costs(chip, MXU_UTILIZATION[name]) for name, chip in CHIPS.items()}
     return {"hopper": HOPPER, **tpus, "tiles": TILES}
 
 

@@ -10,7 +10,7 @@ import mmi_jax
 from mmi_jax import Blocks, PatternTable
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.cost_model import CostModel
-from mmi_jax.search.equal_cost import report_cost
+from mmi_jax.search.baselines.equal_cost import report_cost
 from models.prompt import Prompt
 from models.qwen2_5_vl.processor import Processor
 from models.tasks import Question, Sample, choice_ids, question_rows

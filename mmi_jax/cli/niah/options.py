@@ -8,8 +8,8 @@ import numpy as np
 from mmi_jax import PatternTable
 from mmi_jax.cli.samples import DEFAULT_TASKS, task_name
 from mmi_jax.method.tables.pattern_table import load_table
+from mmi_jax.search.baselines.families import FAMILIES
 from mmi_jax.search.costs import cost_models
-from mmi_jax.search.families import FAMILIES
 
 DENSE = "dense"
 

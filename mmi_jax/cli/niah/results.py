@@ -16,7 +16,7 @@ from mmi_jax.cli import console
 from mmi_jax.cli.niah.options import DENSE, NiahTask
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.plots.heat_map import plot_heat_maps
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.trials.journal import Journal
 from pallas_kernels.attention.gpu_tuned import write_whole
 
 type Cell = Mapping[str, Any]
@@ -64,16 +64,16 @@ def remember_methods(journal: Journal, methods: Sequence[str]) -> None:
 
 def _named_methods(journal: Journal) -> list[str]:
     """In the order first named."""
-    rows = journal.where(kind="methods")
+    rows = journal.matching(kind="methods")
     return list(rows[-1]["names"]) if rows else []
 
 
 def results_of(task: NiahTask, journal: Journal) -> Results:
     """All that the journal holds, of whichever methods, tasks and lengths it was filled with."""
-    cells, methods = journal.where(kind="cell"), _named_methods(journal)
+    cells, methods = journal.matching(kind="cell"), _named_methods(journal)
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     cells.sort(key=lambda c: (tasks.index(c["task"]), c["tokens"], c["depth"], methods.index(c["method"])))
-    shares = {(row["task"], row["tokens"]): row["share"] for row in journal.where(kind="share")}
+    shares = {(row["task"], row["tokens"]): row["share"] for row in journal.matching(kind="share")}
     for place in {(cell["task"], cell["tokens"]) for cell in cells if cell["method"] == task.match_to}:
         shares[place] = mean_share([c for c in cells if (c["task"], c["tokens"]) == place], str(task.match_to))
     return Results(

@@ -22,7 +22,7 @@ from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.costs import cost_models, default_costs
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.trials.journal import Journal
 from models.huggingface.hub import locate
 from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load
@@ -67,7 +67,7 @@ class Runner:
 
     def missing(self, place: Place, methods: Sequence[str]) -> list[str]:
         """Those that have no cell in a place."""
-        return [method for method in methods if not self.journal.where(**self._key(place, method))]
+        return [method for method in methods if not self.journal.matching(**self._key(place, method))]
 
     def fill(self, place: Place, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
         """The missing cells of a place; the baselines last, as the matched method's own cell tells their sizes."""
@@ -148,14 +148,14 @@ def _fill(runner: Runner, on_cell: Callable[[int, int, str], None]) -> None:
     places = list(itertools.product(task.tasks, task.tokens, range(len(task.depths))))
     missing = {place: runner.missing(place, task.methods) for place in places}
     total, unfilled = len(places) * len(task.methods), [place for place in places if missing[place]]
-    of_others = len(journal.where(kind="cell")) - (total - sum(map(len, missing.values())))
+    of_others = len(journal.matching(kind="cell")) - (total - sum(map(len, missing.values())))
     with ThreadPoolExecutor(max_workers=SAMPLES_AHEAD) as pool:
         coming = [pool.submit(runner.batches, *place) for place in unfilled[:SAMPLES_AHEAD]]
         for n, (name, tokens, number) in enumerate(unfilled):
             what = f"{name}, {tokens} tokens, depth {task.depths[number]:.2f}"
 
             def on_step(step: str, what=what) -> None:
-                on_cell(len(journal.where(kind="cell")) - of_others, total, f"{step}: {what}")
+                on_cell(len(journal.matching(kind="cell")) - of_others, total, f"{step}: {what}")
 
             on_step("samples")
             batches = coming.pop(0).result()

@@ -14,10 +14,10 @@ from mmi_jax.cli.samples import SampleSource
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel
-from mmi_jax.search.capture import captured_layers
-from mmi_jax.search.equal_cost import PlanInputs, member_of_cost
-from mmi_jax.search.families import FAMILIES, published
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.activations import layer_activations
+from mmi_jax.search.baselines.equal_cost import PlanInputs, member_at_cost
+from mmi_jax.search.baselines.families import FAMILIES, published_pattern
+from mmi_jax.search.trials.journal import Journal
 
 NUM_LAYERS_LOOKED_AT = 4
 """Layers, evenly over the depth, on whose queries and keys a size is chosen; what it cost is counted in all of them."""
@@ -39,7 +39,7 @@ class Sizes:
     def fit(self, methods: Sequence[str], name: str, tokens: int, batch: Asked) -> dict[str, Pattern]:
         """The baselines of a task and a length; those not in the journal are sized on the first prompt."""
         place = {"task": name, "tokens": tokens}
-        rows = self.journal.where(kind="size", **place)
+        rows = self.journal.matching(kind="size", **place)
         found = {row["method"]: pattern_json.from_json(row["pattern"]) for row in rows if row["method"] in methods}
         if missing := [method for method in methods if method not in found]:
             share = self._share_to_match(name, tokens, batch)
@@ -55,9 +55,9 @@ class Sizes:
         if method is None:
             return None
         place = {"task": name, "tokens": tokens, "method": method}
-        for cell in self.journal.where(kind="cell", **place):
+        for cell in self.journal.matching(kind="cell", **place):
             return cell["cost"] / cell["dense_cost"]
-        for row in self.journal.where(kind="share", **place):
+        for row in self.journal.matching(kind="share", **place):
             return row["share"]
         asked = answer(self.model, [batch], self.task.tables.get(method), self.costs)
         share = asked.cost / asked.dense_cost
@@ -69,12 +69,12 @@ class Sizes:
     ) -> list[tuple[Pattern, float | None]]:
         """The members of families that cost this share, and what was counted; without one those of the paper."""
         if share is None:
-            return [(published(method, self.source.measure.grid), None) for method in methods]
+            return [(published_pattern(method, self.source.measure.grid), None) for method in methods]
         layers = self._layers(batch)
 
         def member(method: str) -> tuple[Pattern, float]:
             # The ladder is that of the asked length, so that tasks try the same members and share their programs.
-            return member_of_cost(FAMILIES[method].ladder(tokens), share, layers, self.costs, Blocks())
+            return member_at_cost(FAMILIES[method].ladder(tokens), share, layers, self.costs, Blocks())
 
         with ThreadPoolExecutor(max_workers=len(methods)) as pool:  # compiling takes most of it, and little memory
             return list(pool.map(member, methods))
@@ -83,8 +83,8 @@ class Sizes:
         """What plans read of the layers looked at."""
         wanted = layers_looked_at(self.model.config.num_layers)
         prompt = self.source.processor(list(batch.samples[0].parts), cuts_on_device=True)
-        captured = captured_layers(self.model, prompt, blocks=Blocks(), num_layers=wanted[-1] + 1)
-        return [PlanInputs(x.q, x.k, x.layout) for n, x in enumerate(captured) if n in wanted]
+        layers = layer_activations(self.model, prompt, blocks=Blocks(), num_layers=wanted[-1] + 1)
+        return [PlanInputs(x.q, x.k, x.layout) for n, x in enumerate(layers) if n in wanted]
 
 
 def layers_looked_at(num_layers: int) -> list[int]:

@@ -14,7 +14,7 @@ from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.trials.journal import Journal
 from models.huggingface.hub import locate
 from models.media.video import Video, read_video
 from models.qwen2_5_vl.processor import Processor, read_stop_tokens
@@ -68,7 +68,7 @@ def run_qa(task: QaTask) -> Score:
         "frames": [task.fps, task.max_frames],
     }
     journal = Journal(task.output, run)
-    done = {row["name"]: row for row in journal.rows}
+    done = {row["name"]: row for row in journal.entries}
     if any(item.name not in done for item in items):
         with console.progress_bar("loading weights", "tensors") as on_tensor:
             model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)

@@ -90,7 +90,7 @@ def search(
 
 def convert(source: Path, output: Path) -> None:
     """Writes a table of MInference's as one of ours."""
-    from mmi_jax.search.minference import load_minference
+    from mmi_jax.search.baselines.minference import load_minference
 
     table = load_minference(source)
     table.save(output)

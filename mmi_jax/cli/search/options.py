@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from mmi_jax.method.tables import pattern_json
-from mmi_jax.search.best import Target, TargetDensity, TargetSpeedup
 from mmi_jax.search.candidates import SETS, Candidates
+from mmi_jax.search.choice import Target, TargetDensity, TargetSpeedup
 from mmi_jax.search.costs import cost_models
 
 
@@ -32,7 +32,7 @@ class Dial:
         if self.target_speedup is not None:
             return TargetSpeedup(times=self.target_speedup)
         assert self.target_density is not None
-        return TargetDensity(share=self.target_density)
+        return TargetDensity(fraction=self.target_density)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

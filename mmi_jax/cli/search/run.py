@@ -15,15 +15,15 @@ from mmi_jax.cli.search.options import SearchTask
 from mmi_jax.cli.search.prompts import Prompts, calibration_prompts, held_out_prompts, weighed_prompts
 from mmi_jax.cli.show.table_view import print_table
 from mmi_jax.method.tables.cost_model import CostModel
-from mmi_jax.search.best import Best, best_choice, shares_of_dense
 from mmi_jax.search.candidates import Candidates
+from mmi_jax.search.choice import SearchResult, choose_patterns, relative_costs
 from mmi_jax.search.costs import cost_models, default_costs
-from mmi_jax.search.journal import Journal
-from mmi_jax.search.measure import FIELDS, modalities_of
+from mmi_jax.search.importance import ABLATED
 from mmi_jax.search.run import Search
 from mmi_jax.search.scores import Scores
-from mmi_jax.search.sensitivity import CUT
-from mmi_jax.search.trials import first_trials
+from mmi_jax.search.trials.journal import Journal
+from mmi_jax.search.trials.measurement import METRICS, modalities_of
+from mmi_jax.search.trials.trial import first_trials
 from models.huggingface.hub import locate
 from models.prompt import Prompt
 from models.qwen2_5_vl.processor import Processor
@@ -63,10 +63,10 @@ def run_search(task: SearchTask) -> Found:
     start = time.perf_counter()
     with console.work_bar("trials") as on_trial:
         search = Search(model=model, journal=journal, on_trial=on_trial)
-        weights = search.weigh(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
+        weights = search.importance_weights(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
         scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
-        best = best_choice(scores, task.dial.target, costs, excluded=task.excluded)
+        best = choose_patterns(scores, task.dial.target, costs, excluded=task.excluded)
     on_others = None
     if held_out.by_name:
         with console.work_bar("trials") as on_trial:
@@ -91,12 +91,12 @@ def run_search(task: SearchTask) -> Found:
 def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
     """What the trials' figures are and depend on: a work file of anything else is refused."""
     run = run_on(task.model, directory, task.dtype)
-    run |= {"measured": ", ".join(FIELDS), "calibration": prompts.description}
-    return run if weighed is None else run | {"heads weighed": f"by {CUT} on {weighed.description}"}
+    run |= {"measured": ", ".join(METRICS), "calibration": prompts.description}
+    return run if weighed is None else run | {"heads weighed": f"by {ABLATED} on {weighed.description}"}
 
 
 def _provenance(
-    task: SearchTask, journal: Journal, cost_name: str, best: Best, scores: Scores, costs: CostModel,
+    task: SearchTask, journal: Journal, cost_name: str, best: SearchResult, scores: Scores, costs: CostModel,
     on_others: Scores | None,
 ) -> dict[str, str]:  # fmt: skip
     """How the table was found, as text by name."""
@@ -108,7 +108,7 @@ def _provenance(
         **journal.run,
         "target": str(task.dial.target),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
-        "attention cost": _dearest(best.shares, "calibration prompt"),
+        "attention cost": _dearest(best.relative_costs, "calibration prompt"),
         "error": f"{error:.6g} (mean over heads{', by their weight,' if task.weigh else ''} of the relative squared "
         "error of the attention output; half of it is that of the rows from which answers are read, where a prompt has "
         "such)",
@@ -121,7 +121,7 @@ def _provenance(
     }
     if on_others is not None:
         held_out_error = best.error_on(on_others)
-        found["held-out cost"] = _dearest(shares_of_dense(best.choices, on_others, costs), "held-out prompt")
+        found["held-out cost"] = _dearest(relative_costs(best.choices, on_others, costs), "held-out prompt")
         found["held-out error"] = f"{held_out_error:.6g} ({held_out_error / max(error, 1e-12) - 1:+.1%})"
     return found
 

@@ -11,7 +11,7 @@ from mmi_jax.cli import console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.show.table_view import print_table
 from mmi_jax.method.tables.pattern_table import load_table
-from mmi_jax.search.minference import is_minference, load_minference
+from mmi_jax.search.baselines.minference import is_minference, load_minference
 
 
 def show(

@@ -21,7 +21,7 @@ from mmi_jax.cli.niah.sizes import Sizes, layers_looked_at
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.method.tables.pattern_table import load_table, uniform_table
 from mmi_jax.search.costs import cost_models
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.trials.journal import Journal
 from models.demo import build_demo_model
 from models.small.config import small_processor
 
@@ -69,7 +69,7 @@ def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candi
     printed = capsys.readouterr().out
     assert "error of each head, per mille" in printed and "cost of each head" in printed and "share of time" in printed
     work = (tmp_path / "table.work.jsonl").read_bytes()
-    monkeypatch.setattr("mmi_jax.search.measure.measured", lambda *_, **__: pytest.fail("a trial ran again"))
+    monkeypatch.setattr("mmi_jax.search.trials.measurement.measured", lambda *_, **__: pytest.fail("a trial ran again"))
     assert main([*options, "--target-density", "1", "--exclude", "AShape"]) == 0
     assert {p for row in load_table(output).layers for p in row} == {Dense()}
     assert (tmp_path / "table.work.jsonl").read_bytes() == work
@@ -294,9 +294,9 @@ def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_pat
     remember_methods(journal, ("a-shape", "dense"))
     for method in ("a-shape", "dense"):
         journal.add(cell(method, 0.2))
-    length = len(journal.rows)
+    length = len(journal.entries)
     remember_methods(journal, ("swin",))
-    assert len(journal.rows) == length
+    assert len(journal.entries) == length
     results = results_of(niah_task(tmp_path), journal)
     found = [(c["tokens"], c["method"]) for c in results.cells]
     assert found == [(1024, "dense"), (1024, "a-shape"), (2048, "ours"), (2048, "swin")]

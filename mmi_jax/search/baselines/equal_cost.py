@@ -1,4 +1,4 @@
-"""What a prefill's attention cost, and which member of a family costs as much as something else."""
+"""Cost of a prefill's attention, and the member of a family of patterns that costs as much as something else."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from mmi_jax.layout import TokenLayout
 from mmi_jax.method.attention import batch_geometry, plan_batch
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables.cost_model import CostModel
-from mmi_jax.search.capture import num_tokens_of
+from mmi_jax.search.activations import num_tokens_of
 from mmi_jax.search.costs import layer_cost
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Float
@@ -26,7 +26,7 @@ def dense_tiles(num_tokens: int, blocks: Blocks) -> float:
 
 
 def visited_tiles(density: np.ndarray | float, num_tokens: int, blocks: Blocks) -> np.ndarray:
-    """Tiles behind a density, which `Plan.density` holds against the pairs of dense attention and half a block more."""
+    """Tiles behind a density; `Plan.density` counts against the pairs of dense attention and half a block more."""
     pairs = num_tokens * (num_tokens + 1) / 2 + num_tokens * (max(blocks.q, blocks.kv) - 1) / 2
     return np.asarray(density * (pairs / (blocks.q * blocks.kv)))
 
@@ -42,8 +42,8 @@ def report_cost(report: PrefillReport, costs: CostModel, blocks: Blocks) -> tupl
         _layer_costs(patterns, tiles, costs, num_tokens, blocks)
         for patterns, tiles in zip(report.table.layers, visited, strict=True)
     ]
-    found, dense = (sum(costs_of_layers) for costs_of_layers in zip(*layers, strict=True))
-    return found, dense
+    sparse, dense = (sum(costs_of_layers) for costs_of_layers in zip(*layers, strict=True))
+    return sparse, dense
 
 
 def _layer_costs(
@@ -58,7 +58,7 @@ def _layer_costs(
 
 @dataclasses.dataclass(frozen=True)
 class PlanInputs:
-    """What plans read of one captured layer: half of what was captured, so that several layers can be held.
+    """What plans read of one layer's activations: half of them, so that several layers can be held.
 
     Args:
       q, k: after rotation.
@@ -70,58 +70,58 @@ class PlanInputs:
     layout: TokenLayout
 
 
-def cost_share(pattern: Pattern, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks) -> float:
+def relative_cost(pattern: Pattern, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks) -> float:
     """Cost of one pattern on all heads of these layers over that of dense attention; plans are made, no more."""
     num_tokens = num_tokens_of(layers[0])
-    shares = []
+    relative = []
     for layer in layers:
         tiles = np.asarray(_plan_program()(pattern, blocks, layer.q, layer.k, layer.layout), np.float64)
-        found, dense = _layer_costs((pattern,) * len(tiles), tiles, costs, num_tokens, blocks)
-        shares.append(found / dense)
-    return float(np.mean(shares))
+        sparse, dense = _layer_costs((pattern,) * len(tiles), tiles, costs, num_tokens, blocks)
+        relative.append(sparse / dense)
+    return float(np.mean(relative))
 
 
-def member_of_cost(
-    ladder: Sequence[Pattern], share: float, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks
+def member_at_cost(
+    ladder: Sequence[Pattern], target: float, layers: Sequence[PlanInputs], costs: CostModel, blocks: Blocks
 ) -> tuple[Pattern, float]:
-    """The pattern whose cost is nearest to a share of dense attention's, and its own; costs rise along the ladder.
+    """The pattern whose relative cost is nearest to the target, and that cost; costs rise along the ladder.
 
     The search begins where the cost model expects it, since a program is compiled for every member that is tried.
     """
-    cost = functools.cache(lambda n: cost_share(ladder[n], layers, costs, blocks))
-    start = _expected_member(ladder, share, num_tokens_of(layers[0]), layers[0].q.shape[2], costs, blocks)
-    low, high = _bracket(cost, share, start, len(ladder))
+    cost = functools.cache(lambda n: relative_cost(ladder[n], layers, costs, blocks))
+    start = _expected_member(ladder, target, num_tokens_of(layers[0]), layers[0].q.shape[2], costs, blocks)
+    low, high = _bracket(cost, target, start, len(ladder))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) >= share else (middle, high)
-    nearest = min({max(low, 0), min(high, len(ladder) - 1)}, key=lambda n: abs(cost(n) - share))
+        low, high = (low, middle) if cost(middle) >= target else (middle, high)
+    nearest = min({max(low, 0), min(high, len(ladder) - 1)}, key=lambda n: abs(cost(n) - target))
     return ladder[nearest], cost(nearest)
 
 
-def _bracket(cost: Callable[[int], float], share: float, start: int, length: int) -> tuple[int, int]:
-    """Two members, the first of which costs less than the share and the second not, looked for in doubling steps.
+def _bracket(cost: Callable[[int], float], target: float, start: int, length: int) -> tuple[int, int]:
+    """Two members, the first of which costs less than the target and the second not, looked for in doubling steps.
 
-    -1 and `length` stand where no member is so cheap, or so dear.
+    -1 and `length` where no member is so cheap, or so expensive.
     """
     low, high, step = start, start, 1
-    if cost(start) >= share:
-        while low >= 0 and cost(low) >= share:
+    if cost(start) >= target:
+        while low >= 0 and cost(low) >= target:
             low, high, step = low - step, low, 2 * step
         return max(low, -1), high
-    while high < length and cost(high) < share:
+    while high < length and cost(high) < target:
         low, high, step = high, high + step, 2 * step
     return low, min(high, length)
 
 
 def _expected_member(
-    ladder: Sequence[Pattern], share: float, num_tokens: int, num_heads: int, costs: CostModel, blocks: Blocks
+    ladder: Sequence[Pattern], target: float, num_tokens: int, num_heads: int, costs: CostModel, blocks: Blocks
 ) -> int:
-    """The first member that reaches a share if it visits what is typical of it; the last if none does."""
+    """The first member that reaches the target if it visits what is typical of it; the last if none does."""
     num_q_blocks, num_kv_blocks = (-(-num_tokens // size) for size in (blocks.q, blocks.kv))
     for n, pattern in enumerate(ladder):
         tiles = np.full(num_heads, num_q_blocks * (pattern.typical_blocks(num_kv_blocks, blocks) or 0.0))
-        found, dense = _layer_costs((pattern,) * num_heads, tiles, costs, num_tokens, blocks)
-        if found >= share * dense:
+        sparse, dense = _layer_costs((pattern,) * num_heads, tiles, costs, num_tokens, blocks)
+        if sparse >= target * dense:
             return n
     return len(ladder) - 1
 

@@ -1,13 +1,14 @@
-"""The queries, keys, values and dense outputs of a prompt, layer by layer; never more than one layer is held."""
+"""Activations of a prompt's attention, layer by layer: queries, keys, values, dense output; one layer at a time."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmi_jax.engine.prefill import VisionLanguageModel
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.layout import TokenLayout
@@ -18,9 +19,12 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import AnyArray, Array, Bool, Float
 from pallas_kernels.pytree import pytree
 
+type Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""What a layer calls on its queries, keys and values, after rotation: output, and anything else."""
+
 
 @pytree
-class Captured:
+class LayerActivations:
     """One layer's attention on one prompt, which is padded to its bucket.
 
     Args:
@@ -38,35 +42,49 @@ class Captured:
     is_answer: Bool[AnyArray, "1 t"]
 
 
-def captured_layers(
-    model: Any, prompt: Any, *, blocks: Blocks, buckets: Buckets | None = None, num_layers: int | None = None,
+def layer_activations(
+    model: VisionLanguageModel,
+    prompt: Any,
+    *,
+    blocks: Blocks,
+    buckets: Buckets | None = None,
+    num_layers: int | None = None,
     answer_rows: Sequence[int] = (),
-) -> Iterator[Captured]:  # fmt: skip
-    """Each layer's attention on one prompt, from the first on; what a layer hands on is the DENSE output.
+) -> Iterator[LayerActivations]:
+    """Each layer's attention on one prompt, from the first on; every layer reads the DENSE output of the one before.
 
     Args:
-      model: a `VisionLanguageModel`.
       prompt: a batch of one.
       num_layers: stop after so many; all when None.
       answer_rows: the prompt's tokens whose logits answer a question.
 
     Raises:
-      ValueError: the batch holds several prompts, or an answer row is none of the prompt's.
+      ValueError: the batch holds several prompts, or an answer row is not one of the prompt's.
     """
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
-
-    check_single(prompt)
-    num_tokens = num_tokens_of(prompt)
-    check_rows(answer_rows, num_tokens)
+    num_tokens = check_prompt(prompt, answer_rows)
     padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
     is_answer = np.isin(np.arange(padded.tokens.shape[1]), np.asarray(answer_rows, np.int64))[None]
     x, rotary = model.embed(padded), model.rotary(jnp.asarray(padded.rope_pos))
     starts_plain, layout = is_plain(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
-    graphdef, state = nnx.split(model.layers)
+    graphdef, weights = split_layers(model)
     for n in range(model.config.num_layers if num_layers is None else num_layers):
-        weights = jax.tree.map(lambda a, n=n: a[n], state)
-        x, (q, k, v, out) = _run_layer(graphdef, blocks, starts_plain, weights, x, rotary, layout)
-        yield Captured(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
+        x, (q, k, v, out) = _dense_layer(graphdef, blocks, starts_plain, weights(n), x, rotary, layout)
+        yield LayerActivations(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
+
+
+def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], Any]]:
+    """The definition that all layers share, and the weights of each by its number."""
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+    graphdef, state = nnx.split(model.layers)
+    return graphdef, lambda n: jax.tree.map(lambda a: a[n], state)
+
+
+def run_layer(graphdef, weights, x: Float[Array, "b t e"], rotary, attend: Attend) -> tuple[Float[Array, "b t e"], Any]:
+    """One layer with attention of one's own: its output, and what `attend` gives besides its own output."""
+    from flax import nnx
+
+    return nnx.merge(graphdef, weights)(x, rotary, attend)
 
 
 def num_tokens_of(prompt: Any) -> int:
@@ -74,25 +92,27 @@ def num_tokens_of(prompt: Any) -> int:
     return int(np.asarray(prompt.layout.is_real).sum())
 
 
-def check_single(prompt: Any) -> None:
-    """Raises ValueError for a batch of several prompts."""
+def check_prompt(prompt: Any, answer_rows: Sequence[int]) -> int:
+    """The prompt's tokens; raises ValueError for a batch of several prompts, or rows that none of its tokens has."""
     if prompt.tokens.shape[0] != 1:
         raise ValueError(f"layers are captured for one prompt at a time, got a batch of {prompt.tokens.shape[0]}")
+    num_tokens = num_tokens_of(prompt)
+    check_answer_rows(answer_rows, num_tokens)
+    return num_tokens
 
 
-def check_rows(rows: Sequence[int], num_tokens: int) -> None:
+def check_answer_rows(rows: Sequence[int], num_tokens: int) -> None:
     """Raises ValueError for a row that is no token of a prompt of so many."""
     if outside := [int(row) for row in rows if not 0 <= row < num_tokens]:
         raise ValueError(f"answers are read from rows of the prompt: expected 0 to {num_tokens - 1}, got {outside}")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _run_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
+def _dense_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
     """The layer's output, and what its attention read and gave."""
-    from flax import nnx
 
     def attend(q, k, v):
         out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out
         return out, (q, k, v, out)
 
-    return nnx.merge(graphdef, weights)(x, rotary, attend)
+    return run_layer(graphdef, weights, x, rotary, attend)

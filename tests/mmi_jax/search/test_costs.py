@@ -12,11 +12,17 @@ from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import text_tokens
 from mmi_jax.method.tables.cost_model import HOPPER
 from mmi_jax.method.tables.pattern_table import PatternTable
+from mmi_jax.search.baselines.equal_cost import (
+    PlanInputs,
+    dense_tiles,
+    member_at_cost,
+    relative_cost,
+    report_cost,
+    visited_tiles,
+)
+from mmi_jax.search.baselines.families import FAMILIES, published_pattern
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, layer_cost
-from mmi_jax.search.equal_cost import PlanInputs, cost_share, dense_tiles, member_of_cost, report_cost, visited_tiles
-from mmi_jax.search.families import FAMILIES, published
-from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,11 +95,11 @@ def inputs(layout) -> PlanInputs:
 
 def test_a_baseline_is_brought_to_a_cost():
     layer, ladder = inputs(text_tokens(512)), [AShape(sink=16, local=n) for n in (16, 48, 96, 160, 256)]
-    pattern, share = member_of_cost(ladder, 0.4, [layer], TILES, SMALL)
+    pattern, share = member_at_cost(ladder, 0.4, [layer], TILES, SMALL)
     assert pattern == ladder[2], share
-    assert share == pytest.approx(cost_share(pattern, [layer], TILES, SMALL))
-    assert member_of_cost(ladder, 0.0, [layer], TILES, SMALL)[0] == ladder[0]
-    assert member_of_cost(ladder, 5.0, [layer], TILES, SMALL)[0] == ladder[-1]
+    assert share == pytest.approx(relative_cost(pattern, [layer], TILES, SMALL))
+    assert member_at_cost(ladder, 0.0, [layer], TILES, SMALL)[0] == ladder[0]
+    assert member_at_cost(ladder, 5.0, [layer], TILES, SMALL)[0] == ladder[-1]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.123, 0.35, 0.995, 1.0, 2.0])
@@ -106,10 +112,10 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
         tried.append(pattern.local)
         return pattern.local / 100
 
-    monkeypatch.setattr("mmi_jax.search.equal_cost.cost_share", cost)
-    monkeypatch.setattr("mmi_jax.search.equal_cost._expected_member", lambda *_: expected)
+    monkeypatch.setattr("mmi_jax.search.baselines.equal_cost.relative_cost", cost)
+    monkeypatch.setattr("mmi_jax.search.baselines.equal_cost._expected_member", lambda *_: expected)
     ladder = [AShape(sink=0, local=n) for n in range(1, 101)]
-    pattern, found = member_of_cost(ladder, share, [inputs(text_tokens(16))], TILES, SMALL)
+    pattern, found = member_at_cost(ladder, share, [inputs(text_tokens(16))], TILES, SMALL)
     costs = np.arange(1, 101) / 100
     assert (
         abs(found - share) == pytest.approx(np.abs(costs - share).min()) and pattern == ladder[round(100 * found) - 1]
@@ -119,9 +125,9 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
 
 def test_minference_has_a_member_at_a_cost_although_its_cost_depends_on_the_prompt():
     layer = inputs(text_tokens(2048))
-    pattern, share = member_of_cost(FAMILIES["minference"].ladder(2048), 0.525, [layer], TILES, Blocks())
+    pattern, share = member_at_cost(FAMILIES["minference"].ladder(2048), 0.525, [layer], TILES, Blocks())
     assert share == pytest.approx(0.525, rel=0.05), pattern
-    assert share == pytest.approx(cost_share(pattern, [layer], TILES, Blocks()))
+    assert share == pytest.approx(relative_cost(pattern, [layer], TILES, Blocks()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -133,7 +139,7 @@ def test_a_ladder_climbs_from_small_to_the_whole_prompt(name):
     assert np.diff(costs).min() > -0.2
     family = FAMILIES[name]
     assert costs[-1] >= (family.make(32768 // family.unit).typical_blocks(256, Blocks()) or 0.0) > 90
-    assert isinstance(published(name, 256), type(ladder[0]))
+    assert isinstance(published_pattern(name, 256), type(ladder[0]))
 
 
 def test_candidates_are_scaled_and_dense_is_not_among_them():

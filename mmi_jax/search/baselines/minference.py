@@ -1,14 +1,14 @@
-"""The per-head tables that MInference 1.0 published, read as a PatternTable.
+"""The per-head tables that MInference 1.0 published, read as a `PatternTable`.
 
 The form (microsoft/MInference, `minference/configs/*.json`; arXiv 2407.02490): a list over layers of objects that map a
-query head's number to `[pattern, a, b, score]`. What the names meant to its kernels:
+query head's number to `[pattern, a, b, score]`. The names meant to its kernels:
 
 - `vertical_and_slash`: `a` columns and `b` diagonals, at least 30 and 50; the first 30 columns and the nearest 100
   diagonals are forced.
 - `block_sparse`: 100 blocks of 64 keys for each 64 queries, whatever `a` and `b` say; here 50 blocks of 128.
 - `stream_llm`: `a` sinks and a window of `b`.
 
-The fourth number is the score of MInference's own search, the share of attention kept in its units; it is not ours.
+The fourth number is the score of MInference's own search, the fraction of attention kept, in its units; it is not ours.
 """
 
 import json
@@ -19,11 +19,14 @@ from typing import Any
 from mmi_jax.method.patterns import AShape, BlockTopK, Pattern, VerticalSlash
 from mmi_jax.method.tables.pattern_table import PatternTable
 
-LEAST_VERTICAL, LEAST_SLASH, FORCED_SLASH = 30, 50, 100
+MIN_VERTICAL, MIN_SLASH, FORCED_SLASH = 30, 50, 100
+"""At least, whatever a head names; microsoft/MInference, `minference/modules/minference_forward.py`."""
+
 BLOCK_SPARSE_KEYS, BLOCK_KV = 100 * 64, 128
+"""Keys of its `block_sparse` heads, 100 blocks of 64; keys of a block here."""
 
 
-def load_minference(path: str | os.PathLike) -> PatternTable:
+def load_minference(path: str | os.PathLike[str]) -> PatternTable:
     """The table in a file of MInference's form.
 
     Raises:
@@ -40,7 +43,7 @@ def load_minference(path: str | os.PathLike) -> PatternTable:
     return PatternTable(layers=layers, provenance={"source": f"MInference's {path.name}", "searched on": "text"})
 
 
-def is_minference(value: Any) -> bool:
+def is_minference(value: object) -> bool:
     """Whether a JSON value has the outer form of such a table."""
     return isinstance(value, list) and bool(value) and all(isinstance(heads, dict) and heads for heads in value)
 
@@ -52,12 +55,10 @@ def _layer(heads: dict[str, Any], where: str) -> tuple[Pattern, ...]:
     return tuple(_pattern(heads[name], f"{where}, head {name}") for name in expected)
 
 
-def _pattern(value: Any, where: str) -> Pattern:
+def _pattern(value: object, where: str) -> Pattern:
     match value:
         case ["vertical_and_slash", int(vertical), int(slash), *_]:
-            return VerticalSlash(
-                vertical=max(vertical, LEAST_VERTICAL), slash=max(slash, LEAST_SLASH), local=FORCED_SLASH
-            )
+            return VerticalSlash(vertical=max(vertical, MIN_VERTICAL), slash=max(slash, MIN_SLASH), local=FORCED_SLASH)
         case ["block_sparse", *_]:
             return BlockTopK(num_blocks=BLOCK_SPARSE_KEYS // BLOCK_KV)
         case ["stream_llm", int(sink), int(local), *_]:

@@ -13,13 +13,12 @@ from mmi_jax.bench.synthetic import LOCAL, HeadStructure, planted_qkv, video_pro
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.attention import attend_sparsely, batch_geometry, plan_batch
 from mmi_jax.method.token_groups import FramePlace
-from mmi_jax.search import Candidates, Journal, Search, TargetDensity, best_choice
-from mmi_jax.search.capture import Captured, captured_layers
+from mmi_jax.search import Candidates, Journal, Search, TargetDensity, choose_patterns
+from mmi_jax.search.activations import LayerActivations, layer_activations
 from mmi_jax.search.costs import TILES
-from mmi_jax.search.measure import Meter, measured
-from mmi_jax.search.scores import Scores, trials_of_rows
-from mmi_jax.search.trials import Trial, first_trials, of_queries, trial_of
-from pallas_kernels.block_lists.block_sizes import Blocks
+from mmi_jax.search.scores import Scores, metrics_by_trial
+from mmi_jax.search.trials.measurement import Meter, measure_pattern
+from mmi_jax.search.trials.trial import Trial, first_trials, of_queries, trial_of
 
 SMALL = Blocks(q=16, kv=16, granule=16)
 
@@ -32,30 +31,30 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def captured(layout, q, k, v, blocks=SMALL, answer_rows=()) -> Captured:
+def activations_of(layout, q, k, v, blocks=SMALL, answer_rows=()) -> LayerActivations:
     """Attention of one example with its dense output."""
     is_answer = jnp.isin(jnp.arange(len(q)), jnp.array(answer_rows, jnp.int32))[None]
     q, k, v, layout = jax.tree.map(lambda x: jnp.asarray(x)[None], (q, k, v, layout))
     out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks).out
-    return Captured(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
+    return LayerActivations(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
 
 
 ANSWERS = (77, 95)
 
 
 @pytest.fixture(scope="module")
-def mixed() -> Captured:
+def mixed() -> LayerActivations:
     """96 tokens of text and video, 4 query heads on 2 kv heads; answers are read from two tokens of the last text."""
     rng = np.random.default_rng(0)
     layout = concatenate([text_tokens(20), vision_tokens(4, 3, 4), text_tokens(28)])
     q, k, v = (rng.normal(size=(96, heads, 8)).astype(np.float32) * 2 for heads in (4, 2, 2))
-    return captured(layout, q, k, v, answer_rows=ANSWERS)
+    return activations_of(layout, q, k, v, answer_rows=ANSWERS)
 
 
 def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
     """Against softmax attention through the plan's own 0/1 mask."""
     pattern = Boundary2D({(1, 1): AShape(sink=16, local=4), (0, 1): AShape(sink=16, local=8)})
-    found = measured(pattern, mixed, modalities=(0, 1), blocks=SMALL)
+    found = measure_pattern(pattern, mixed, modalities=(0, 1), blocks=SMALL)
     geometry = batch_geometry(mixed.layout, (pattern,) * 4, batch=1, num_queries=96, q_start=0, blocks=SMALL)
     plan = jax.tree.map(lambda x: x[0], plan_batch((pattern,) * 4, mixed.q, mixed.k, geometry, scale=1.0, blocks=SMALL))
     mask = np.asarray(plan.to_mask())
@@ -86,7 +85,7 @@ def attention(q, k, v, mask):
 def test_a_q_boundary_head_is_the_sum_of_its_modalities_trials(mixed):
     """Errors and tiles, so that no combination of two patterns has to be run."""
     inner = {0: TriShape(sink=16, local=8, last=4), 1: AShape(sink=16, local=4)}
-    whole = measured(QBoundary(inner), mixed, modalities=(0, 1), blocks=SMALL)
+    whole = measure_pattern(QBoundary(inner), mixed, modalities=(0, 1), blocks=SMALL)
     meter = Meter((0, 1), SMALL)
     for n, pattern in inner.items():
         one = meter(of_queries(pattern), mixed)
@@ -116,14 +115,14 @@ def test_planted_heads_get_their_patterns():
     """A video of 32 frames of 64 tokens: with 22 % of the tiles every head keeps what was planted in it."""
     layout, blocks = video_prompt(2048, rows=8, columns=8, head_text=0, tail_text=0), Blocks(q=64, kv=64)
     q, k, v = planted_qkv(layout, tuple(PLANTED.values()), num_kv_heads=1, head_dim=64, dtype="float32", num_columns=16)
-    layer = captured(layout, q, k, v, blocks)
+    layer = activations_of(layout, q, k, v, blocks)
     grid = Grid((FramePlace(),), use_hline=False, use_vline=False, use_slash=True, local=64, sink=64, tail=0)
     candidates = Candidates(within=(AShape(64, 64), VerticalSlash(96, 16, local=16), grid), across=())
     meter = Meter((1,), blocks)
     figures = {trial: meter(trial, layer) for trial in first_trials(candidates, (1,))}
     by_trial = {t: jax.tree.map(lambda x: x[None, None], figure) for t, figure in figures.items()}
     scores = Scores(modalities=(1,), lengths={"video": 2048}, blocks=blocks, by_trial=by_trial)
-    best = best_choice(scores, TargetDensity(share=0.22), TILES)
+    best = choose_patterns(scores, TargetDensity(fraction=0.22), TILES)
     found = {name: type(choice.pattern) for name, choice in zip(PLANTED, best.choices[0], strict=True)}
     assert found == BEST, {t.candidate: np.round(f.error, 3).tolist() for t, f in figures.items()}
     assert np.max(best.scores.error) < 0.01
@@ -143,8 +142,8 @@ def search(path, on_trial=lambda *_: None) -> Search:
 
 def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
     whole = search(tmp_path / "whole.jsonl")
-    scores = whole.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
-    best = best_choice(scores, TargetDensity(share=0.75), TILES)
+    scores = whole.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
+    best = choose_patterns(scores, TargetDensity(fraction=0.75), TILES)
     assert {trial.step for trial in scores.by_trial} >= {"whole", "per_query", "own"}
     assert 0 < best.error_on(scores) < 1
     calls = []
@@ -157,28 +156,28 @@ def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            search(path, killed).calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
+            search(path, killed).calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) - int(rng.integers(0, 9))])  # a kill in the middle of a write
         resumed = search(path)
-        assert len(resumed.journal.rows) < len(whole.journal.rows)
-        scores = resumed.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
-        assert best_choice(scores, TargetDensity(share=0.75), TILES) == best
+        assert len(resumed.journal.entries) < len(whole.journal.entries)
+        scores = resumed.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
+        assert choose_patterns(scores, TargetDensity(fraction=0.75), TILES) == best
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_what_is_in_the_journal_is_not_run_again(tmp_path):
-    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
+    search(tmp_path / "work.jsonl").calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
     again = search(tmp_path / "work.jsonl", lambda done, total, what: pytest.fail("a trial ran again"))
-    again.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
+    again.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
 
 
 def test_an_error_that_is_no_number_ends_the_search_and_only_what_came_before_it_is_kept(tmp_path, monkeypatch):
     measure, ran = Meter.__call__, []
 
-    def with_nan(self, trial, captured):
+    def with_nan(self, trial, activations):
         ran.append(trial.key)
-        figure = measure(self, trial, captured)
+        figure = measure(self, trial, activations)
         is_bad = len(ran) == len(trials) + 2  # the second layer's second
         return dataclasses.replace(figure, answer_error=np.full((2, 4), np.nan)) if is_bad else figure
 
@@ -186,20 +185,20 @@ def test_an_error_that_is_no_number_ends_the_search_and_only_what_came_before_it
     monkeypatch.setattr(Meter, "__call__", with_nan)
     with pytest.raises(ValueError, match=r"errors of trials must be finite.*heads \[0, 1, 2, 3\] of .*layer 1 of one"):
         search(tmp_path / "work.jsonl").measure(PROMPTS, trials, "")
-    kept = Journal(tmp_path / "work.jsonl", {}).rows
+    kept = Journal(tmp_path / "work.jsonl", {}).entries
     assert [(row["layer"], list(row["trials"])) for row in kept] == [(0, ran[:-2]), (1, ran[-2:-1])]
     monkeypatch.setattr(Meter, "__call__", measure)
     whole = search(tmp_path / "whole.jsonl")
     whole.measure(PROMPTS, trials, "")
     resumed = search(tmp_path / "work.jsonl")
     resumed.measure(PROMPTS, trials, "")
-    assert trials_of_rows(resumed.journal.rows) == trials_of_rows(whole.journal.rows)
+    assert metrics_by_trial(resumed.journal.entries) == metrics_by_trial(whole.journal.entries)
 
 
 def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
     run = search(tmp_path / "work.jsonl")
-    scores = run.calibrate(PROMPTS, STATIC, most_joint=1, answer_rows=ROWS)
-    best = best_choice(scores, TargetDensity(share=0.75), TILES)
+    scores = run.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
+    best = choose_patterns(scores, TargetDensity(fraction=0.75), TILES)
     other = {"other": tiny.prompt(3, 9, (8, 3, 4), 20)}
     run.measure(other, best.trials, "held-out prompts")
     error = best.error_on(run.scores(other, best.trials))
@@ -209,7 +208,7 @@ def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
 def test_captured_layers_continue_with_the_dense_output():
     """The last layer's q, k, v are those of the model's own dense forward pass."""
     prompt, seen = PROMPTS["one"], []
-    *_, last = captured_layers(tiny.tiny_model(), prompt, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
+    *_, last = layer_activations(tiny.tiny_model(), prompt, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
     model = tiny.tiny_model()
 
     def attend(q, k, v):
@@ -252,7 +251,7 @@ def test_answer_rows_reach_the_measure_and_a_prompt_without_has_the_error_of_all
     run = search(tmp_path / "work.jsonl")
     run.measure(PROMPTS, first_trials(STATIC, (0, 1))[:2], "some", answer_rows=ROWS)
     key = Trial(step="whole", candidate=AShape(sink=16, local=16)).key
-    figures = {(row["prompt"], row["layer"]): row["trials"][key] for row in run.journal.rows}
+    figures = {(row["prompt"], row["layer"]): row["trials"][key] for row in run.journal.entries}
     assert len(figures) == 6
     for (name, _), found in figures.items():
         text, video = (np.array(found["answer_error"][n]) != found["error"][n] for n in (0, 1))

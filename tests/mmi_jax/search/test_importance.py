@@ -11,12 +11,12 @@ import tiny
 from mmi_jax import AShape, Dense, PatternTable, prefill
 from mmi_jax.cli.search.options import Calibration
 from mmi_jax.cli.search.prompts import weighed_prompts
-from mmi_jax.search.journal import Journal
+from mmi_jax.search.importance import AblationEffect, ablate_heads, head_weights
 from mmi_jax.search.run import Search
-from mmi_jax.search.sensitivity import Sensitivity, head_sensitivity, head_weights
+from mmi_jax.search.trials.journal import Journal
 from models.small.config import small_processor
 
-CUT = AShape(sink=16, local=16)
+ABLATION = AShape(sink=16, local=16)
 ROWS = (60, 126)
 
 
@@ -43,11 +43,11 @@ def logits(pattern, layer: int, head: int) -> np.ndarray:
 
 def test_the_change_is_that_of_a_prefill_with_the_head_cut():
     prompt = tiny.prompt(1, 9, (8, 3, 4), 20)
-    found = head_sensitivity(tiny.tiny_model(), prompt, ROWS, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, cut=CUT)
+    found = ablate_heads(tiny.tiny_model(), prompt, ROWS, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, ablated=ABLATION)
     assert found.logits.shape == found.error.shape == (3, 4)
     assert ((found.error > 0) & (found.error < 2)).all()
     dense = logits(Dense(), 0, 0)
-    lost = np.square(logits(CUT, 1, 2) - dense).sum(axis=-1)
+    lost = np.square(logits(ABLATION, 1, 2) - dense).sum(axis=-1)
     expected = (lost / np.square(dense).sum(axis=-1)).mean()
     assert expected > 1e-5
     np.testing.assert_allclose(found.logits[1, 2], expected, rtol=2e-3)
@@ -55,19 +55,19 @@ def test_the_change_is_that_of_a_prefill_with_the_head_cut():
 
 def test_half_of_a_weight_is_the_heads_own():
     """Three heads lose as much; the logits of the second change three times as much as those of the first, or none."""
-    one = Sensitivity(logits=np.array([[0.1, 0.3, 0.0]]), error=np.array([[0.2, 0.2, 0.2]]))
-    other = Sensitivity(logits=np.array([[0.0, 0.0, 0.2]]), error=np.array([[0.0, 0.0, 0.2]]))
+    one = AblationEffect(logits=np.array([[0.1, 0.3, 0.0]]), error=np.array([[0.2, 0.2, 0.2]]))
+    other = AblationEffect(logits=np.array([[0.0, 0.0, 0.2]]), error=np.array([[0.0, 0.0, 0.2]]))
     np.testing.assert_allclose(head_weights([one]), [[0.5 + 0.5 * 0.75, 0.5 + 0.5 * 2.25, 0.5]])
     gains = [0.1, 0.3, 0.2] / (np.array([0.2, 0.2, 0.4]) + 0.01 * 0.8 / 3)  # both are summed over the prompts first
     np.testing.assert_allclose(head_weights([one, other])[0], 0.5 + 0.5 * gains / gains.mean())
-    rounding = Sensitivity(logits=np.array([[0.1, 0.1, 1e-7]]), error=np.array([[0.2, 0.2, 1e-9]]))
+    rounding = AblationEffect(logits=np.array([[0.1, 0.1, 1e-7]]), error=np.array([[0.2, 0.2, 1e-9]]))
     np.testing.assert_allclose(head_weights([rounding]), [[1.25, 1.25, 0.5]], atol=0.01)
-    nothing = Sensitivity(logits=np.zeros((1, 2)), error=np.zeros((1, 2)))
+    nothing = AblationEffect(logits=np.zeros((1, 2)), error=np.zeros((1, 2)))
     np.testing.assert_array_equal(head_weights([nothing]), [[1, 1]])
 
 
 def test_heads_are_weighed_once_and_a_killed_search_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmi_jax.search.run.head_sensitivity", functools.partial(head_sensitivity, cut=CUT))
+    monkeypatch.setattr("mmi_jax.search.run.ablate_heads", functools.partial(ablate_heads, ablated=ABLATION))
     prompts = {"one": tiny.prompt(1, 9, (8, 3, 4), 20), "two": tiny.prompt(2, 5, (8, 3, 4), 12)}
 
     def search(on_trial=lambda *_: None) -> Search:
@@ -81,22 +81,23 @@ def test_heads_are_weighed_once_and_a_killed_search_goes_on(tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(killed).weigh(prompts, answer_rows={"one": ROWS})
-    assert [row["prompt"] for row in search().journal.rows] == ["one"]
-    weights = search().weigh(prompts, answer_rows={"one": ROWS})
+        search(killed).importance_weights(prompts, answer_rows={"one": ROWS})
+    assert [row["prompt"] for row in search().journal.entries] == ["one"]
+    weights = search().importance_weights(prompts, answer_rows={"one": ROWS})
     assert weights.mean() == pytest.approx(1) and 0.5 <= weights.min() < 0.8
     seen = []
     np.testing.assert_array_equal(
-        search(lambda done, total, what: seen.append(done)).weigh(prompts, answer_rows={"one": ROWS}), weights
+        search(lambda done, total, what: seen.append(done)).importance_weights(prompts, answer_rows={"one": ROWS}),
+        weights,
     )
     assert seen == [2]
-    with pytest.raises(ValueError, match="heads are weighed on prompts, got none"):
-        search().weigh({})
+    with pytest.raises(ValueError, match="heads are ablated on prompts, got none"):
+        search().importance_weights({})
     with pytest.raises(ValueError, match="one prompt at a time, got a batch of 2"):
         batch = jax.tree.map(lambda x: np.concatenate([x, x]), prompts["one"])
-        head_sensitivity(tiny.tiny_model(), batch, (), blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
+        ablate_heads(tiny.tiny_model(), batch, (), blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
     with pytest.raises(ValueError, match="expected 0 to 126, got \\[127\\]"):
-        search().weigh(prompts, answer_rows={"one": (127,)})
+        search().importance_weights(prompts, answer_rows={"one": (127,)})
 
 
 def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs_them(monkeypatch):

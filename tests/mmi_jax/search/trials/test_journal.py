@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmi_jax.search.journal import Journal, read_journal
+from mmi_jax.search.trials.journal import Journal, read_journal
 
 RUN = {"model": "tiny", "tokens": [1, 2]}
 
@@ -11,9 +11,9 @@ def test_rows_come_back_when_the_file_is_opened_again(tmp_path):
     journal = Journal(tmp_path / "work.jsonl", RUN)
     journal.add({"layer": 0, "error": 0.1 + 0.2})
     journal.add({"layer": 1, "error": 1e-300})
-    assert Journal(tmp_path / "work.jsonl", RUN).rows == journal.rows
-    assert read_journal(tmp_path / "work.jsonl") == (RUN, journal.rows)
-    assert journal.rows[0]["error"] == 0.1 + 0.2
+    assert Journal(tmp_path / "work.jsonl", RUN).entries == journal.entries
+    assert read_journal(tmp_path / "work.jsonl") == (RUN, journal.entries)
+    assert journal.entries[0]["error"] == 0.1 + 0.2
 
 
 def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(tmp_path):
@@ -27,8 +27,8 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_goes_on(tmp_path):
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         resumed = Journal(path, RUN)
-        assert list(resumed.rows) == rows[: max(sum(end <= cut for end in ends) - 1, 0)]
-        for row in rows[len(resumed.rows) :]:
+        assert list(resumed.entries) == rows[: max(sum(end <= cut for end in ends) - 1, 0)]
+        for row in rows[len(resumed.entries) :]:
             resumed.add(row)
         assert path.read_bytes() == whole
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmi_jax.search.budget import GRID, Option, choose, undominated
+from mmi_jax.search.knapsack import GRID, Option, choose_within_budget, pareto_optimal
 
 
 def brute_force(heads, budget):
@@ -20,7 +20,7 @@ def brute_force(heads, budget):
 
 def random_heads(rng, num_heads, num_options):
     return [
-        [Option(what=n, error=float(e), cost=float(c)) for n, (e, c) in enumerate(zip(errors, costs, strict=True))]
+        [Option(item=n, error=float(e), cost=float(c)) for n, (e, c) in enumerate(zip(errors, costs, strict=True))]
         for errors, costs in zip(
             rng.random((num_heads, num_options)), rng.integers(1, 60, (num_heads, num_options)), strict=True
         )
@@ -36,9 +36,9 @@ def test_the_choice_is_the_best_of_all(rng, budget):
             continue
         scale = GRID / budget
         exact = [
-            [Option(what=o.what, error=o.error, cost=float(np.floor(o.cost * scale))) for o in row] for row in heads
+            [Option(item=o.item, error=o.error, cost=float(np.floor(o.cost * scale))) for o in row] for row in heads
         ]
-        picked = choose(exact, float(GRID))
+        picked = choose_within_budget(exact, float(GRID))
         assert sum(o.cost for o in picked) <= GRID
         assert sum(o.error for o in picked) == pytest.approx(brute_force(exact, float(GRID)), abs=1e-12)
 
@@ -46,31 +46,31 @@ def test_the_choice_is_the_best_of_all(rng, budget):
 def test_a_threshold_on_the_hull_would_miss_this_choice():
     """Middle options off the lower convex hull: the best choice within 10 takes both."""
     off_hull = [
-        Option(what="cheap", error=10.0, cost=0.0),
-        Option(what="middle", error=6.0, cost=5.0),
-        Option(what="dense", error=0.0, cost=11.0),
+        Option(item="cheap", error=10.0, cost=0.0),
+        Option(item="middle", error=6.0, cost=5.0),
+        Option(item="dense", error=0.0, cost=11.0),
     ]
-    assert [option.what for option in choose([off_hull] * 2, 10.0)] == ["middle", "middle"]
+    assert [option.item for option in choose_within_budget([off_hull] * 2, 10.0)] == ["middle", "middle"]
 
 
 def test_dense_everywhere_when_the_budget_allows_it(rng):
-    heads = [[*row, Option(what="dense", error=0.0, cost=60.0)] for row in random_heads(rng, 8, 5)]
-    assert {option.what for option in choose(heads, 8 * 60.0)} == {"dense"}
+    heads = [[*row, Option(item="dense", error=0.0, cost=60.0)] for row in random_heads(rng, 8, 5)]
+    assert {option.item for option in choose_within_budget(heads, 8 * 60.0)} == {"dense"}
 
 
 def test_a_budget_below_the_cheapest_is_refused(rng):
-    heads = [[Option(what="a", error=0.0, cost=3.0), Option(what="b", error=1.0, cost=2.0)]] * 3
+    heads = [[Option(item="a", error=0.0, cost=3.0), Option(item="b", error=1.0, cost=2.0)]] * 3
     with pytest.raises(ValueError, match="the cheapest costs 6, the budget is 5.5"):
-        choose(heads, 5.5)
-    assert sum(o.cost for o in choose(heads, 6.0)) == 6.0
+        choose_within_budget(heads, 5.5)
+    assert sum(o.cost for o in choose_within_budget(heads, 6.0)) == 6.0
 
 
 POINTS = [(3.0, 1.0), (2.0, 2.0), (2.0, 3.0), (4.0, 1.0), (0.0, 9.0)]
 
 
 def test_undominated_options_are_cheapest_first_and_errors_fall():
-    options = [Option(what=n, error=e, cost=c) for n, (e, c) in enumerate(POINTS)]
-    assert [option.what for option in undominated(options)] == [0, 1, 4]
+    options = [Option(item=n, error=e, cost=c) for n, (e, c) in enumerate(POINTS)]
+    assert [option.item for option in pareto_optimal(options)] == [0, 1, 4]
 
 
 def test_784_heads_take_little_time_and_stay_within_rounding_of_the_relaxed_optimum(rng):
@@ -80,10 +80,10 @@ def test_784_heads_take_little_time_and_stay_within_rounding_of_the_relaxed_opti
         cost = np.sort(rng.random(8))
         error = np.sort(rng.random(8))[::-1] * rng.random()
         heads.append(
-            [Option(what=n, error=float(e), cost=float(c)) for n, (e, c) in enumerate(zip(error, cost, strict=True))]
+            [Option(item=n, error=float(e), cost=float(c)) for n, (e, c) in enumerate(zip(error, cost, strict=True))]
         )
     budget = 0.4 * 784
-    picked = choose(heads, budget)
+    picked = choose_within_budget(heads, budget)
     error, cost = (sum(getattr(o, field) for o in picked) for field in ("error", "cost"))
     assert cost <= budget
     most_of_one_head = 1.0  # a mixture of two options in one head is all that divides the relaxed optimum from a choice

@@ -1,10 +1,13 @@
-"""Journal: finished pieces of a long run, one JSON line each, so that a killed run goes on where it stopped."""
+"""The journal of a long run: finished pieces, one JSON line each, so that a killed run goes on where it stopped."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+type JournalEntry = Mapping[str, Any]
+"""One finished piece: JSON values by name."""
 
 
 class Journal:
@@ -14,7 +17,7 @@ class Journal:
     file is opened again, so a reader sees whole pieces only.
     """
 
-    def __init__(self, path: str | os.PathLike, run: Mapping[str, Any]):
+    def __init__(self, path: str | os.PathLike[str], run: JournalEntry):
         """Opens the journal, or begins it.
 
         Args:
@@ -26,10 +29,10 @@ class Journal:
         """
         self.path = Path(path)
         self._run = json.loads(json.dumps(dict(run)))
-        self._rows: list[Mapping[str, Any]] = []
+        self._entries: list[JournalEntry] = []
         if lines := _whole_lines(self.path) if self.path.exists() else []:
             _check_same_run(self.path, lines[0], self._run)
-            self._rows += lines[1:]
+            self._entries += lines[1:]
         else:
             self._append({"run": self._run})
 
@@ -39,21 +42,21 @@ class Journal:
         return dict(self._run)
 
     @property
-    def rows(self) -> tuple[Mapping[str, Any], ...]:
+    def entries(self) -> tuple[JournalEntry, ...]:
         """The finished pieces, in the order they were added."""
-        return tuple(self._rows)
+        return tuple(self._entries)
 
-    def where(self, **wanted: Any) -> list[Mapping[str, Any]]:
+    def matching(self, **values: object) -> list[JournalEntry]:
         """The finished pieces that have these values, in the order they were added."""
-        return [row for row in self._rows if all(row.get(name) == value for name, value in wanted.items())]
+        return [entry for entry in self._entries if all(entry.get(name) == value for name, value in values.items())]
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, entry: JournalEntry) -> None:
         """Keeps one finished piece; it is on the disk when this returns."""
-        row = json.loads(json.dumps(dict(row)))  # what a later run will read: same values, same types
-        self._append(row)
-        self._rows.append(row)
+        entry = json.loads(json.dumps(dict(entry)))  # what a later run will read: same values, same types
+        self._append(entry)
+        self._entries.append(entry)
 
-    def _append(self, value: Mapping[str, Any]) -> None:
+    def _append(self, value: JournalEntry) -> None:
         line = (json.dumps(value) + "\n").encode()
         with open(self.path, "ab") as file:
             file.write(line)
@@ -61,7 +64,7 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def read_journal(path: str | os.PathLike) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+def read_journal(path: str | os.PathLike[str]) -> tuple[JournalEntry, tuple[JournalEntry, ...]]:
     """What the run was, and its finished pieces.
 
     Raises:
@@ -93,14 +96,14 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_same_run(path: Path, first: dict[str, Any], run: dict[str, Any]) -> None:
-    found = first["run"]
-    if found == run:
+    earlier = first["run"]
+    if earlier == run:
         return
-    differing = sorted(name for name in {*found, *run} if found.get(name) != run.get(name))
-    changes = "; ".join(f"{name} was {_short(found.get(name))}, is {_short(run.get(name))}" for name in differing)
+    differing = sorted(name for name in {*earlier, *run} if earlier.get(name) != run.get(name))
+    changes = "; ".join(f"{name} was {_short(earlier.get(name))}, is {_short(run.get(name))}" for name in differing)
     raise ValueError(f"{path} holds the pieces of another run: {changes}; name another file or delete this one")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
 from mmi_jax.method.tables.cost_model import HOPPER
-from mmi_jax.search import TargetDensity, TargetSpeedup, best_choice
-from mmi_jax.search.best import ROUNDING, shares_of_dense
+from mmi_jax.search import TargetDensity, TargetSpeedup, choose_patterns
+from mmi_jax.search.baselines.equal_cost import dense_tiles
+from mmi_jax.search.choice import ROUNDING, relative_costs
 from mmi_jax.search.costs import DENSITY, TILES, layer_cost
-from mmi_jax.search.equal_cost import dense_tiles
-from mmi_jax.search.measure import Measured
 from mmi_jax.search.scores import Choice, Scores, read_scores
-from mmi_jax.search.trials import DENSE, Trial, of_queries
-from pallas_kernels.block_lists.block_sizes import Blocks
+from mmi_jax.search.trials.measurement import TrialMetrics
+from mmi_jax.search.trials.trial import DENSE, Trial, of_queries
 
 LENGTHS = {"video": 4096, "documents": 6000}
 
@@ -33,7 +32,7 @@ def random_scores(rng, num_layers, num_heads, lengths=LENGTHS) -> Scores:
         error, answer_error, share = rng.random((3, len(lengths), num_layers, 2, num_heads))
         if trial == DENSE:
             error, answer_error, share = 0 * error, 0 * error, 1 + 0 * share
-        by_trial[trial] = Measured(error=error, answer_error=answer_error, tiles=most * share)
+        by_trial[trial] = TrialMetrics(error=error, answer_error=answer_error, tiles=most * share)
     return Scores(modalities=(0, 1), lengths=lengths, blocks=Blocks(), by_trial=by_trial)
 
 
@@ -42,7 +41,7 @@ def hand_made(figures: dict, lengths: dict[str, int]) -> Scores:
     by_trial, dense = {}, [dense_tiles(length, Blocks()) for length in lengths.values()]
     for pattern, (shares, error, answer_error) in figures.items():
         shape = (len(lengths), 1, 1, 1)
-        by_trial[Trial(step="whole", candidate=pattern)] = Measured(
+        by_trial[Trial(step="whole", candidate=pattern)] = TrialMetrics(
             error=np.full(shape, error),
             answer_error=np.full(shape, answer_error),
             tiles=np.reshape(np.multiply(shares, dense), shape),
@@ -60,20 +59,20 @@ def test_the_target_holds_on_the_dearest_prompt_where_the_mean_would_do():
     scores = hand_made(figures, {"video": 4096, "documents": 4096})
     grid = Choice(pattern=Grid(), trials=(Trial(step="whole", candidate=Grid()),))
     assert scores.tiles(grid, 0, 0).mean() == pytest.approx(0.2 * dense_tiles(4096, Blocks()))
-    best = best_choice(scores, TargetDensity(share=0.2), DENSITY)
+    best = choose_patterns(scores, TargetDensity(fraction=0.2), DENSITY)
     assert best.choices[0][0].pattern == AShape()
-    assert best.shares == pytest.approx({"video": 0.11, "documents": 0.19})
+    assert best.relative_costs == pytest.approx({"video": 0.11, "documents": 0.19})
     assert best.scores.density == ((pytest.approx(0.19),),)
     assert best.scores.cost[0][0] / best.scores.dense_cost == pytest.approx(0.19)
-    assert best_choice(scores, TargetDensity(share=0.3), DENSITY).choices[0][0].pattern == Grid()
+    assert choose_patterns(scores, TargetDensity(fraction=0.3), DENSITY).choices[0][0].pattern == Grid()
 
 
 def test_a_share_is_of_the_prompts_own_dense_attention():
     """The longer prompt visits more tiles and still costs the smaller share."""
     figures = {Dense(): ((1, 1), 0.0, 0.0), AShape(): ((0.3, 0.2), 0.1, 0.1)}
-    best = best_choice(hand_made(figures, {"short": 4096, "long": 8192}), TargetDensity(share=0.3), DENSITY)
+    best = choose_patterns(hand_made(figures, {"short": 4096, "long": 8192}), TargetDensity(fraction=0.3), DENSITY)
     assert best.choices[0][0].pattern == AShape()
-    assert best.shares == pytest.approx({"short": 0.3, "long": 0.2})
+    assert best.relative_costs == pytest.approx({"short": 0.3, "long": 0.2})
     assert best.scores.density == ((pytest.approx(0.3),),)
 
 
@@ -84,7 +83,7 @@ def test_a_pattern_that_ruins_the_rows_that_are_asked_is_avoided():
         AShape(): ((0.1,), 0.01, 0.9),
         VerticalSlash(): ((0.1,), 0.1, 0.1),
     }
-    best = best_choice(hand_made(figures, {"video": 4096}), TargetDensity(share=0.1), DENSITY)
+    best = choose_patterns(hand_made(figures, {"video": 4096}), TargetDensity(fraction=0.1), DENSITY)
     assert best.choices[0][0].pattern == VerticalSlash()
     assert best.scores.error == ((pytest.approx(0.1),),)
 
@@ -93,13 +92,15 @@ def test_the_head_that_answers_hang_on_gets_what_only_one_can_have(rng):
     """Two heads alike; the budget lets one be dense: the one whose error counts more."""
     dense, cheap = (np.full((1, 1, 1, 2), share) * dense_tiles(4096, Blocks()) for share in (1.0, 0.2))
     by_trial = {
-        DENSE: Measured(error=0 * dense, answer_error=0 * dense, tiles=dense),
-        Trial(step="whole", candidate=AShape()): Measured(error=0 * dense + 0.1, answer_error=0 * dense, tiles=cheap),
+        DENSE: TrialMetrics(error=0 * dense, answer_error=0 * dense, tiles=dense),
+        Trial(step="whole", candidate=AShape()): TrialMetrics(
+            error=0 * dense + 0.1, answer_error=0 * dense, tiles=cheap
+        ),
     }
     scores = Scores(modalities=(1,), lengths={"video": 4096}, blocks=Blocks(), by_trial=by_trial)
     for weights, expected in (([[0.9, 1.1]], [AShape(), Dense()]), ([[1.1, 0.9]], [Dense(), AShape()])):
         weighted = dataclasses.replace(scores, weights=np.array(weights))
-        best = best_choice(weighted, TargetDensity(share=0.65), DENSITY)
+        best = choose_patterns(weighted, TargetDensity(fraction=0.65), DENSITY)
         assert [choice.pattern for choice in best.choices[0]] == expected
         assert best.error_on(weighted) == pytest.approx(0.9 * 0.05 / 2)
         assert best.scores.weight == tuple(map(tuple, weights))
@@ -110,7 +111,7 @@ def test_the_head_that_answers_hang_on_gets_what_only_one_can_have(rng):
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.integers(60_000, 400_000), min_size=1, max_size=4),
     target=st.one_of(
-        st.builds(TargetDensity, share=st.floats(0.4, 1)), st.builds(TargetSpeedup, times=st.floats(1, 1.8))
+        st.builds(TargetDensity, fraction=st.floats(0.4, 1)), st.builds(TargetSpeedup, times=st.floats(1, 1.8))
     ),
 )
 def test_no_prompt_exceeds_the_target(seed, lengths, target):
@@ -119,7 +120,7 @@ def test_no_prompt_exceeds_the_target(seed, lengths, target):
     scores = random_scores(np.random.default_rng(seed), 2, 3, named)
     costs = HOPPER
     try:
-        best = best_choice(scores, target, costs)
+        best = choose_patterns(scores, target, costs)
     except ValueError as error:
         assert "is out of reach on all of" in str(error)
         return
@@ -133,7 +134,7 @@ def test_no_prompt_exceeds_the_target(seed, lengths, target):
         ]
         most = float(np.square(num_tokens / 128) / 2)
         if isinstance(target, TargetDensity):
-            assert np.mean(tiles) / most <= target.share * (1 + 2 * ROUNDING)
+            assert np.mean(tiles) / most <= target.fraction * (1 + 2 * ROUNDING)
             continue
         found = dense = 0.0
         for row, counts in zip(best.choices, tiles, strict=True):
@@ -143,33 +144,36 @@ def test_no_prompt_exceeds_the_target(seed, lengths, target):
             heads = [float(costs.head_of(Dense(), most, num_tokens, Blocks()))] * 3
             dense += layer_cost(costs, [Dense()] * 3, heads, num_tokens)
         assert found <= dense / target.times * (1 + 2 * ROUNDING)
-        assert best.shares[f"prompt {b}"] == pytest.approx(found / dense)
+        assert best.relative_costs[f"prompt {b}"] == pytest.approx(found / dense)
 
 
 def test_scores_of_the_table_are_those_of_the_dearest_prompt(rng):
     """Heads' costs add up to what the whole costs there; errors are means over all prompts."""
     scores = random_scores(rng, 2, 3)
-    best = best_choice(scores, TargetDensity(share=0.6), DENSITY)
-    dearest = max(best.shares, key=lambda name: best.shares[name])
-    assert np.mean(best.scores.density) == pytest.approx(best.shares[dearest]) and best.shares[dearest] <= 0.6
-    assert np.mean(best.scores.cost) / best.scores.dense_cost == pytest.approx(best.shares[dearest])
+    best = choose_patterns(scores, TargetDensity(fraction=0.6), DENSITY)
+    dearest = max(best.relative_costs, key=lambda name: best.relative_costs[name])
+    assert (
+        np.mean(best.scores.density) == pytest.approx(best.relative_costs[dearest])
+        and best.relative_costs[dearest] <= 0.6
+    )
+    assert np.mean(best.scores.cost) / best.scores.dense_cost == pytest.approx(best.relative_costs[dearest])
     assert np.mean(best.scores.error) == pytest.approx(best.error_on(scores))
-    assert shares_of_dense(best.choices, scores, DENSITY) == best.shares
+    assert relative_costs(best.choices, scores, DENSITY) == best.relative_costs
 
 
 def test_options_hold_every_kind_and_q_boundaries_of_different_patterns(rng):
     scores = random_scores(rng, 1, 1)
     options = scores.options(0, 0, DENSITY)
-    assert options[0].what == Choice(pattern=Dense(), trials=(DENSE, DENSE)) and options[0].error == 0
+    assert options[0].item == Choice(pattern=Dense(), trials=(DENSE, DENSE)) and options[0].error == 0
     assert options[0].cost == pytest.approx(1)
-    kinds = [type(option.what.pattern) for option in options]
+    kinds = [type(option.item.pattern) for option in options]
     assert {QBoundary, Boundary2D, AShape, VerticalSlash} <= set(kinds)
     for option in options:
-        parts = [scores.by_trial[t] for t in option.what.trials]
+        parts = [scores.by_trial[t] for t in option.item.trials]
         errors = [(p.error[:, 0, n, 0] + p.answer_error[:, 0, n, 0]) / 2 for n, p in enumerate(parts)]
         assert option.error == pytest.approx(np.mean(errors))
         tiles = np.sum([p.tiles[:, 0, n, 0] for n, p in enumerate(parts)], axis=0)
-        np.testing.assert_allclose(scores.tiles(option.what, 0, 0), tiles)
+        np.testing.assert_allclose(scores.tiles(option.item, 0, 0), tiles)
         dense = np.sum([scores.by_trial[DENSE].tiles[:, 0, n, 0] for n in (0, 1)], axis=0)
         assert option.cost == pytest.approx((tiles / dense).max())
 
@@ -177,13 +181,15 @@ def test_options_hold_every_kind_and_q_boundaries_of_different_patterns(rng):
 def test_excluded_patterns_are_nowhere(rng):
     scores = random_scores(rng, 1, 1)
     options = scores.options(0, 0, DENSITY, excluded=frozenset({"AShape", "Boundary2D"}))
-    assert not [o for o in options if "AShape" in repr(o.what.pattern) or "Boundary2D" in repr(o.what.pattern)]
+    assert not [o for o in options if "AShape" in repr(o.item.pattern) or "Boundary2D" in repr(o.item.pattern)]
     assert "QBoundary" in repr(options)
 
 
 def test_more_budget_never_means_more_error_and_all_of_it_means_dense(rng):
     scores = random_scores(rng, 3, 4)
-    errors = [best_choice(scores, TargetDensity(share=share), TILES).error_on(scores) for share in (0.5, 0.6, 0.8, 1.0)]
+    errors = [
+        choose_patterns(scores, TargetDensity(fraction=share), TILES).error_on(scores) for share in (0.5, 0.6, 0.8, 1.0)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0 and errors[0] > 0
 
 
@@ -192,7 +198,7 @@ def test_a_target_out_of_reach_names_what_can_be_reached():
     scores = hand_made(figures, {"video": 4096, "documents": 5000})
     message = "out of reach on all of 2 prompts of 4096 to 5000 tokens: the cheapest table costs 19.0%"
     with pytest.raises(ValueError, match=message):
-        best_choice(scores, TargetDensity(share=0.15), TILES)
+        choose_patterns(scores, TargetDensity(fraction=0.15), TILES)
 
 
 def test_scores_are_read_per_prompt_and_old_journals_refused():

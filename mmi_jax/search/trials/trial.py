@@ -1,4 +1,4 @@
-"""Trial: one pattern put to one use on all heads, which is one sparse attention call."""
+"""A trial: one pattern put to one use on all heads, which is one sparse attention call."""
 
 import dataclasses
 import json
