@@ -17,6 +17,7 @@ from mmi_jax.search.costs import DENSITY, TILES, layer_cost
 from mmi_jax.search.scores import Choice, Scores, read_scores
 from mmi_jax.search.trials.measurement import TrialMetrics
 from mmi_jax.search.trials.trial import DENSE, Trial, of_queries
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 LENGTHS = {"video": 4096, "documents": 6000}
 

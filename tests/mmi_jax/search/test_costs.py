@@ -23,6 +23,7 @@ from mmi_jax.search.baselines.equal_cost import (
 from mmi_jax.search.baselines.families import FAMILIES, published_pattern
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, layer_cost
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @pytest.fixture(scope="module", autouse=True)

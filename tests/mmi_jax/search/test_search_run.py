@@ -19,6 +19,7 @@ from mmi_jax.search.costs import TILES
 from mmi_jax.search.scores import Scores, metrics_by_trial
 from mmi_jax.search.trials.measurement import Meter, measure_pattern
 from mmi_jax.search.trials.trial import Trial, first_trials, of_queries, trial_of
+from pallas_kernels.block_lists.block_sizes import Blocks
 
 SMALL = Blocks(q=16, kv=16, granule=16)
 
