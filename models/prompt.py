@@ -1,14 +1,14 @@
-"""Prompt: what a processor makes and a model embeds."""
+"""Prompt: the output of a processor and the input of a model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int32
 
-from mmi_jax.layout import TokenLayout
+from mmi_jax.layout import TokenLayout, stack
 from pallas_kernels.notation import AnyArray
 from pallas_kernels.pytree import pytree, static_field
 
@@ -28,6 +28,10 @@ class LazyPatches(Protocol):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Float[np.ndarray, "p c"]:
         """On the host."""
+        ...
+
+    def digest_arrays(self) -> Iterator[np.ndarray]:
+        """The arrays that determine all patches, in fewer bytes than these."""
         ...
 
 
@@ -73,3 +77,33 @@ class Prompt:
             rope_pos=np.pad(np.asarray(self.rope_pos), [(0, 0), (0, 0), (0, width)]),
             layout=jax.tree.map(np.asarray, self.layout.pad_to(num_tokens)),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TokenizedPrompt:
+    """One prompt without padding and patches; fields as of `Prompt`."""
+
+    tokens: Int32[np.ndarray, " t"]
+    rope_pos: Int32[np.ndarray, "3 t"]
+    layout: TokenLayout
+    grids: tuple[tuple[int, int, int], ...]
+
+
+def collate(prompts: Sequence[TokenizedPrompt], patches: Float[AnyArray, "p c"] | LazyPatches) -> Prompt:
+    """The prompts as one batch, padded at their end to the longest; token and position 0 in padding, modality -1.
+
+    Args:
+        prompts: one per row of the batch.
+        patches: of all their images and videos, in order.
+    """
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    pads = [longest - len(prompt.tokens) for prompt in prompts]
+    return Prompt(
+        tokens=np.stack([np.pad(prompt.tokens, (0, pad)) for prompt, pad in zip(prompts, pads, strict=True)]),
+        rope_pos=np.stack(
+            [np.pad(prompt.rope_pos, ((0, 0), (0, pad))) for prompt, pad in zip(prompts, pads, strict=True)], axis=1
+        ),
+        layout=stack([prompt.layout for prompt in prompts]),
+        patches=patches,
+        grids=tuple(grid for prompt in prompts for grid in prompt.grids),
+    )

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from models import open_checkpoint
 from models.demo import DEMO_MODEL
-from models.qwen2_5_vl.weights import load
 from models.small.evaluate import Cell, evaluate
 from models.small.forward import Compute
 from models.tasks import TASKS
@@ -52,9 +52,8 @@ def main(
     found = collections.defaultdict(lambda: [0, 0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        for result in evaluate(
-            load(model, dtype=jnp.dtype(compute.dtype)), cells, compute=compute, num_workers=num_workers
-        ):
+        loaded = open_checkpoint(model).load_model(dtype=jnp.dtype(compute.dtype))
+        for result in evaluate(loaded, cells, compute=compute, num_workers=num_workers):
             print(json.dumps(result), file=file, flush=True)
             key = result["num_tokens"], result["is_held_out"], result["task"]
             found[key][0] += result["num_right"]

@@ -35,8 +35,7 @@ from mmi_jax.search.scores import Choice, Scores, read_scores
 from mmi_jax.search.trials.journal import read_journal
 from mmi_jax.search.trials.measurement import modalities_of
 from mmi_jax.search.trials.trial import trial_of
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.weights import load
+from models import Processor, open_checkpoint
 from pallas_kernels.attention.gpu_tuned import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -206,9 +205,10 @@ def make(task: Task, *, runs: bool) -> None:
         run_niah(task)
     results = json.loads((task.work / "niah" / "results.json").read_text())
     tables = {name: load_table(task.table_file(name)) for name in TABLES}
-    processor = Processor.from_directory(task.model)
+    checkpoint = open_checkpoint(task.model)
+    processor = checkpoint.read_processor()
     prompt = example_prompt(processor, task.picture_tokens)
-    model = load(task.model, dtype=jnp.dtype(task.dtype))
+    model = checkpoint.load_model(dtype=jnp.dtype(task.dtype))
     recall = measure_recall(task, model, example_prompt(processor, task.calibration_tokens), tables["ours"])
     scores = search_scores(task, modalities_of(prompt.layout), tables["ours"])
     shown = draw_heads(task, model, prompt, scores, tables["ours"])

@@ -16,7 +16,7 @@ import typer
 from flax import nnx
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.qwen2_5_vl.model import Qwen2_5_VL
+from models import Model, family_of
 from models.small.config import small_config
 from models.small.curriculum import Stage
 from models.small.forward import Compute
@@ -88,9 +88,9 @@ def main(
         raise typer.Exit(1)
 
 
-def in_bfloat16(recipe: Recipe, params) -> Qwen2_5_VL:
+def in_bfloat16(recipe: Recipe, params) -> Model:
     """The model as it ships."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen2_5_VL(recipe.model, dtype="bfloat16", rngs=nnx.Rngs(0))))[0]
+    graphdef = nnx.split(family_of(recipe.model).abstract_model(recipe.model, dtype="bfloat16"))[0]
     return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype("bfloat16"), params))
 
 

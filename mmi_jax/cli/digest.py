@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.qwen2_5_vl.pixels import PixelPatches
+from models.prompt import LazyPatches
 
 LENGTH = 16
 """Hexadecimal digits of a digest."""
@@ -47,10 +47,5 @@ def prompt_digest(prompt: Any) -> str:
 
 
 def _arrays(leaf: Any) -> Iterator[np.ndarray]:
-    """A leaf's numbers; of patches cut on the device the pixels, an eighth of the bytes, and how they are cut."""
-    if not isinstance(leaf, PixelPatches):
-        yield np.asarray(leaf)
-        return
-    for source in leaf.sources:
-        yield np.frombuffer(repr(source.config).encode(), np.uint8)
-        yield source.frames(0, source.num_frames)
+    """A leaf's numbers; of patches cut on the device what they are cut from."""
+    yield from leaf.digest_arrays() if isinstance(leaf, LazyPatches) else (np.asarray(leaf),)

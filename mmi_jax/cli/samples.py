@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from models.qwen2_5_vl.processor import Processor
+from models import Processor
 from models.tasks import TASKS, FolderHaystack, GeneratedHaystack, Haystack, Measure, Sample, Script
 
 GENERATED = "generated"

@@ -129,6 +129,15 @@ def _read_special_tokens(path: Path) -> dict[str, str]:
     return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
+def read_end_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer, ascending: `eos_token_id` of generation_config.json, else the named `eos_token`."""
+    path = Path(directory) / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        ids = tokenizer.special_id("eos_token")
+    return tuple(sorted({token for token in (ids if isinstance(ids, list) else [ids]) if token is not None}))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

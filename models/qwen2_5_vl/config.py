@@ -1,6 +1,10 @@
 """The sizes of a Qwen2.5-VL model."""
 
 import dataclasses
+from typing import ClassVar
+
+MODEL_TYPE = "qwen2_5_vl"
+"""The family, as config.json names it."""
 
 SPECIAL_TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token")
 
@@ -74,6 +78,8 @@ class Qwen2_5_VLConfig:
         mrope_section: rotary frequencies that read the time, row and column position; they sum to head_dim / 2.
         tokens_per_second: steps of the time position in one second of video.
     """
+
+    model_type: ClassVar[str] = MODEL_TYPE
 
     num_layers: int
     embed_dim: int

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
+from models.qwen2_5_vl.config import MODEL_TYPE, Qwen2_5_VLConfig, VisionConfig
 
-MODEL_TYPE = "qwen2_5_vl"
 MAX_POSITIONS = 128_000
 
 

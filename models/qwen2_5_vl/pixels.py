@@ -3,20 +3,18 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from models.chat import Medium
 from models.media.video import Image, Video
 from models.media.video_stream import VideoStream
 from models.qwen2_5_vl.placeholders import Grid
 from models.qwen2_5_vl.preprocess import Preprocess, frame_grid, normalised_levels, patchify, resize_all
-
-type Medium = Image | Video | VideoStream
-"""What becomes vision tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +100,14 @@ class PixelPatches:
     def __array__(self, dtype=None, copy=None) -> Float[np.ndarray, "p c"]:
         """All of them on the host."""
         pieces = [patchify(source.frames(0, source.num_frames), source.config)[0] for source in self.sources]
-        return np.concatenate(pieces).astype(dtype or np.float32)
+        # One video is not copied: its patches may be most of the host's memory.
+        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(dtype or np.float32, copy=False)
+
+    def digest_arrays(self) -> Iterator[np.ndarray]:
+        """The pixels, an eighth of the patches' bytes, and how they are cut."""
+        for source in self.sources:
+            yield np.frombuffer(repr(source.config).encode(), np.uint8)
+            yield source.frames(0, source.num_frames)
 
 
 @functools.partial(jax.jit, static_argnums=2)

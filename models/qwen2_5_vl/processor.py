@@ -3,43 +3,35 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from mmi_jax.layout import TokenLayout, stack
+from models.chat import (
+    MARK,
+    Chat,
+    Medium,
+    Message,
+    Part,
+    check_no_placeholders,
+    media_of,
+    messages_of,
+    template_fields,
+    with_mark,
+)
 from models.huggingface.hub import locate
-from models.huggingface.tokenizer import Tokenizer, read_json
+from models.huggingface.tokenizer import Tokenizer, read_end_tokens
 from models.media.video import Frame, Image, Video
 from models.media.video_stream import VideoStream
-from models.prompt import LazyPatches, Prompt
+from models.prompt import Prompt, TokenizedPrompt, collate
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dialects import read_config
-from models.qwen2_5_vl.pixels import Medium, PixelPatches, num_and_shape, pixel_source
+from models.qwen2_5_vl.pixels import PixelPatches, num_and_shape, pixel_source
 from models.qwen2_5_vl.placeholders import Grid, num_tokens, token_layout
 from models.qwen2_5_vl.preprocess import Preprocess, capped, frame_grid, patchify, resize, resize_all
 from models.qwen2_5_vl.preprocess_config import read_preprocess
 from models.qwen2_5_vl.rope import EXACT, PositionRule, mrope_positions
-
-type Part = str | Medium
-
-MARK = "\ue000"
-"""Stands, while a chat template is rendered, where a prompt is cut; of a range that no text uses."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Message:
-    """One turn of a chat: who speaks (`system`, `user`, `assistant`), and text, images and videos in order."""
-
-    role: str = "user"
-    parts: tuple[Part, ...]
-
-    def __post_init__(self):
-        """Checks that the message says something."""
-        if not any(not isinstance(part, str) or part.strip() for part in self.parts):
-            raise ValueError(f"a message must hold text, an image or a video, got {self.parts} from {self.role!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +44,7 @@ class Processor:
         image, video: how images and the frames of videos become patches.
         rule: which published reading of the positions inside and after a video.
         cap_pixels_per_frame: the frames of a long video share 115,200 tokens' worth of pixels; warns when it acts.
+        end_tokens: ids that end an answer, ascending.
     """
 
     config: Qwen2_5_VLConfig
@@ -60,6 +53,7 @@ class Processor:
     video: Preprocess
     rule: PositionRule = EXACT
     cap_pixels_per_frame: bool = False
+    end_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         """Checks that the tokenizer knows the model's placeholders."""
@@ -82,11 +76,12 @@ class Processor:
         config = read_config(directory)
         image, video = read_preprocess(directory, config.vision)
         tokenizer = Tokenizer.from_directory(directory)
-        return cls(config=config, tokenizer=tokenizer, image=image, video=video, **options)
+        ends = read_end_tokens(directory, tokenizer)
+        return cls(config=config, tokenizer=tokenizer, image=image, video=video, end_tokens=ends, **options)
 
     def __call__(
         self,
-        *prompts: Sequence[Part] | Sequence[Message],
+        *prompts: Chat,
         add_generation_prompt: bool = True,
         cuts_on_device: bool = False,
     ) -> Prompt:
@@ -112,7 +107,7 @@ class Processor:
             prompts, lambda messages: self._render(messages, add_generation_prompt), cuts_on_device=cuts_on_device
         )
 
-    def opening(self, *prompts: Sequence[Part] | Sequence[Message]) -> Prompt:
+    def opening(self, *prompts: Chat) -> Prompt:
         """The beginning of prompts whose last turn goes on: the cache of its prefill serves any `continuation`.
 
             video = prefill(model, processor.opening([video]), max_new_tokens=512)
@@ -125,7 +120,7 @@ class Processor:
         Raises:
             ValueError: as for a call.
         """
-        return self._prompt(prompts, lambda messages: self._render_around(_with_mark(messages, at_end=True))[0])
+        return self._prompt(prompts, lambda messages: self._render_around(with_mark(messages, at_end=True))[0])
 
     def continuation(self, *prompts: Sequence[Part], closes: bool = True) -> Prompt:
         """What goes on in a turn left open by `opening`, counted from 0: for `prefill(..., cache=)`.
@@ -145,14 +140,14 @@ class Processor:
                 raise ValueError(f"a continuation goes on with parts of a turn, not with messages: got {parts}")
 
         def render(messages: Sequence[Message]) -> str:
-            marked = _with_mark(messages, at_end=False)
-            return self._render_around(marked if closes else _with_mark(marked, at_end=True))[1]
+            marked = with_mark(messages, at_end=False)
+            return self._render_around(marked if closes else with_mark(marked, at_end=True))[1]
 
         return self._prompt(prompts, render)
 
     def _prompt(
         self,
-        prompts: Sequence[Sequence[Part] | Sequence[Message]],
+        prompts: Sequence[Chat],
         render: Callable[[Sequence[Message]], str],
         *,
         cuts_on_device: bool = False,
@@ -160,34 +155,36 @@ class Processor:
         """A batch with one row per prompt, whose text is what `render` makes of its messages."""
         if not prompts:
             raise ValueError("a batch must hold one prompt or more, got none")
-        chats = [_messages(prompt) for prompt in prompts]
+        chats = [messages_of(prompt) for prompt in prompts]
         rows = [self._row(messages, render(messages)) for messages in chats]
-        media = [part for messages in chats for part in _media(messages)]
+        media = [part for messages in chats for part in media_of(messages)]
         if media and (cuts_on_device or any(isinstance(part, VideoStream) for part in media)):
-            return self._batch(
+            return collate(
                 rows, PixelPatches(sources=tuple(pixel_source(part, self._preprocess(part)) for part in media))
             )
         patches = [self._patches(part) for part in media if not isinstance(part, VideoStream)]
         # One video is not copied: its patches may be most of the host's memory.
         none = np.zeros((0, self.config.vision.patch_dim), np.float32)
-        return self._batch(rows, patches[0] if len(patches) == 1 else np.concatenate([none, *patches]))
+        return collate(rows, patches[0] if len(patches) == 1 else np.concatenate([none, *patches]))
 
-    def lay_out(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> "Row":
+    def tokenize(self, prompt: Chat, *, add_generation_prompt: bool = True) -> TokenizedPrompt:
         """One prompt without its patches: of images and videos only the sizes are read."""
-        messages = _messages(prompt)
+        messages = messages_of(prompt)
         return self._row(messages, self._render(messages, add_generation_prompt))
 
-    def _row(self, messages: Sequence[Message], text: str) -> "Row":
-        media = _media(messages)
+    def _row(self, messages: Sequence[Message], text: str) -> TokenizedPrompt:
+        media = media_of(messages)
         grids = tuple(self.grid(part) for part in media)
         tokens = expand_placeholders(self.tokenizer.encode(text), media, grids, self.config)
         seconds = [_seconds_per_grid(part, self.video) for part in media]
         rope_pos = mrope_positions(tokens, grids, seconds, self.config, rule=self.rule)
-        return Row(tokens=tokens, rope_pos=rope_pos, layout=token_layout(tokens, grids, self.config), grids=grids)
+        return TokenizedPrompt(
+            tokens=tokens, rope_pos=rope_pos, layout=token_layout(tokens, grids, self.config), grids=grids
+        )
 
-    def render(self, prompt: Sequence[Part] | Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(self, prompt: Chat, *, add_generation_prompt: bool = True) -> str:
         """The chat template's text of one prompt, with one placeholder for each image and video."""
-        return self._render(_messages(prompt), add_generation_prompt)
+        return self._render(messages_of(prompt), add_generation_prompt)
 
     def _render_around(self, messages: Sequence[Message]) -> list[str]:
         """The chat template's text before, between and after the marks; with the assistant's turn begun."""
@@ -218,53 +215,30 @@ class Processor:
         return capped(self.video, num_frames) if self.cap_pixels_per_frame else self.video
 
     @property
+    def placeholders(self) -> tuple[int, int]:
+        """Ids that stand for the vision tokens of images and of videos."""
+        return self.config.image_token, self.config.video_token
+
+    @property
+    def temporal_patch_len(self) -> int:
+        """Video frames of one temporal patch."""
+        return self.video.temporal_patch_size
+
+    @property
     def _placeholder_ids(self) -> tuple[int, ...]:
         config = self.config
         return config.image_token, config.video_token, config.vision_start_token, config.vision_end_token
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The chat template's text, with one placeholder for each image and video."""
-        reserved = [self.tokenizer.token_text(token) for token in self._placeholder_ids]
-        for text in (part for message in messages for part in message.parts if isinstance(part, str)):
-            if found := [token for token in reserved if token in text]:
-                raise ValueError(
-                    f"text must not contain the model's placeholders {reserved}, which stand for images and videos: "
-                    f"got {found} in {_excerpt(text, found[0])!r}"
-                )
-        rendered = [
-            {"role": message.role, "content": [_content(part) for part in message.parts]} for message in messages
-        ]
-        return self.tokenizer.render(rendered, add_generation_prompt=add_generation_prompt)
+        check_no_placeholders(messages, [self.tokenizer.token_text(token) for token in self._placeholder_ids])
+        return self.tokenizer.render(template_fields(messages), add_generation_prompt=add_generation_prompt)
 
     def _patches(self, part: Image | Video) -> np.ndarray:
         if isinstance(part, Image):
             return patchify(resize(part.pixels, self.image)[None], self.image)[0]
         config = self._video_preprocess(part.num_frames)
         return patchify(resize_all(part.frames, config), config)[0]
-
-    def _batch(self, rows: Sequence["Row"], patches: np.ndarray | LazyPatches) -> Prompt:
-        """The rows padded at their end to the longest; token and position 0 in padding, modality -1."""
-        longest = max(len(row.tokens) for row in rows)
-        pads = [longest - len(row.tokens) for row in rows]
-        return Prompt(
-            tokens=np.stack([np.pad(row.tokens, (0, pad)) for row, pad in zip(rows, pads, strict=True)]),
-            rope_pos=np.stack(
-                [np.pad(row.rope_pos, ((0, 0), (0, pad))) for row, pad in zip(rows, pads, strict=True)], axis=1
-            ),
-            layout=stack([row.layout for row in rows]),
-            patches=patches,
-            grids=tuple(grid for row in rows for grid in row.grids),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Row:
-    """One prompt without padding and patches; fields as of `Prompt`."""
-
-    tokens: Int32[np.ndarray, " t"]
-    rope_pos: Int32[np.ndarray, "3 t"]
-    layout: TokenLayout
-    grids: tuple[Grid, ...]
 
 
 def expand_placeholders(
@@ -292,56 +266,6 @@ def expand_placeholders(
     return np.repeat(tokens, repeats)
 
 
-def read_stop_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer: `eos_token_id` of generation_config.json, else the tokenizer's `eos_token`."""
-    path = Path(directory) / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    if found is None:
-        found = tokenizer.special_id("eos_token")
-    ids = found if isinstance(found, list) else [found]
-    return frozenset(token for token in ids if token is not None)
-
-
-def _messages(prompt: Sequence[Part] | Sequence[Message]) -> list[Message]:
-    """A chat as it is; parts as one user's turn."""
-    if isinstance(prompt, str):
-        raise ValueError(f"a prompt must be a list of parts or messages, got the text {prompt[:60]!r} without a list")
-    if not prompt:
-        raise ValueError("a prompt must hold text, an image or a video, got no part at all")
-    chat = [part for part in prompt if isinstance(part, Message)]
-    parts = tuple(part for part in prompt if not isinstance(part, Message))
-    if chat and parts:
-        raise ValueError(f"a prompt must be parts or messages, not both: got {len(parts)} parts, {len(chat)} messages")
-    return chat or [Message(parts=parts)]
-
-
-def _media(messages: Sequence[Message]) -> list[Medium]:
-    """All images and videos in order."""
-    return [part for message in messages for part in message.parts if not isinstance(part, str)]
-
-
-def _with_mark(messages: Sequence[Message], *, at_end: bool) -> list[Message]:
-    """The messages with a mark before, or after, the parts of the last one."""
-    *before, last = messages
-    parts = (*last.parts, MARK) if at_end else (MARK, *last.parts)
-    return [*before, dataclasses.replace(last, parts=parts)]
-
-
-def _content(part: Part) -> dict[str, str]:
-    match part:
-        case str():
-            return {"type": "text", "text": part}
-        case Image():
-            return {"type": "image"}
-        case Video() | VideoStream():
-            return {"type": "video"}
-
-
 def _seconds_per_grid(part: Medium, config: Preprocess) -> float:
     """Seconds of video in one temporal patch; an image has none."""
     return 0.0 if isinstance(part, Image) else config.temporal_patch_size / part.fps
-
-
-def _excerpt(text: str, found: str) -> str:
-    start = text.index(found)
-    return text[max(start - 20, 0) : start + len(found) + 20]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,7 +117,22 @@ class VisionTower(nnx.Module):
 
     def encode(self, frames: Float[Array, "n p c"], size: tuple[int, int]) -> Float[Array, "n t o"]:
         """The tokens of frames of one size (rows and columns in patches), all in one call; differentiable."""
-        return encode_batch(*nnx.split(self), frames, size)
+        return self.encoder(size)(frames)
+
+    def encoder(
+        self, size: tuple[int, int], attention: Implementation | None = None
+    ) -> Callable[[Float[AnyArray, "n p c"]], Float[Array, "n t o"]]:
+        """A function from the patches of frames of one size to their tokens: one call of a compiled program."""
+        graphdef, state = nnx.split(self)
+        return lambda frames: encode_batch(graphdef, state, frames, size, attention)
+
+    def batch_frames(self, num_frames: int, size: tuple[int, int]) -> int:
+        """Frames that are encoded in one call, of a video of so many."""
+        return batch_frames(num_frames, size)
+
+    def frame_flops(self, size: tuple[int, int]) -> float:
+        """Floating-point operations of one frame of a size."""
+        return frame_flops(self.config, size)
 
     def _encode_frames(
         self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int], attention: Implementation | None
@@ -143,6 +159,18 @@ def batch_frames(num_frames: int, size: tuple[int, int]) -> int:
     """Frames of one batch of a video: a power of two, or as many as `FRAME_BATCH_PATCHES` are."""
     largest = max(1, FRAME_BATCH_PATCHES // math.prod(size))
     return min(largest, 1 << (num_frames - 1).bit_length())
+
+
+def frame_flops(config: VisionConfig, size: tuple[int, int]) -> float:
+    """Floating-point operations of one frame: products and attention, two per multiply-add; holes of windows not."""
+    num_patches, e = math.prod(size), config.embed_dim
+    window_len = config.block_len * config.window_len**2
+    num_full = len(config.full_attention_layers)
+    keys = num_full * num_patches + (config.num_layers - num_full) * min(window_len, num_patches)
+    layer = 4 * e * e + 3 * e * config.mlp_dim
+    block_dim = config.block_len * e
+    merger = (block_dim * block_dim + block_dim * config.out_dim) / config.block_len
+    return 2.0 * num_patches * (config.num_layers * layer + config.patch_dim * e + merger + 2 * e * keys)
 
 
 def _frames(patches: AnyArray, first_patch: np.ndarray, frame_len: int) -> AnyArray:

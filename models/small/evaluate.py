@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.interface import Model
 from models.small.bank import Bank, make_bank
 from models.small.config import small_measure, small_processor
 from models.small.forward import Compute, row_logits
@@ -86,7 +86,7 @@ def _empty_cell(num_samples: int, num_tokens: int) -> CellBatch:
 
 
 def evaluate(
-    model: Qwen2_5_VL, cells: Iterable[Cell], *, compute: Compute, num_workers: int = 0,
+    model: Model, cells: Iterable[Cell], *, compute: Compute, num_workers: int = 0,
     on_cell: Callable[[dict], None] = lambda result: None,
 ) -> Iterator[dict]:  # fmt: skip
     """For each cell its fields, the number of questions, and how many were answered rightly.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from models.qwen2_5_vl.model import Qwen2_5_VL
+from models.interface import Model
 from models.small.bank import Bank, patches
 from models.small.config import GRID, GRID_TOKENS
 from models.small.stream import CAPTION, KINDS, Batch
@@ -33,7 +33,7 @@ class Compute:
     attention: Literal["cudnn", "xla"] = "cudnn"
 
 
-def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b r v"]:
+def row_logits(model: Model, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b r v"]:
     """Logits, float32, of the batch's rows.
 
     Args:
@@ -57,7 +57,7 @@ def row_logits(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) ->
     return model.unembed(jnp.take_along_axis(x, batch.rows[..., None], axis=1))
 
 
-def _embed(model: Qwen2_5_VL, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b t e"]:
+def _embed(model: Model, batch: Batch, bank: Bank, compute: Compute) -> Float[Array, "b t e"]:
     """Text and vision tokens in one array."""
     vision = _encode(model, batch, bank)
     rows = _spread(vision, jnp.asarray(batch.is_vision))
@@ -92,7 +92,7 @@ def _spread_backward(kept: tuple[Array, int], gradient: Array) -> tuple[Array, N
 _spread.defvjp(_spread_forward, _spread_backward)
 
 
-def _encode(model: Qwen2_5_VL, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
+def _encode(model: Model, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
     """The vision tokens of all streams, `VISION_PAIRS` pairs of frames at a time."""
     num_streams, num_frames = batch.frames.shape[:2]
     frames = batch.frames.reshape(-1, NUM_BASE + 2)

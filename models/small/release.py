@@ -3,20 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mmi_jax.files import new_directory
 from models.demo import CHAT_TEMPLATE, checkpoint_settings
-from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.weights import save_huggingface
+from models.families import family_of
 from models.small.config import PIXELS, small_tokenizer
 
 MAX_SHARD_BYTES = 15 * 2**20
 
 
-def release(model: Qwen2_5_VL, directory: Path) -> None:
+def release(model: Any, directory: Path) -> None:
     """Writes weights in shards, configuration, tokenizer, chat template and settings to a new or empty directory."""
     with new_directory(directory) as temporary:
-        save_huggingface(model, temporary, max_shard_bytes=MAX_SHARD_BYTES)
+        family_of(model.config).save_model(model, temporary, max_shard_bytes=MAX_SHARD_BYTES)
         small_tokenizer().backend.save(str(temporary / "tokenizer.json"))
         shutil.copyfile(CHAT_TEMPLATE, temporary / "chat_template.jinja")
         for name, fields in checkpoint_settings(small_tokenizer().backend, PIXELS).items():

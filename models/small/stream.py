@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float32, Int32
 
 from mmi_jax.layout import VISION, concatenate, text_tokens
 from models.huggingface.tokenizer import Tokenizer
+from models.interface import Processor
 from models.media.video import Image, Video
-from models.qwen2_5_vl.processor import Processor, Row
+from models.prompt import TokenizedPrompt
 from models.small.config import GRID_TOKENS, colour_tokens
 from models.tasks.digits import SIDE, digit_labels
 from models.tasks.rows import answer_rows, part_ends
@@ -60,7 +61,7 @@ class Batch:
 class Stream:
     """One script in arrays; fields as of a `Batch`, unpadded."""
 
-    row: Row
+    row: TokenizedPrompt
     frames: Frames
     rows: np.ndarray
     labels: np.ndarray
@@ -77,7 +78,7 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
         answers_end: the answer to the question at the prompt's end follows, and the token that ends an answer.
     """
     parts = [_stand_in(part) for part in script.parts]
-    row = processor.lay_out(parts)
+    row = processor.tokenize(parts)
     ends, num_tokens = part_ends(parts, processor)
     frames = [part.frames for part in script.parts if not isinstance(part, str)]
     frames = np.concatenate([f if len(f) % 2 == 0 else np.concatenate([f, f[-1:]]) for f in frames])
@@ -159,7 +160,7 @@ def _answer(question: Question, tokenizer: Tokenizer) -> int:
     return tokenizer.token_id(question.choices[question.answer])  # digits and letters stand for themselves
 
 
-def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _captions(row: TokenizedPrompt, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """(row, token) of what frames show, at their last tokens: colour and digit."""
     places, pairs, is_shown = _pairs(row, frames)
     names = colour_tokens()
@@ -172,7 +173,7 @@ def _captions(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int,
     return found
 
 
-def _silent(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _silent(row: TokenizedPrompt, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """(row, token) of pictures that come again without their digit: at their last token, the digit they had."""
     places, pairs, is_shown = _pairs(row, frames)
     before = {tuple(pair[0, :NUM_BASE]): int(pair[0, SHOWN]) for pair in pairs[is_shown] if pair[0, COLOUR] < 0}
@@ -183,7 +184,7 @@ def _silent(row: Row, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, i
     return found
 
 
-def _pairs(row: Row, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pairs(row: TokenizedPrompt, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The tokens of every pair of frames, what the two show, and whether both show the same digit."""
     places = np.flatnonzero(np.asarray(row.layout.modality) == VISION).reshape(-1, GRID_TOKENS)
     pairs = frames.reshape(-1, 2, frames.shape[1])
@@ -216,10 +217,10 @@ def _kind(question: Question, script: Script) -> int:
     return MATCH if script.parts[question.after_part] == MATCHING_QUESTION else DIGIT
 
 
-def _append(row: Row, tokens: tuple[int, ...]) -> Row:
+def _append(row: TokenizedPrompt, tokens: tuple[int, ...]) -> TokenizedPrompt:
     """The row with text tokens behind it."""
     steps = row.rope_pos.max() + 1 + np.arange(len(tokens), dtype=np.int32)
-    return Row(
+    return TokenizedPrompt(
         tokens=np.concatenate([row.tokens, np.array(tokens, np.int32)]),
         rope_pos=np.concatenate([row.rope_pos, np.broadcast_to(steps, (3, len(tokens)))], axis=1).astype(np.int32),
         layout=concatenate([row.layout, text_tokens(len(tokens))]),

@@ -16,9 +16,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
-from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.weights import abstract_model
+from models.families import family_of
+from models.interface import ModelConfig
 from models.small.bank import Bank, make_bank
 from models.small.curriculum import Curriculum, Stage
 from models.small.forward import Compute, loss_and_metrics
@@ -34,7 +33,7 @@ STAGE_LINES = 8
 class Recipe:
     """All that a run's result depends on."""
 
-    model: Qwen2_5_VLConfig
+    model: ModelConfig
     curriculum: Curriculum
     optimizer: OptimizerSettings = OptimizerSettings()
     compute: Compute = Compute()
@@ -56,7 +55,7 @@ class Trainer:
         """Starts to compile the stages in order."""
         self.recipe = recipe
         self.bank = make_bank()
-        self.graphdef = nnx.split(abstract_model(recipe.model, dtype=recipe.compute.dtype))[0]
+        self.graphdef = nnx.split(family_of(recipe.model).abstract_model(recipe.model, dtype=recipe.compute.dtype))[0]
         self.optimizer = make_optimizer(recipe.optimizer, recipe.curriculum.num_steps)
         self._compiler = concurrent.futures.ThreadPoolExecutor(2)
         self._programs: dict[tuple[int, int], concurrent.futures.Future] = {}
@@ -64,7 +63,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """Random parameters of the recipe's seed, float32."""
         rngs = nnx.Rngs(self.recipe.curriculum.seed)
-        model = Qwen2_5_VL(self.recipe.model, dtype=jnp.float32, rngs=rngs)
+        model = family_of(self.recipe.model).new_model(self.recipe.model, dtype=jnp.float32, rngs=rngs)
         params = nnx.split(model)[1]
         return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.int32(0))
 

@@ -4,9 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-from models.qwen2_5_vl.placeholders import num_tokens
-from models.qwen2_5_vl.preprocess import Preprocess, smart_resize
-from models.qwen2_5_vl.processor import Processor
+import numpy as np
+
+from models.interface import Processor
+from models.media.video import Image, Video
 from models.tasks.haystack import Haystack
 from models.tasks.script import Clip, ScriptPart
 
@@ -34,16 +35,13 @@ class Measure:
     def of(cls, processor: Processor, haystack: Haystack) -> "Measure":
         """The measure of a processor's model."""
 
-        def tokens(preprocess: Preprocess) -> int:
-            rows, columns = smart_resize(*haystack.frame_shape, preprocess)
-            grid = (1, rows // preprocess.patch_size, columns // preprocess.patch_size)
-            return num_tokens(grid, processor.config)
-
         def count(text: str) -> int:
             return len(processor.tokenizer.encode(text))
 
         around = len(processor(["x"]).tokens[0]) - count("x")
-        return cls(grid=tokens(processor.video), still=tokens(processor.image), frame=around, count=count)
+        pixels = np.broadcast_to(np.zeros((), np.uint8), (2, *haystack.frame_shape, 3))  # of which sizes are read
+        grid = processor.num_tokens(Video(frames=pixels, fps=1.0))
+        return cls(grid=grid, still=processor.num_tokens(Image(pixels=pixels[0])), frame=around, count=count)
 
     def length(self, parts: Iterable[ScriptPart]) -> int:
         """Tokens of a prompt of these parts, give or take a token where two texts meet."""

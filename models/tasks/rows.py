@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from models.huggingface.tokenizer import Tokenizer
+from models.interface import Processor
 from models.media.video import Image, Video
-from models.qwen2_5_vl.processor import Processor
 from models.tasks.sample import Question, Sample
 
 
@@ -31,7 +31,7 @@ def answer_rows(
             return end
         assert isinstance(part, Video), "checked by the sample"
         length, num_grids = processor.num_tokens(part), processor.grid(part)[0]
-        grids_seen = -(-question.after_frames // processor.video.temporal_patch_size)
+        grids_seen = -(-question.after_frames // processor.temporal_patch_len)
         return end - length + length // num_grids * grids_seen - 1
 
     return np.array(list(map(row, questions)), np.int32)
@@ -63,7 +63,7 @@ def part_ends(parts: Sequence[str | Image | Video], processor: Processor) -> tup
     encoding = processor.tokenizer.backend.encode(text, add_special_tokens=False)
     stops = np.array([stop for _, stop in encoding.offsets])
     media = [part for part in parts if not isinstance(part, str)]
-    is_pad = np.isin(encoding.ids, (processor.config.image_token, processor.config.video_token))
+    is_pad = np.isin(encoding.ids, processor.placeholders)
     repeats = np.ones(len(stops), np.int64)
     repeats[is_pad] = [processor.num_tokens(part) for part in media]
     last_row = np.cumsum(repeats) - 1

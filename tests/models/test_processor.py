@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from mmi_jax.layout import PADDING, TEXT, VISION
+from models.chat import Message
 from models.demo import CHAT_TEMPLATE, demo_config, train_tokenizer
-from models.huggingface.tokenizer import Tokenizer
+from models.huggingface.tokenizer import Tokenizer, read_end_tokens
 from models.media.video import Image, Video
 from models.qwen2_5_vl.pixels import PixelPatches
 from models.qwen2_5_vl.preprocess import Preprocess, patchify
-from models.qwen2_5_vl.processor import Message, Processor, expand_placeholders, read_stop_tokens
+from models.qwen2_5_vl.processor import Processor, expand_placeholders
 from models.qwen2_5_vl.rope import TRANSFORMERS_4_57, TRANSFORMERS_5_23
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -197,10 +198,10 @@ def test_a_model_whose_placeholders_the_tokenizer_does_not_know(processor):
 
 def test_stop_tokens(processor, tmp_path):
     named = dataclasses.replace(processor.tokenizer, special_tokens={"eos_token": "<|im_end|>"})
-    assert read_stop_tokens(tmp_path, processor.tokenizer) == frozenset()
-    assert read_stop_tokens(tmp_path, named) == {named.token_id("<|im_end|>")}
+    assert read_end_tokens(tmp_path, processor.tokenizer) == ()
+    assert read_end_tokens(tmp_path, named) == (named.token_id("<|im_end|>"),)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
-    assert read_stop_tokens(tmp_path, named) == {3, 5}
+    assert read_end_tokens(tmp_path, named) == (3, 5)
 
 
 def test_an_opening_and_its_continuations_are_one_prompt(processor, video, odd_video, image):

@@ -18,7 +18,7 @@ class Task:
     """What `mmi aot` is asked.
 
     Args:
-      preset: a size of `PRESETS`.
+      preset: a size of `models.presets`.
       topology: of TPUs, such as v5e:4x4.
       tokens: of the prompt; with `dump`, the padded length itself.
       table, pattern: as for `mmi prefill`; dense attention without both.
@@ -48,15 +48,16 @@ class Task:
         Raises:
           ValueError: an unknown preset, or more layers than it has.
         """
-        from models.qwen2_5_vl.presets import PRESETS
+        from models import presets
 
-        if self.preset not in PRESETS:
-            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        config = PRESETS[self.preset]
-        layers = config.num_layers if layers is None else layers
-        if not 0 < layers <= config.num_layers:
-            raise ValueError(f"--layers must be 1 to {config.num_layers}, those of {self.preset}: got {layers}")
-        return dataclasses.replace(config, num_layers=layers)
+        known = presets()
+        if self.preset not in known:
+            raise ValueError(f"--preset must be one of {', '.join(known)}, got {self.preset!r}")
+        config = known[self.preset]
+        num_layers: int = config.num_layers if layers is None else layers
+        if not 0 < num_layers <= config.num_layers:
+            raise ValueError(f"--layers must be 1 to {config.num_layers}, those of {self.preset}: got {num_layers}")
+        return dataclasses.replace(config, num_layers=num_layers)
 
     def patterns(self) -> PatternTable:
         """The table, for the layers that are compiled.
@@ -87,12 +88,12 @@ class Task:
         """The model in shapes, on a mesh over all devices of the topology: an `compile_ahead.Target`."""
         from mmi_jax.aot import compile_ahead
         from mmi_jax.sharding import make_mesh
-        from models.qwen2_5_vl.weights import abstract_model
+        from models import family_of
 
         config = self.config(layers=self.layers)
         mesh = make_mesh(compile_ahead.devices_of(self.topology), num_kv_heads=config.num_kv_heads)
         return compile_ahead.Target(
-            model=abstract_model(config),
+            model=family_of(config).abstract_model(config),
             table=self.patterns(),
             mesh=mesh,
             blocks=Blocks(q=self.block_q),

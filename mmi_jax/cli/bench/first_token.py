@@ -21,7 +21,7 @@ from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.command import BaselineOption, DebugOption, JsonFileOption
 from mmi_jax.cli.bench.prefill import config_of, head_shapes, own_programs, table_of
 from mmi_jax.cli.bench.run import Run, run_all
-from mmi_jax.cli.bench.synthetic_prompts import made_prompt, video_pieces, video_prompt
+from mmi_jax.cli.bench.synthetic_prompts import synthetic_prompt, video_pieces, video_prompt
 from mmi_jax.cli.doctor.memory_plan import vision_bytes
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
@@ -99,9 +99,9 @@ class _Suite:
 
     @functools.cached_property
     def model(self) -> Any:
-        from models.qwen2_5_vl.random_decoder import random_model
+        from models.random_weights import random_model
 
-        return random_model(self.config, head_shapes(self.config), dtype=jnp.dtype(self.dtype))
+        return random_model(self.config, shapes=head_shapes(self.config), dtype=jnp.dtype(self.dtype))
 
     def made_ready(self, lengths: Sequence[int]) -> dict[str, Any]:
         """Seconds until the prefills of all lengths are compiled, side by side; the weights are drawn before."""
@@ -149,7 +149,7 @@ class _Suite:
 
     def prompt(self, num_tokens: int, patches: Any) -> Any:
         """Text, the video, text."""
-        return made_prompt(self.config, video_pieces(self.config, num_tokens), patches, np.random.default_rng(0))
+        return synthetic_prompt(self.config, video_pieces(self.config, num_tokens), patches, np.random.default_rng(0))
 
     def once(self, num_tokens: int, path: Path, opened: Opened) -> dict[str, Any]:
         """Seconds from the file to the logits on the host, and those of each part."""
@@ -169,10 +169,12 @@ class _Suite:
 
     def alone(self, num_tokens: int, path: Path) -> dict[str, float]:
         """Seconds of decoding without a tower, and of the tower with all pictures decoded."""
+        from models import family_of
+
         start = time.perf_counter()
-        patches, _ = arriving(path, self.config)
-        (source,) = patches.sources
-        source.frames(0, source.num_frames)
+        stream = opened_stream(path)
+        stream.read()
+        patches = family_of(self.config).pixel_patches(self.config, stream)
         decoded = time.perf_counter() - start
         padded = fit_prompt(self.prompt(num_tokens, patches), Buckets().length_for(num_tokens))
         start = time.perf_counter()
@@ -181,9 +183,9 @@ class _Suite:
 
     def dense_seconds(self, num_tokens: int) -> float:
         """Seconds of a dense prefill."""
-        from models.qwen2_5_vl.random_decoder import Decoder
+        from models import family_of
 
-        return dense_seconds(Decoder(self.model), video_prompt(self.config, num_tokens))
+        return dense_seconds(family_of(self.config).without_vision(self.model), video_prompt(self.config, num_tokens))
 
 
 def with_dense_prefill(figures: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
@@ -196,27 +198,23 @@ def with_dense_prefill(figures: dict[str, Any], dense: dict[str, Any]) -> dict[s
 
 def arriving(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
     """Patches cut on the device from pictures that a thread decodes, and for how many seconds these were waited for."""
-    from models.media.video_stream import VideoStream
-    from models.qwen2_5_vl.pixels import PixelPatches, pixel_source
+    from models import family_of
 
-    stream = VideoStream(path, fps=float(FPS), max_frames=ALL)
-    patches = PixelPatches(sources=(pixel_source(stream, preprocess_of(config)),))
-    return patches, lambda: stream.waited_seconds
+    stream = opened_stream(path)
+    return family_of(config).pixel_patches(config, stream), lambda: stream.waited_seconds
+
+
+def opened_stream(path: Path) -> Any:
+    """A `VideoStream` of all pictures of the file."""
+    from models.media.video_stream import VideoStream
+
+    return VideoStream(path, fps=float(FPS), max_frames=ALL)
 
 
 def made_by_host(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
     """Patches made by the host once all pictures are decoded, for which nobody waits afterwards."""
+    from models import family_of
     from models.media.video import read_video
-    from models.qwen2_5_vl.preprocess import patchify
 
-    patches, _ = patchify(read_video(path, fps=float(FPS), max_frames=ALL).frames, preprocess_of(config))
-    return patches, lambda: 0.0
-
-
-def preprocess_of(config: Any) -> Any:
-    """That of videos, for the model's patches and pictures of any size."""
-    from models.qwen2_5_vl.preprocess import VIDEO
-
-    vision = config.vision
-    smallest = (vision.patch_size * vision.merge_size) ** 2
-    return dataclasses.replace(VIDEO, patch_size=vision.patch_size, merge_size=vision.merge_size, min_pixels=smallest)
+    video = read_video(path, fps=float(FPS), max_frames=ALL)
+    return np.asarray(family_of(config).pixel_patches(config, video)), lambda: 0.0

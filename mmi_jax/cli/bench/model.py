@@ -73,17 +73,15 @@ def vision(
 
 def _random_model(preset: str, dtype: str | None, part: Literal["decoder", "vision"]) -> Any:
     """The model without its vision tower, or the tower alone, with random weights on the device."""
-    from models.qwen2_5_vl.presets import PRESETS
-    from models.qwen2_5_vl.random_weights import with_random_weights
-    from models.qwen2_5_vl.weights import abstract_model
+    from models import family_of, presets
+    from models.random_weights import random_model, with_random_weights
 
-    check_known("--preset", preset, PRESETS)
-    chosen = bench_dtype(dtype, ("float32", "bfloat16", "float16"))
-    abstract = abstract_model(PRESETS[preset], dtype=chosen)
+    known = presets()
+    check_known("--preset", preset, known)
+    config, chosen = known[preset], bench_dtype(dtype, ("float32", "bfloat16", "float16"))
     if part == "vision":
-        return with_random_weights(abstract.vision)
-    del abstract.vision  # decoding reads none of it
-    return with_random_weights(abstract)
+        return with_random_weights(family_of(config).abstract_model(config, dtype=chosen).vision)
+    return random_model(config, dtype=chosen, has_vision=False)
 
 
 def _bytes_per_token(model: Any) -> int:

@@ -145,14 +145,14 @@ class _Suite:
 
 def random_weights(config: Any, dtype: str) -> Any:
     """Random weights, heads of `head_shapes`; no vision tower."""
-    from models.qwen2_5_vl.random_decoder import random_decoder
+    from models.random_weights import random_model
 
-    return random_decoder(config, head_shapes(config), dtype=jnp.dtype(dtype))
+    return random_model(config, shapes=head_shapes(config), has_vision=False, dtype=jnp.dtype(dtype))
 
 
 def head_shapes(config: Any) -> Any:
     """Thirds of the heads look at the same place, at both, and at what is near."""
-    from models.qwen2_5_vl.random_decoder import HeadShape
+    from models.interface import HeadShape
 
     thirds = (
         HeadShape(place=PLANTED_NATS),
@@ -164,10 +164,11 @@ def head_shapes(config: Any) -> Any:
 
 def config_of(preset: str, layers: int | None) -> Any:
     """The sizes of a preset, or of its first layers."""
-    from models.qwen2_5_vl.presets import PRESETS
+    from models import presets
 
-    check_known("--preset", preset, PRESETS)
-    config = PRESETS[preset]
+    known = presets()
+    check_known("--preset", preset, known)
+    config = known[preset]
     if layers is not None and layers > config.num_layers:
         raise ValueError(f"--layers must be at most {config.num_layers}, those of {preset}: got {layers}")
     return config if layers is None else dataclasses.replace(config, num_layers=layers)

@@ -16,7 +16,7 @@ from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.command import DebugOption, JsonFileOption
 from mmi_jax.cli.bench.prefill import config_of, table_of
 from mmi_jax.cli.bench.run import Run, run_all
-from mmi_jax.cli.bench.synthetic_prompts import Medium, RepeatedPatches, made_prompt
+from mmi_jax.cli.bench.synthetic_prompts import RepeatedPatches, synthetic_prompt
 from mmi_jax.cli.console import stderr_console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
@@ -57,8 +57,7 @@ def run_soak(
     prompt comes twice, all of them in turn, because a program's first run takes memory of the host; the growth compares
     the last third of the rows with the middle one.
     """
-    from models.qwen2_5_vl.random_weights import with_random_weights
-    from models.qwen2_5_vl.weights import abstract_model
+    from models.random_weights import random_model
 
     with one_line_errors(shows_traceback=debug):
         take_memory(NEARLY_ALL)
@@ -69,7 +68,7 @@ def run_soak(
         dtype = bench_dtype(dtype)
 
         def measure(_: Any) -> dict[str, Any]:
-            model = with_random_weights(abstract_model(config, dtype=jnp.dtype(dtype)))
+            model = random_model(config, dtype=jnp.dtype(dtype))
             rng = np.random.default_rng(seed)
             lengths = [int(n) for n in np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts))]
             several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
@@ -87,32 +86,33 @@ def made_ready(model: Any, table: PatternTable, several: Sequence[Callable[[], A
     start = time.perf_counter()
     buckets = prepare(model, [length for length, _ in prompts], table=table, measures_recall=False)
     prepared = time.perf_counter()
-    for prompt in embedded_alike(model.config, prompts):
+    for prompt in embedded_alike(model, prompts):
         jax.block_until_ready(model.embed(prompt))
     seconds = {"programs": prepared - start, "embeddings": time.perf_counter() - prepared}
     tell(held(), f"ready: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
-def embedded_alike(config: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
+def embedded_alike(model: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
     """Prompts padded to their buckets, of one batch of frames at most, whose embedding needs what that of these needs.
 
     Args:
       prompts: tokens of each, and the grids of its images and videos.
     """
-    from models.qwen2_5_vl.vision import batch_frames
+    from models.interface import MediumSize
 
-    rng = np.random.default_rng(0)
+    config, rng = model.config, np.random.default_rng(0)
     few = rng.standard_normal((1, config.vision.patch_dim), np.float32)
     different: set[tuple[int, Grid | None]] = set()
     for length, grids in prompts:
         padded = Buckets().length_for(length)
         numbers = {size: sum(grid[0] for grid in grids if grid[1:] == size) for size in {grid[1:] for grid in grids}}
-        media = [(min(n, batch_frames(n, size)), *size) for size, n in numbers.items()]
+        media = [(min(n, model.vision.batch_frames(n, size)), *size) for size, n in numbers.items()]
         different |= {(padded, grid) for grid in media or [None]}
     for padded, grid in sorted(different, key=str):
-        pieces = [padded] if grid is None else [Medium(grid), padded - 2 - math.prod(grid) // config.vision.block_len]
-        yield made_prompt(config, pieces, RepeatedPatches(few, 0 if grid is None else math.prod(grid)), rng)
+        num_vision = 0 if grid is None else math.prod(grid) // config.vision.block_len
+        pieces = [padded] if grid is None else [MediumSize(grid), padded - 2 - num_vision]
+        yield synthetic_prompt(config, pieces, RepeatedPatches(few, 0 if grid is None else math.prod(grid)), rng)
 
 
 def tell(row: dict[str, Any], what: str | int) -> None:
@@ -137,9 +137,11 @@ def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str,
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
     """A prompt of `num_tokens`: text alone, or images and videos of random pixels with text between them."""
+    from models.interface import MediumSize
+
     rng = np.random.default_rng(seed)
     first = int(rng.integers(1, 64))
-    pieces, left = list[int | Medium]([first]), num_tokens - first
+    pieces, left = list[Any]([first]), num_tokens - first
     for _ in range(rng.integers(0, 4)):
         side, is_image, text = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0), int(rng.integers(1, 32))
         room = left - text - 3  # two marks, and a last word
@@ -147,9 +149,9 @@ def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
         if not 0 < frames * side**2 <= room:
             continue
         patches = side * config.vision.merge_size
-        pieces += [Medium(grid=(frames, patches, patches), is_image=is_image), text]
+        pieces += [MediumSize(grid=(frames, patches, patches), is_image=is_image), text]
         left -= frames * side**2 + 2 + text
     pieces.append(left)
-    num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, Medium))
+    num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, MediumSize))
     few = rng.standard_normal((FEW_PATCHES, config.vision.patch_dim), np.float32)
-    return made_prompt(config, pieces, RepeatedPatches(few, num_patches), rng)
+    return synthetic_prompt(config, pieces, RepeatedPatches(few, num_patches), rng)

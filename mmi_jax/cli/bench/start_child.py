@@ -43,10 +43,11 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
     from mmi_jax.cli import compile_cache
     from mmi_jax.cli.bench.prefill import config_of, table_of
     from mmi_jax.engine.programs.compilation import compiled_chunk
-    from models.qwen2_5_vl.random_decoder import abstract_decoder
+    from models import family_of
 
     config = config_of(preset, layers)
-    model = abstract_decoder(config, dtype=jax.numpy.dtype(dtype))
+    family = family_of(config)
+    model = family.without_vision(family.abstract_model(config, dtype=jax.numpy.dtype(dtype)))
     with compile_cache.kept_programs(Path(directory)):
         jax.block_until_ready(jax.numpy.zeros(1))  # the device is open
         start, cpu_start = time.perf_counter(), time.process_time()

@@ -44,7 +44,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
     timing = summary(
         time_calls(lambda: tower(patches, grids), jax.block_until_ready, repeats=repeats), compile_ms=compile_ms
     )
-    flops = num_frames * frame_flops(config, size)
+    flops = num_frames * tower.frame_flops(size)
     names: tuple[Implementation | None, ...] = (None, "xla") if with_baseline else (None,)
     batches = {
         f"one batch on the device{', xla attention' if attention else ''}": functools.partial(
@@ -64,28 +64,14 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
     }
 
 
-def frame_flops(config: Any, size: Size) -> float:
-    """Floating-point operations of one frame: products and attention, two per multiply-add; holes of windows not."""
-    num_patches, e = math.prod(size), config.embed_dim
-    window_len = config.block_len * config.window_len**2
-    num_full = len(config.full_attention_layers)
-    keys = num_full * num_patches + (config.num_layers - num_full) * min(window_len, num_patches)
-    layer = 4 * e * e + 3 * e * config.mlp_dim
-    block_dim = config.block_len * e
-    merger = (block_dim * block_dim + block_dim * config.out_dim) / config.block_len
-    return 2.0 * num_patches * (config.num_layers * layer + config.patch_dim * e + merger + 2 * e * keys)
-
-
 def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dict[str, float]:
     """Relative errors against the tower in float32: ours at most twice that of XLA's attention in the same dtype.
 
     A GPU's products of float32 are TF32 unless asked otherwise: an eighth of bfloat16's rounding. Exact ones took XLA
     longer to compile than everything else together.
     """
-    from models.qwen2_5_vl.vision import VisionTower
-
     grids = ((1, *size),)
-    want = np.asarray(in_float32(VisionTower, tower)(patches, grids), np.float64)
+    want = np.asarray(in_float32(tower)(patches, grids), np.float64)
 
     def error(tokens):
         return float(np.linalg.norm(np.asarray(tokens.astype(jnp.float32)) - want) / np.linalg.norm(want))
@@ -98,26 +84,21 @@ def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dic
     return found
 
 
-def in_float32(kind: Any, tower: Any) -> Any:
+def in_float32(tower: Any) -> Any:
     """The same weights and computation in float32."""
     from flax import nnx
 
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(tower.config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: type(tower)(tower.config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.float32), nnx.split(tower)[1]))
 
 
 def _one_batch(tower, patches, size: Size, num_frames: int, attention, repeats: int) -> dict[str, Any]:
     """One batch of the call's own length."""
-    from flax import nnx
-
-    from models.qwen2_5_vl.vision import batch_frames, encode_batch
-
-    length = batch_frames(num_frames, size)
-    graphdef, state = nnx.split(tower)
+    length, encode = tower.batch_frames(num_frames, size), tower.encoder(size, attention)
     frames = jnp.broadcast_to(jnp.asarray(patches), (length, *patches.shape))
 
     def call():
-        return encode_batch(graphdef, state, frames, size, attention)
+        return encode(frames)
 
     timing = summary(time_calls(call, jax.block_until_ready, repeats=repeats), compile_ms=0.0)
-    return {"frames": length} | rate(length * frame_flops(tower.config, size), timing)
+    return {"frames": length} | rate(length * tower.frame_flops(size), timing)

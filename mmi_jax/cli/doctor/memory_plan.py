@@ -28,7 +28,7 @@ class PlanRequest:
     """What `mmi doctor --plan` is asked.
 
     Args:
-      model: a preset of Qwen2.5-VL or a checkpoint's directory.
+      model: a preset or a checkpoint's directory.
       device: a name, a size such as 80GiB, or None for the device that is here.
       table, pattern: as for `mmi prefill`.
     """
@@ -48,7 +48,7 @@ class PlanRequest:
         Raises:
           ValueError: the model, the table or a size cannot be used.
         """
-        from models.qwen2_5_vl.weights import abstract_model
+        from models import family_of
 
         patterns = chosen_patterns(self.table, self.pattern)
         if self.tokens < 1 or self.batch < 1:
@@ -57,7 +57,7 @@ class PlanRequest:
         table = as_table(patterns, num_layers=config.num_layers, num_heads=config.num_heads)
         return MemoryTask(
             config=config,
-            weight_bytes=weight_bytes(abstract_model(config)),
+            weight_bytes=weight_bytes(family_of(config).abstract_model(config)),
             dtype=jnp.dtype(jnp.bfloat16),
             layers=table.layers,
             batch=self.batch,
@@ -72,20 +72,17 @@ class PlanRequest:
 
 def vision_bytes(config: Any, num_tokens: int) -> int:
     """What the vision tower holds while it encodes a prompt of nothing but frames."""
-    from models.qwen2_5_vl.vision import FRAME_BATCH_PATCHES
-    from models.qwen2_5_vl.vision_memory import encoding_bytes
+    from models import family_of
 
-    num_patches = min(FRAME_BATCH_PATCHES, num_tokens * config.vision.block_len)
-    return encoding_bytes(config.vision, num_patches, jnp.bfloat16)
+    return family_of(config).vision_bytes(config, num_tokens, jnp.bfloat16)
 
 
 def model_config(name: str) -> Any:
     """The sizes of a preset, or of a checkpoint's directory or name on the hub."""
-    from models.huggingface.hub import locate
-    from models.qwen2_5_vl.dialects import read_config
-    from models.qwen2_5_vl.presets import PRESETS
+    from models import open_checkpoint, presets
 
-    return PRESETS[name] if name in PRESETS else read_config(locate(name))
+    known = presets()
+    return known[name] if name in known else open_checkpoint(name).config
 
 
 def room_for(device: str | None) -> Room:

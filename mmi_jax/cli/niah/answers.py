@@ -11,8 +11,7 @@ from mmi_jax import Blocks, PatternTable
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.baselines.equal_cost import report_cost
-from models.prompt import Prompt
-from models.qwen2_5_vl.processor import Processor
+from models import Processor, Prompt
 from models.tasks import Question, Sample, choice_ids, question_rows
 
 

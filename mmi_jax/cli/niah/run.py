@@ -23,9 +23,7 @@ from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.costs import cost_models, default_costs
 from mmi_jax.search.trials.journal import Journal
-from models.huggingface.hub import locate
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.weights import load
+from models import open_checkpoint
 
 QUESTIONS = 4
 """Questions of a sample at most; each prefill has room for so many."""
@@ -121,18 +119,17 @@ def run_niah(task: NiahTask) -> None:
     Raises:
       ValueError: the model, haystack or journal cannot be used, or the prompts are too short for a task.
     """
-    directory = locate(task.model)
-    processor = Processor.from_directory(directory)
-    source = SampleSource(processor=processor, haystack=haystack_of(task.haystack))
+    checkpoint = open_checkpoint(task.model)
+    source = SampleSource(processor=checkpoint.read_processor(), haystack=haystack_of(task.haystack))
     for name, tokens in itertools.product(task.tasks, task.tokens):  # refused now rather than after an hour
         for seed in task.seeds(0):
             source.script(name, num_tokens=tokens, depth=0.5, seed=seed)
     cost_name = task.costs or default_costs()
     task.output.mkdir(parents=True, exist_ok=True)
-    run = _run_of(task, directory, cost_name)
+    run = _run_of(task, checkpoint.directory, cost_name)
     journal = Journal(task.output / "cells.jsonl", run)
     with console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
     for table in task.tables.values():
         table.check_fits(num_layers=model.config.num_layers, num_heads=model.config.num_heads)
     runner = Runner(task=task, model=model, source=source, costs=cost_models()[cost_name], journal=journal)

@@ -26,13 +26,9 @@ from mmi_jax.engine.reporting.profiling import profiled
 from mmi_jax.engine.reporting.report import PrefillReport, agreement
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.sharding import make_mesh
-from models.huggingface.hub import locate
+from models import Processor, Prompt, open_checkpoint
 from models.media.video import read_image
 from models.media.video_stream import VideoStream
-from models.prompt import Prompt
-from models.qwen2_5_vl.dialects import read_config
-from models.qwen2_5_vl.processor import Processor, read_stop_tokens
-from models.qwen2_5_vl.weights import load
 
 
 def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
@@ -42,22 +38,21 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
       ValueError: a file, the prompt or the table cannot be used; nothing was written.
     """
     seconds: dict[str, float] = {}
-    directory = locate(task.model)
-    processor = Processor.from_directory(directory)
+    checkpoint = open_checkpoint(task.model)
+    processor = checkpoint.read_processor()
     with _timed(seconds, "media decoding"):
         media = _Media(task, processor)
         prompt = processor(arrange(task.text, videos=media.videos, images=media.images))
     opened = media.waited_seconds
-    mesh = make_mesh(num_kv_heads=read_config(directory).num_kv_heads) if task.uses_mesh else None
+    mesh = make_mesh(num_kv_heads=checkpoint.config.num_kv_heads) if task.uses_mesh else None
     with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor, mesh=mesh)
+        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor, mesh=mesh)
     outputs.check_layer(model.config.num_layers)
     result = _prefill(model, prompt, task, task.table, mesh, media)
     waited = media.waited_seconds - opened
     dense = _prefill(model, prompt, task, None, mesh, media) if task.compares_dense else None
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
-        end_tokens = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
-        new_tokens = _decode(model, result, task.sampling, end_tokens)
+        new_tokens = _decode(model, result, task.sampling, processor.end_tokens)
     stages = None
     if outputs.profile is not None:
         run = functools.partial(_prefill, model, prompt, task, task.table, mesh, media)

@@ -15,10 +15,8 @@ from mmi_jax.cli.digest import run_on
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.search.trials.journal import Journal
-from models.huggingface.hub import locate
+from models import Processor, open_checkpoint
 from models.media.video import Video, read_video
-from models.qwen2_5_vl.processor import Processor, read_stop_tokens
-from models.qwen2_5_vl.weights import load
 from models.tasks.qa import DATASETS, Item, Score, matches, parts, sample, scores
 from models.tasks.rows import choice_ids
 
@@ -60,9 +58,9 @@ def run_qa(task: QaTask) -> Score:
       ValueError: the set is not complete, a video cannot be read, or the output is another run's.
     """
     items = DATASETS[task.dataset](task.directory)[: task.limit]
-    directory = locate(task.model)
-    processor = Processor.from_directory(directory)
-    run = run_on(task.model, directory, task.dtype) | {
+    checkpoint = open_checkpoint(task.model)
+    processor = checkpoint.read_processor()
+    run = run_on(task.model, checkpoint.directory, task.dtype) | {
         "dataset": task.dataset,
         "patterns": task.patterns,
         "frames": [task.fps, task.max_frames],
@@ -71,13 +69,12 @@ def run_qa(task: QaTask) -> Score:
     done = {row["name"]: row for row in journal.entries}
     if any(item.name not in done for item in items):
         with console.progress_bar("loading weights", "tensors") as on_tensor:
-            model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
-        ends = tuple(sorted(read_stop_tokens(directory, processor.tokenizer)))
+            model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
         with console.work_bar("questions") as on_item:
             for n, item in enumerate(items):
                 on_item(n, len(items), item.name[:40])
                 if item.name not in done:
-                    done[item.name] = _ask(task, model, processor, ends, item)
+                    done[item.name] = _ask(task, model, processor, item)
                     journal.add(done[item.name])
             on_item(len(items), len(items), "done")
     score = scores([item.kind for item in items], [done[item.name]["is_right"] for item in items])
@@ -85,11 +82,11 @@ def run_qa(task: QaTask) -> Score:
     return score
 
 
-def _ask(task: QaTask, model: Any, processor: Processor, ends: tuple[int, ...], item: Item) -> dict[str, Any]:
+def _ask(task: QaTask, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
     """One question's answer."""
     video = read_video(item.video, fps=task.fps, max_frames=task.max_frames, resize=processor.fit_frame)
     given = _choice(task, model, processor, item, video) if item.options else _words(
-        task, model, processor, ends, item, video
+        task, model, processor, item, video
     )  # fmt: skip
     is_right = given == item.answer if item.options else matches(str(given), str(item.answer))
     return {"name": item.name, "answer": given, "expected": item.answer, "is_right": bool(is_right)}
@@ -101,8 +98,8 @@ def _choice(task: QaTask, model: Any, processor: Processor, item: Item, video: V
     return int(np.argmax(np.asarray(result.logits)[0, choice_ids(asked.questions[0], processor.tokenizer)]))
 
 
-def _words(task: QaTask, model, processor: Processor, ends: tuple[int, ...], item: Item, video: Video) -> str:
-    prompt = processor(parts(item, video))
+def _words(task: QaTask, model, processor: Processor, item: Item, video: Video) -> str:
+    ends, prompt = processor.end_tokens, processor(parts(item, video))
     result = mmi_jax.prefill(model, prompt, table=task.table, measures_recall=False, max_new_tokens=task.max_new_tokens)
     tokens = mmi_jax.decode(model, result, max_new_tokens=task.max_new_tokens, end_tokens=ends)
     kept = [token for token in np.asarray(tokens)[0].tolist() if token not in ends]

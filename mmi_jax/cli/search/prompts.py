@@ -7,9 +7,8 @@ from pathlib import Path
 from mmi_jax.cli.digest import prompt_digest
 from mmi_jax.cli.samples import SampleSource, haystack_of, task_name
 from mmi_jax.cli.search.options import Calibration
+from models import Processor, Prompt
 from models.media.video import MAX_FRAMES, read_video
-from models.prompt import Prompt
-from models.qwen2_5_vl.processor import Processor
 from models.tasks import question_rows
 
 FIRST_HELD_OUT = 1_000_000
@@ -105,7 +104,7 @@ def _video_prompt(processor: Processor, calibration: Calibration, path: Path, mo
     most = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
     video = read_video(path, fps=calibration.fps, max_frames=most, resize=processor.fit_frame)
     if most_tokens is not None and (tokens := processor.num_tokens(video)) > most_tokens:
-        patch = processor.video.temporal_patch_size
+        patch = processor.temporal_patch_len
         kept = max(1, video.num_frames * most_tokens // tokens // patch) * patch
         video = dataclasses.replace(video, frames=video.frames[:kept])
     return processor([video, calibration.text], cuts_on_device=True)

@@ -24,10 +24,7 @@ from mmi_jax.search.scores import Scores
 from mmi_jax.search.trials.journal import Journal
 from mmi_jax.search.trials.measurement import METRICS, modalities_of
 from mmi_jax.search.trials.trial import first_trials
-from models.huggingface.hub import locate
-from models.prompt import Prompt
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.weights import load
+from models import Prompt, open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +44,16 @@ def run_search(task: SearchTask) -> Found:
         measured stays in the work file.
     """
     out = console.stderr_console()
-    directory = locate(task.model)
-    processor = Processor.from_directory(directory)
+    checkpoint = open_checkpoint(task.model)
+    processor = checkpoint.read_processor()
     with console.spinner("prompts"):
         prompts = calibration_prompts(processor, task.calibration)
         weighed = weighed_prompts(processor, task.calibration) if task.weigh else None
         held_out = held_out_prompts(processor, task.calibration)
     candidates = task.read_candidates()
-    journal = Journal(task.work, _run_of(task, directory, prompts, weighed))
+    journal = Journal(task.work, _run_of(task, checkpoint.directory, prompts, weighed))
     with console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = load(directory, dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
     name = task.costs or default_costs()
     costs = cost_models()[name]
     out.print(forecast(candidates, prompts.by_name, model.config, name, costs), markup=False, soft_wrap=True)

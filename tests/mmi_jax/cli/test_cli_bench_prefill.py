@@ -13,8 +13,10 @@ from mmi_jax.cli import main
 from mmi_jax.cli.bench.prefill import table_of
 from mmi_jax.cli.bench.synthetic_prompts import video_prompt
 from mmi_jax.layout import VISION
+from models import family_of
+from models.interface import HeadShape
 from models.qwen2_5_vl import presets
-from models.qwen2_5_vl.random_decoder import HeadShape, abstract_decoder, random_decoder
+from models.random_weights import random_model
 
 
 @pytest.fixture
@@ -115,11 +117,12 @@ def test_the_prompt_is_a_video_with_text_around_it():
 
 
 def test_the_program_whose_start_is_timed_is_the_one_that_runs():
-    model = abstract_decoder(TINY)
+    family = family_of(TINY)
+    model = family.without_vision(family.abstract_model(TINY))
     program, shapes = prefill_program(model, mixed_table(2, 6), 2000)
     assert program.layers == mixed_table(2, 6).layers and shapes[4].shape == (1, 2048, TINY.embed_dim)
     with pytest.raises(ValueError, match="one for each of the 6 query heads, got 1"):
-        random_decoder(TINY, (HeadShape(),))
+        random_model(TINY, shapes=(HeadShape(),), has_vision=False)
 
 
 def test_tables_are_named_by_the_cases_of_plans():

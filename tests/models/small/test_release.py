@@ -11,7 +11,7 @@ from flax import nnx
 from models.demo import DEMO_MODEL
 from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.processor import Processor, read_stop_tokens
+from models.qwen2_5_vl.processor import Processor
 from models.qwen2_5_vl.weights import load, save_huggingface
 from models.small.config import small_config, small_measure, small_processor
 from models.small.release import release
@@ -34,7 +34,7 @@ def test_a_release_loads_back_and_its_processor_is_the_one_trained_with(model, t
     tokens = processor(script.render(GeneratedHaystack()).parts).tokens[0]
     np.testing.assert_array_equal(tokens, stream(script, small_processor()).row.tokens)
     end = processor.tokenizer.token_id("<|im_end|>")
-    assert end in read_stop_tokens(tmp_path / "model", processor.tokenizer)
+    assert end in processor.end_tokens
 
 
 def test_shards_hold_all_tensors_and_none_is_too_large(model, tmp_path):

@@ -1,39 +1,21 @@
-"""A decoder of random weights on the device, whose heads have the structure that trained heads show: for benchmarks.
+"""The decoder alone, and biases that give its heads the structure of trained ones: for benchmarks."""
 
-On isotropic random queries and keys no sparse pattern exists, and a dynamic method's time means nothing.
-"""
-
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from models.interface import HeadShape
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
-from models.qwen2_5_vl.random_weights import with_random_weights
 from models.qwen2_5_vl.rope import text_rotary
 from models.qwen2_5_vl.text import Rotary
-from models.qwen2_5_vl.weights import abstract_model
 
 KEY_BIAS = 3.0
 """Size of the key bias at every frequency; the kernels add noise of size 1."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadShape:
-    """Scores, in nats, that a head gives at distance 0, by what it looks at; the kernels add noise of about 1 to 2.
-
-    Args:
-        near: tokens near in time: the window, and a ripple behind it.
-        place: the same row and column, in every frame.
-    """
-
-    near: float = 0.0
-    place: float = 0.0
 
 
 class Decoder(nnx.Module):
@@ -61,46 +43,24 @@ class Decoder(nnx.Module):
         return next_logits(x, self.norm, self.head, self.embedding)
 
 
-def abstract_decoder(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Decoder:
-    """The decoder with shapes in place of arrays: nothing is allocated."""
-    return Decoder(abstract_model(config, dtype=dtype))
+def shape_heads(model: Decoder | Qwen2_5_VL, shapes: Sequence[HeadShape]) -> None:
+    """Writes the query and key biases of the shapes, one for each query head, into all layers.
 
-
-def random_decoder(
-    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...], *, dtype: Any = jnp.bfloat16, seed: int = 0
-) -> Decoder:
-    """A decoder made on the device, one parameter at a time: the host holds none of it.
-
-    Args:
-        shapes: what each query head of every layer looks at.
-        seed: of the weights.
+    Raises:
+        ValueError: another number of shapes than query heads.
     """
-    return _drawn(abstract_decoder(config, dtype=dtype), shapes, seed)
-
-
-def random_model(
-    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...], *, dtype: Any = jnp.bfloat16, seed: int = 0
-) -> Qwen2_5_VL:
-    """As `random_decoder`, the vision tower with it."""
-    return _drawn(abstract_model(config, dtype=dtype), shapes, seed)
-
-
-def _drawn[M: (Decoder, Qwen2_5_VL)](abstract: M, shapes: tuple[HeadShape, ...], seed: int) -> M:
-    """The model with weights, its query and key biases those of the shapes."""
-    num_heads = abstract.config.num_heads
+    num_heads = model.config.num_heads
     if len(shapes) != num_heads:
         raise ValueError(f"shapes must name one for each of the {num_heads} query heads, got {len(shapes)}")
-    model = with_random_weights(abstract, seed)
     q_bias, k_bias = shaped_biases(model.config, shapes)
     attention = model.layers.attention
     for projection, bias in ((attention.q, q_bias), (attention.k, k_bias)):
         assert projection.bias is not None
         projection.bias[...] = jnp.broadcast_to(jnp.asarray(bias, model.dtype), projection.bias.shape)
-    return model
 
 
 def shaped_biases(
-    config: Qwen2_5_VLConfig, shapes: tuple[HeadShape, ...]
+    config: Qwen2_5_VLConfig, shapes: Sequence[HeadShape]
 ) -> tuple[Float[np.ndarray, " q"], Float[np.ndarray, " k"]]:
     """Query and key biases whose product is a sum of waves in time, row and column, all of them 1 at distance 0.
 

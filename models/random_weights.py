@@ -1,12 +1,49 @@
-"""Random weights of any size, drawn on the device in their own dtype: for timing what no checkpoint is here for."""
+"""Random weights of any size, drawn on the device in the model's dtype: for benchmarks without a checkpoint.
+
+On isotropic random queries and keys no sparse pattern exists, and a dynamic method's time means nothing: `HeadShape`s
+give heads the structure that trained heads show.
+"""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+
+from models.families import family_of
+from models.interface import HeadShape, ModelConfig
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    shapes: Sequence[HeadShape] = (),
+    has_vision: bool = True,
+    seed: int = 0,
+) -> Any:
+    """A model made on the device, one parameter at a time: the host holds none of it.
+
+    Args:
+        config: sizes of any family.
+        dtype: of parameters and computation.
+        shapes: what each query head of every layer attends to; random without them.
+        has_vision: else the decoder alone, which looks vision tokens up in the embedding.
+        seed: of the weights.
+
+    Raises:
+        ValueError: another number of shapes than query heads.
+    """
+    family = family_of(config)
+    abstract = family.abstract_model(config, dtype=dtype)
+    model = with_random_weights(abstract if has_vision else family.without_vision(abstract), seed)
+    if shapes:
+        family.shape_heads(model, shapes)
+    return model
 
 
 def with_random_weights[M: nnx.Module](abstract: M, seed: int = 0) -> M:
