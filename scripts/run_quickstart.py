@@ -1,6 +1,6 @@
 """Outputs of `docs/quickstart.ipynb`: runs its code cells in order and writes what they print and return.
 
-Run `python scripts/run_quickstart.py` from the root of the repository, with `JAX_PLATFORMS=cpu`: a reader may have no GPU.
+Run `JAX_PLATFORMS=cpu python scripts/run_quickstart.py` from the root of the repository: a reader may have no GPU.
 """
 
 import ast
