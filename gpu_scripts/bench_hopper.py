@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TUNED = ROOT / "pallas_kernels/attention/gpu_tuned.json"
+TUNED = ROOT / "pallas_kernels/attention/hopper/gpu_tuned.json"
 DONE = "done"
 """How the outcome of a job begins of which every command ended with status 0."""
 

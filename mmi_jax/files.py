@@ -1,6 +1,7 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,3 +27,26 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file in one step, readable by all; on an error the old one stays and nothing is left beside it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        temporary.write_text(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_target(path: Path) -> None:
+    """Raises ValueError unless a file can be written at `path`: before the work whose result goes there."""
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file, got a directory")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} must be in a directory that exists, got {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} must be in a directory that can be written, got {path.parent}")

@@ -28,4 +28,21 @@ PAD_KV_POS = 2**30
 PAD_Q_POS = -1
 """Position of a query row that reaches no key."""
 
-__all__ = ["PAD_KV_POS", "PAD_Q_POS", "AnyArray", "Array", "Bool", "Float", "Int32"]
+MASKED_SCORE = -1e38
+"""A masked score. It is finite, so that the difference of two is 0 and not NaN, and so far below `INITIAL_ROW_MAX` that
+its weight is an exact 0."""
+
+INITIAL_ROW_MAX = -1e30
+"""The running maximum of a row before the first attended key: below every real score."""
+
+__all__ = [
+    "INITIAL_ROW_MAX",
+    "MASKED_SCORE",
+    "PAD_KV_POS",
+    "PAD_Q_POS",
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Float",
+    "Int32",
+]

@@ -12,7 +12,7 @@ import numpy as np
 from mmi_jax import PatternTable
 from mmi_jax.cli.niah.results import accuracy_of, mean_share
 from mmi_jax.engine.programs.layer_program import NUM_RECALL_QUERIES
-from pallas_kernels.attention.gpu_tuned import write_whole
+from mmi_jax.files import write_whole
 
 POINT = 0.01
 """A point of accuracy: what ours may lose against dense."""

@@ -24,6 +24,7 @@ from mmi_jax import Blocks, PatternTable, prefill
 from mmi_jax.cli import main
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.cli.samples import DEFAULT_TASKS, SampleSource, haystack_of
+from mmi_jax.files import write_whole
 from mmi_jax.method.patterns import Boundary2D, Dense, Grid, Pattern, QBoundary
 from mmi_jax.method.plan import plan_heads, prompt_geometry
 from mmi_jax.method.tables.pattern_table import load_table
@@ -36,7 +37,6 @@ from mmi_jax.search.trials.journal import read_journal
 from mmi_jax.search.trials.measurement import modalities_of
 from mmi_jax.search.trials.trial import trial_of
 from models import Processor, open_checkpoint
-from pallas_kernels.attention.gpu_tuned import write_whole
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"ours": (), "no inter-modality": ("QBoundary", "Boundary2D"), "no Grid": ("Grid",)}

@@ -23,9 +23,9 @@ from mmi_jax.method.attention import batch_geometry, permute, plan_batch
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, shards_of, weight_specs
-from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.tpu_config import TpuConfig
+from pallas_kernels.attention.tpu import mosaic_tpu
+from pallas_kernels.attention.tpu.tpu_config import TpuConfig
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 KERNEL = "block_sparse_attention"

@@ -15,10 +15,11 @@ import numpy as np
 from mmi_jax.bench.checks.sampled_rows import sample
 from mmi_jax.bench.timing.measurements import reason, tile_flops
 from mmi_jax.bench.timing.wall_time import Program, compile_lowered
-from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.cases import AllVisited, AttentionCase, RandomLists
-from pallas_kernels.attention.gpu_config import CONFIGS, HEAD_DIMS, SHARED_MEMORY_BYTES, HopperConfig
+from pallas_kernels.attention.hopper import mosaic_gpu
+from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HEAD_DIMS, HopperConfig
 from pallas_kernels.attention.inputs import AttentionInputs
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""

@@ -1,13 +1,17 @@
 """The table of tuned kernel configs: the best of each search goes into it."""
 
+import dataclasses
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mmi_jax.bench.timing.machine import machine
 from mmi_jax.bench.timing.measurements import reason
 from mmi_jax.bench.tune import TuneProblem, tune
-from pallas_kernels.attention.gpu_config import HopperConfig
-from pallas_kernels.attention.gpu_tuned import TunedEntry, check_target, read_table, write_table
+from mmi_jax.files import check_target, write_whole
+from pallas_kernels.attention.hopper.gpu_config import HopperConfig
+from pallas_kernels.attention.hopper.gpu_tuned import VERSION, TunedEntry, read_table
 
 
 def tuned_entry(problem: TuneProblem, ranking: list[dict[str, Any]]) -> TunedEntry:
@@ -46,3 +50,10 @@ def put_entry(path: Path, new: TunedEntry) -> None:
     """Writes the entry into the table, in place of the one for the same kind of problem."""
     old = read_table(path) if path.exists() else ()
     write_table(path, [*(entry for entry in old if entry.key != new.key), new])
+
+
+def write_table(path: Path, entries: Iterable[TunedEntry]) -> None:
+    """Writes the entries, one a line, sorted, in one step."""
+    lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted(entries, key=lambda entry: entry.key)]
+    text = f'{{"version": {VERSION}, "entries": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
+    write_whole(path, text)

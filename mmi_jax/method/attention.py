@@ -14,9 +14,9 @@ from mmi_jax.method.patterns.base import Pattern
 from mmi_jax.method.patterns.dense import Dense
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
 from pallas_kernels.attention.api import Backend, Implementation, attend_inputs
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.notation import Array, Float, Int32
 from pallas_kernels.pytree import pytree
 
@@ -179,7 +179,7 @@ def permute(plan: Plan, q, k, v, *, scale: float) -> AttentionInputs:
         kv_pos=_fold(plan.kv_pos),
         index=dataclasses.replace(index, pos_row=_fold(plan.index.pos_row + first_pos_row)),
         scale=scale,
-        is_silent=True,
+        has_zeroed_padding=True,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mmi_jax.layout import TokenLayout
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.notation import Array, Float
 
 CUDNN_TOKENS = 16_384

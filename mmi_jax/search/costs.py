@@ -9,7 +9,7 @@ import numpy as np
 from mmi_jax.engine.memory.chips import CHIPS, Chip
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables.cost_model import HOPPER, CostModel
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.device import has_hopper_gpu
 
 HEAD_DIM, QUERIES, ITEM_BYTES = 128, 64, 2
 """What cost models are made for: values in a head, queries behind an estimate, bytes of a value."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.frames import Windows
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.device import has_hopper_gpu
 
 Implementation = Literal["cudnn", "xla"]
 """cuDNN's fused attention through JAX, or scores in float32 that XLA holds in memory."""

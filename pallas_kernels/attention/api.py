@@ -5,8 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention.hopper import mosaic_gpu
 from pallas_kernels.attention.inputs import AttentionInputs, check_inputs
+from pallas_kernels.attention.tpu import mosaic_tpu
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.dispatch import run_backend
 from pallas_kernels.notation import Array, Float, Int32

@@ -122,7 +122,7 @@ class AttentionCase:
             kv_pos=pos[None],
             index=jax.tree.map(jnp.asarray, self.lists.index(self.num_q_heads, self.num_tokens, self.block)),
             scale=self.head_dim**-0.5,
-            is_silent=True,
+            has_zeroed_padding=True,
         )
 
     def flops(self, index: BlockIndex) -> float:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels.block_index import BlockIndex
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
 
@@ -24,7 +24,7 @@ class AttentionInputs:
     kv_pos: Int32[Array, "n sx"]
     index: BlockIndex
     scale: float = static_field()
-    is_silent: bool = static_field(default=False)
+    has_zeroed_padding: bool = static_field(default=False)
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -37,6 +37,24 @@ class AttentionInputs:
         return tuple(
             jnp.concatenate([x, extra], axis=1) for x, extra in zip(shared, (self.k_extra, self.v_extra), strict=True)
         )
+
+
+def zero_padding(inputs: AttentionInputs) -> tuple[Float[Array, "g s d"], Float[Array, "h x d"]]:
+    """`v` and `v_extra`, which may hold NaN in padding, with zeroed padding: a weight of 0 times NaN is NaN.
+
+    Padding is what every row of positions that the kv head's queries use says is padding.
+    """
+    num_kv_heads, s = inputs.k.shape[:2]
+    rows = jnp.arange(inputs.kv_pos.shape[0])
+    is_used = jnp.any(inputs.index.pos_row[:, :, None] == rows[None, None], axis=1)  # [h, n]
+    is_real = inputs.kv_pos != PAD_KV_POS
+
+    def zero(v: Array, is_used: Array, is_real: Array) -> Array:
+        is_seen = jnp.any(is_used[:, :, None] & is_real[None], axis=1)
+        return jnp.where(is_seen[..., None], v, 0)
+
+    by_kv_head = jnp.any(is_used.reshape(num_kv_heads, -1, len(rows)), axis=1)
+    return zero(inputs.v, by_kv_head, is_real[:, :s]), zero(inputs.v_extra, is_used, is_real[:, s:])
 
 
 def check_inputs(inputs: AttentionInputs) -> None:

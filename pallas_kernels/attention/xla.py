@@ -12,12 +12,9 @@ import numpy as np
 
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.attention.reference import pair_is_attended
-from pallas_kernels.notation import PAD_KV_POS, Array, Float
+from pallas_kernels.notation import MASKED_SCORE, PAD_KV_POS, Array, Float
 
 type Attend = Callable[[AttentionInputs], tuple[Float[Array, "h t d"], Float[Array, "h t"]]]
-
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""A masked score: large and finite, so that a difference of two of them is 0 and not NaN."""
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
@@ -73,17 +70,17 @@ def _head(inputs: AttentionInputs, h):
             acc, top, total = carry
             _, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
             scores = jnp.einsum("td,sd->ts", q_td, k_sd, preferred_element_type=jnp.float32)
-            scores = jnp.where(mask, scores * inputs.scale, MASKED)
+            scores = jnp.where(mask, scores * inputs.scale, MASKED_SCORE)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = jnp.where(mask, jnp.exp(scores - new_top[:, None]), 0.0)
             decay = jnp.exp(top - new_top)
             added = jnp.einsum("ts,sd->td", weights.astype(dtype), v_sd, preferred_element_type=jnp.float32)
             return acc * decay[:, None] + added, new_top, total * decay + jnp.sum(weights, axis=1)
 
-        empty = (jnp.zeros(q_td.shape), jnp.full(index.block_q, MASKED), jnp.zeros(index.block_q))
+        empty = (jnp.zeros(q_td.shape), jnp.full(index.block_q, MASKED_SCORE), jnp.zeros(index.block_q))
         acc, top, total = jax.lax.fori_loop(0, index.count[h, i], step, empty)
         total = jnp.where(total > 0, total, 1.0)
-        lse = jnp.where(top > MASKED, top + jnp.log(total), -jnp.inf)
+        lse = jnp.where(top > MASKED_SCORE, top + jnp.log(total), -jnp.inf)
         return (acc / total[:, None]).astype(dtype), lse
 
     out, lse = jax.lax.map(q_block, jnp.arange(index.num_q_blocks))
@@ -127,7 +124,7 @@ def _head_gradients(inputs: AttentionInputs, d_out, lse, correction, h):
         def step(j, carry):
             d_q, d_k, d_v = carry
             start, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
-            scores = jnp.where(mask, q_td @ k_sd.T * inputs.scale, MASKED)
+            scores = jnp.where(mask, q_td @ k_sd.T * inputs.scale, MASKED_SCORE)
             weights = jnp.where(mask, jnp.exp(scores - lse_t[:, None]), 0.0)
             d_scores = weights * (d_out_td @ v_sd.T - correction_t[:, None]) * inputs.scale
             d_k, d_v = (

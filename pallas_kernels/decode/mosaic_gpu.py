@@ -2,19 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import check_hopper_gpu
 from pallas_kernels.decode.inputs import DecodeInputs
 from pallas_kernels.decode.mosaic_gpu_kernel import TILE_KEYS, TILE_ROWS, DecodeShape, Refs, decode_kernel
+from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
+from pallas_kernels.hopper import tile_transforms
 from pallas_kernels.notation import Array, Float
-
-NUM_MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +105,7 @@ def _run(arrays: dict[str, Array], shape: DecodeShape):
     """The shares' outputs `[b * g, shares, rows, d]` and base-2 log-sum-exps `[b * g, shares, 64]`."""
     q = arrays["q"]
     num_heads, d = q.shape[0], q.shape[-1]
-    tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
-    transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
+    transforms = tile_transforms()
     scratch = dict(
         q_tile=plgpu.SMEM((TILE_ROWS, d), q.dtype, transforms=transforms),
         k_tiles=plgpu.SMEM((shape.num_stages, TILE_KEYS, d), q.dtype, transforms=transforms),

@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
+
 TILE_ROWS = 64
 """Query rows of a tile: wgmma has M = 64."""
 
@@ -22,12 +24,6 @@ TILE_KEYS = 64
 
 LAYER, NUM_NEW, FIRST_LENGTH = range(3)
 """Places in `counts`: the layer, the number of new tokens, then the prompts' lengths."""
-
-MASKED = -1e38
-"""A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
-
-LOWEST = -1e30
-"""The running maximum before the first key; below every real score. Also the log-sum-exp of an empty share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +98,9 @@ def decode_kernel(refs: Refs, shape: DecodeShape):
 
     layout = plgpu.Layout.WGMMA
     acc = plgpu.layout_cast(jnp.zeros((TILE_ROWS, refs.q.shape[-1]), jnp.float32), layout)
-    top, total = (plgpu.layout_cast(jnp.full((TILE_ROWS,), x, jnp.float32), layout.reduce(1)) for x in (LOWEST, 0.0))
+    top, total = (
+        plgpu.layout_cast(jnp.full((TILE_ROWS,), x, jnp.float32), layout.reduce(1)) for x in (INITIAL_ROW_MAX, 0.0)
+    )
     _store(refs, shape, work, *lax.fori_loop(0, work.num_tiles, step, (acc, top, total)))
 
 
@@ -155,7 +153,7 @@ def _tile(refs: Refs, shape: DecodeShape, work: Work, n, acc, top, total):
 
     s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((TILE_ROWS, TILE_KEYS), jnp.float32))
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    s = jnp.where(key < num_keys, s * shape.score_scale, MASKED)
+    s = jnp.where(key < num_keys, s * shape.score_scale, MASKED_SCORE)
     new_top = jnp.maximum(top, jnp.max(s, axis=1))
     weights = jnp.exp2(s - _columns(new_top, s.shape))
     decay = jnp.exp2(top - new_top)
@@ -192,7 +190,7 @@ def _store(refs: Refs, shape: DecodeShape, work: Work, acc, top, total):
     has_keys = total > 0
     factor = jnp.where(has_keys, 1.0 / jnp.where(has_keys, total, 1.0), 0.0)
     head = work.prompt * shape.num_kv_heads + work.kv_head
-    refs.lse[head, work.share] = jnp.where(has_keys, top + jnp.log2(jnp.where(has_keys, total, 1.0)), LOWEST)
+    refs.lse[head, work.share] = jnp.where(has_keys, top + jnp.log2(jnp.where(has_keys, total, 1.0)), INITIAL_ROW_MAX)
     refs.q_tile[...] = (acc * _columns(factor, acc.shape)).astype(refs.q_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(refs.q_tile.at[pl.ds(0, shape.num_rows)], refs.out.at[head, work.share])

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import check_hopper_gpu
+from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
 from pallas_kernels.estimate.mosaic_gpu_kernel import (
     LEAST_TILE,
-    LOWEST,
     NUM_QUERIES,
     EstimateShape,
     Refs,
@@ -20,8 +19,9 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
     mass_pass,
 )
 from pallas_kernels.estimate.xla import num_bands_of
+from pallas_kernels.hopper import tile_transforms
 from pallas_kernels.lowering_cache import lowered_once
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import INITIAL_ROW_MAX, Array, Float, Int32
 
 RESIDENT_BYTES = 2**16
 """Keys that a thread block keeps in shared memory, at most: two thread blocks share a multiprocessor."""
@@ -29,11 +29,11 @@ RESIDENT_BYTES = 2**16
 SCRATCH_BYTES = 2**13
 """Through which warps add up their sums over queries; two thread blocks share a multiprocessor even so."""
 
-NUM_PROGRAMS = 2 * 132
+NUM_PROGRAMS = 2 * NUM_MULTIPROCESSORS
 """Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
 
 LEAST_SCALE = 1e-6
-"""Below about 1e-8 a hidden key's scaled score, of `MASKED`, would no longer be below `LOWEST`, and would count."""
+"""Below about 1e-8 a hidden key's `MASKED_SCORE`, scaled, would not be below `INITIAL_ROW_MAX`, and would count."""
 
 
 def column_mass(
@@ -110,7 +110,7 @@ def launch(
     top, total = _launch(lse_pass, arrays, (), shape, num_shares, (partial, partial))
     highest = jnp.max(top, axis=1)
     lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
-    lse = jnp.maximum(lse, LOWEST)  # of a query that sees nothing; weights of hidden keys stay 0
+    lse = jnp.maximum(lse, INITIAL_ROW_MAX)  # of a query that sees nothing; weights of hidden keys stay 0
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
     if q_row is None:
         return tuple(_launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,)))
@@ -151,8 +151,7 @@ def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q
 def _launch(body: Callable[..., None], arrays, more, shape: EstimateShape, num_shares: int, out_type: Any):
     """The outputs of a pass: `body(refs, *refs_of_more, *refs_of_outputs, shape)` on every share of every kv head."""
     q = arrays["q"]
-    tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
-    transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
+    transforms = tile_transforms()
     scratch = {
         "q_tiles": plgpu.SMEM((2, NUM_QUERIES, q.shape[2]), q.dtype, transforms=transforms),
         "k_tiles": plgpu.SMEM((shape.num_keys, q.shape[2]), q.dtype, transforms=transforms),

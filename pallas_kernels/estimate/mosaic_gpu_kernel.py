@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
+
 NUM_QUERIES = 64
 """Queries of a head: wgmma has M = 64."""
 
@@ -26,12 +28,6 @@ LEAST_TILE = 64
 
 MOST_TILE = 128
 """Keys of one step, where a share has them: with fewer, matrix unit and exponentials wait for each other more often."""
-
-MASKED = -1e38
-"""The product of a query and a key it does not see: finite, and so far below `LOWEST` that its weight is an exact 0."""
-
-LOWEST = -1e30
-"""The running maximum before the first key that a query sees; below every real score."""
 
 LAYOUT = plgpu.Layout.WGMMA
 """How the warpgroup's registers hold a tile of scores."""
@@ -118,7 +114,7 @@ def lse_pass(refs: Refs, top_out: Any, total_out: Any, shape: EstimateShape):
             return new_top, total * jnp.exp2(top - new_top) + jnp.sum(weights, axis=1)
 
         fill = lambda x: plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))  # noqa: E731
-        top, total = lax.fori_loop(0, shape.num_tiles, tile, (fill(LOWEST), fill(0.0)))
+        top, total = lax.fori_loop(0, shape.num_tiles, tile, (fill(INITIAL_ROW_MAX), fill(0.0)))
         top_out[work.head, work.share], total_out[work.head, work.share] = top, total
 
     _each_head(refs, shape, head)
@@ -206,7 +202,7 @@ def _products(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int)
         q_pos = _along(1 - key_axis, refs.q_pos.at[work.head], shape.tile)
         row = work.kv_head // shape.kv_heads_per_row
         kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)], NUM_QUERIES)
-        return jnp.where(kv_pos <= q_pos, product, MASKED)
+        return jnp.where(kv_pos <= q_pos, product, MASKED_SCORE)
 
     product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
     return lax.cond(work.sees_all, lambda product: product, hide, product)

@@ -2,21 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import check_hopper_gpu
+from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
+from pallas_kernels.hopper import tile_transforms
 from pallas_kernels.layer_matmul.mosaic_gpu_kernel import STEP, TILE_COLUMNS, MatmulShape, Refs, matmul_kernel
 from pallas_kernels.notation import Array, Float, Int32
 
 MOST_ROWS = 64
 """Rows of x; more are work for a matrix product proper."""
-
-NUM_MULTIPROCESSORS = 132
-"""Of an H100 or H200 (SXM)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +77,7 @@ def launch(x, w, layer, config: MatmulConfig, *, num_shares: int | None = None) 
 
 def _run(layer, x, w, shape: MatmulShape) -> Float[Array, "shares f b"]:
     """Partial products over each share of the matrix's rows."""
-    tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
-    transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
+    transforms = tile_transforms()
     scratch = dict(
         x_tiles=plgpu.SMEM((shape.num_stages, shape.num_rows, STEP), x.dtype, transforms=transforms),
         w_tiles=plgpu.SMEM((shape.num_stages, STEP, TILE_COLUMNS), x.dtype, transforms=transforms),

@@ -12,8 +12,8 @@ from problems import random_problem
 
 from pallas_kernels import BlockIndex, block_sparse_attention, coverage
 from pallas_kernels.attention import api
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.block_index import NO_LIMIT, index_from_block_mask
+from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.notation import PAD_KV_POS, PAD_Q_POS
 
 HOPPER = pytest.param("mosaic_gpu", marks=pytest.mark.skipif(not has_hopper_gpu(), reason="needs a Hopper GPU"))

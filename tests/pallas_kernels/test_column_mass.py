@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.estimate import mosaic_gpu
 from pallas_kernels.estimate.api import column_mass, line_mass
 from pallas_kernels.notation import PAD_KV_POS

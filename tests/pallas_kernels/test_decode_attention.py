@@ -10,9 +10,9 @@ import pytest
 from closeness import assert_close_to_reference, exact_attention, plain_attention, score_ulp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.decode import decode_attention, mosaic_gpu
 from pallas_kernels.decode.inputs import DecodeInputs
+from pallas_kernels.device import has_hopper_gpu
 
 SCALE = 0.2
 LAYER = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.device import has_hopper_gpu
 from pallas_kernels.layer_matmul import layer_matmul, mosaic_gpu
 
 LAYER = 1

@@ -10,18 +10,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import gpu_tuned, mosaic_gpu, mosaic_gpu_producer, reference
+from pallas_kernels.attention import reference
 from pallas_kernels.attention.cases import AllVisited, RandomLists, late_peak_inputs, mixed_inputs
-from pallas_kernels.attention.gpu_config import (
-    CONFIGS,
-    SHARED_MEMORY_BYTES,
-    HopperConfig,
-    choose_config,
-    has_hopper_gpu,
-    padded_head_dim,
-)
-from pallas_kernels.attention.gpu_tuned import read_table
-from pallas_kernels.attention.tile_scheduler import work_table
+from pallas_kernels.attention.hopper import gpu_tuned, mosaic_gpu, mosaic_gpu_producer
+from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HopperConfig, padded_head_dim
+from pallas_kernels.attention.hopper.gpu_tuned import choose_config, read_table
+from pallas_kernels.attention.hopper.tile_scheduler import work_table
+from pallas_kernels.device import has_hopper_gpu
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 SMALL = HopperConfig(tile_kv=64, num_k_stages=3, num_v_stages=2)
 

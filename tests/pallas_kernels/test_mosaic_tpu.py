@@ -15,9 +15,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_kernel, mosaic_tpu_loads, reference, xla
+from pallas_kernels.attention import reference, xla
 from pallas_kernels.attention.cases import mixed_inputs
-from pallas_kernels.attention.tpu_config import MAX_INTERVALS, PIECE_ENTRIES, TpuConfig
+from pallas_kernels.attention.tpu import mosaic_tpu, mosaic_tpu_kernel, mosaic_tpu_loads
+from pallas_kernels.attention.tpu.tpu_config import MAX_INTERVALS, PIECE_ENTRIES, TpuConfig
 from pallas_kernels.block_index import index_from_block_mask
 from pallas_kernels.notation import PAD_KV_POS
 
@@ -202,7 +203,7 @@ import functools, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from pallas_kernels.attention import mosaic_tpu
+from pallas_kernels.attention.tpu import mosaic_tpu
 from pallas_kernels.attention.cases import mixed_inputs
 
 topology = topologies.get_topology_desc(sys.argv[1], platform="tpu")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import tile_scheduler
 from pallas_kernels.attention.cases import RandomLists
-from pallas_kernels.attention.gpu_config import ROW_FIELDS
-from pallas_kernels.attention.tile_scheduler import START_BLOCKS, dealt_out, in_turn, row_of, work_table
+from pallas_kernels.attention.hopper import tile_scheduler
+from pallas_kernels.attention.hopper.gpu_config import ROW_FIELDS
+from pallas_kernels.attention.hopper.tile_scheduler import START_BLOCKS, dealt_out, in_turn, row_of, work_table
 
 
 def table_of(counts):

@@ -20,8 +20,8 @@ from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.start_child import ready
 from models.qwen2_5_vl import presets
-from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.cases import CASES
+from pallas_kernels.attention.hopper import gpu_tuned
 
 ROOT = Path(__file__).parents[2]
 

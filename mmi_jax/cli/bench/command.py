@@ -25,10 +25,10 @@ from mmi_jax.cli.bench import tables
 from mmi_jax.cli.bench.run import Run, in_own_process, run_all
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import ALONE, BESIDE_TORCH, take_memory
-from pallas_kernels.attention import gpu_tuned
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.cases import CASES
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
+from pallas_kernels.attention.hopper import gpu_tuned
+from pallas_kernels.device import has_hopper_gpu
 
 app = typer.Typer(name="bench", help="Time kernels and whole prefills beside a baseline. Outputs are checked first.")
 

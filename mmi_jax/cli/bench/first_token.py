@@ -30,8 +30,8 @@ from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.warmup import prepare
+from mmi_jax.files import check_target
 from mmi_jax.method.tables.pattern_table import PatternTable
-from pallas_kernels.attention.gpu_tuned import check_target
 
 FPS = 2
 """Pictures per second, of the file and sampled: all of them are used, and a temporal patch is a second."""

@@ -34,8 +34,8 @@ from mmi_jax.cli.bench.synthetic_prompts import video_prompt
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
+from mmi_jax.files import check_target
 from mmi_jax.method.tables.pattern_table import PatternTable, as_table, load_table
-from pallas_kernels.attention.gpu_tuned import check_target
 
 PLANTED_NATS = 14.0
 """Scores of a head at what it looks at, above those of far tokens."""

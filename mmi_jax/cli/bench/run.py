@@ -15,7 +15,7 @@ from mmi_jax.bench.timing.machine import machine
 from mmi_jax.bench.timing.measurements import reason
 from mmi_jax.bench.timing.wall_time import matmul_tflops_per_s
 from mmi_jax.cli.console import stderr_console, stdout_console
-from pallas_kernels.attention.gpu_tuned import check_target, write_whole
+from mmi_jax.files import check_target, write_whole
 
 FILE_WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""

@@ -15,9 +15,9 @@ from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
 from mmi_jax.cli.niah.options import DENSE, NiahTask
 from mmi_jax.cli.pictures import write_figure
+from mmi_jax.files import write_whole
 from mmi_jax.plots.heat_map import plot_heat_maps
 from mmi_jax.search.trials.journal import Journal
-from pallas_kernels.attention.gpu_tuned import write_whole
 
 type Cell = Mapping[str, Any]
 

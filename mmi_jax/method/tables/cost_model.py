@@ -7,8 +7,8 @@ import numpy as np
 
 from mmi_jax.method.patterns.base import Pattern
 from mmi_jax.method.patterns.dense import Dense
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.device import has_hopper_gpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import pytest
 
+from mmi_jax import files
 from mmi_jax.bench import tune, tuned_table
 from mmi_jax.bench.timing.wall_time import summary
+from mmi_jax.bench.tuned_table import write_table
 from mmi_jax.cli import main
-from pallas_kernels.attention import gpu_config, gpu_tuned, reference
-from pallas_kernels.attention.gpu_config import CONFIGS, SHARED_MEMORY_BYTES, HopperConfig, choose_config
-from pallas_kernels.attention.gpu_tuned import TunedEntry, read_table, write_table
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.hopper import gpu_config, gpu_tuned
+from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HopperConfig
+from pallas_kernels.attention.hopper.gpu_tuned import TunedEntry, choose_config, read_table
+from pallas_kernels.device import has_hopper_gpu
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 PROBLEM = tune.TuneProblem(head_dim=64, num_q_heads=2, num_kv_heads=1, num_tokens=512)
 FAST = HopperConfig(tile_kv=128, num_k_stages=3, num_v_stages=3)
@@ -125,7 +130,7 @@ def test_a_problem_names_the_rule(change, message):
         dataclasses.replace(PROBLEM, **change)
 
 
-@pytest.mark.skipif(gpu_config.has_hopper_gpu(), reason="there is a Hopper GPU")
+@pytest.mark.skipif(has_hopper_gpu(), reason="there is a Hopper GPU")
 def test_tune_refuses_without_a_hopper_gpu(capsys):
     assert main(["bench", "tune"]) == 2
     assert "tune needs a GPU of compute capability 9.x" in capsys.readouterr().err
@@ -204,7 +209,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="no space"):
-        gpu_tuned.write_whole(path, "new")
+        files.write_whole(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and path.read_text() == "old"
 
 

@@ -23,8 +23,8 @@ from mmi_jax.method.patterns import (
 )
 from mmi_jax.method.tables.cost_model import HOPPER, costs_of_device, faster_patterns
 from mmi_jax.method.token_groups import FramePlace
-from pallas_kernels.attention.gpu_config import has_hopper_gpu
 from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.device import has_hopper_gpu
 
 GRID_BY_FRAME = Grid(strides=(FramePlace(),))
 PATTERNS = [

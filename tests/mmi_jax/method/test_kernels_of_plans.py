@@ -15,9 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
-from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.attention.gpu_config import HopperConfig
-from pallas_kernels.attention.tpu_config import TpuConfig
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.hopper import mosaic_gpu
+from pallas_kernels.attention.hopper.gpu_config import HopperConfig
+from pallas_kernels.attention.tpu import mosaic_tpu
+from pallas_kernels.attention.tpu.tpu_config import TpuConfig
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 PROMPT = concatenate(
@@ -80,7 +82,7 @@ from mmi_jax import Boundary2D, Grid, VerticalSlash
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
 from pallas_kernels.block_lists.block_sizes import Blocks
 from mmi_jax.layout import text_tokens
-from pallas_kernels.attention import mosaic_tpu
+from pallas_kernels.attention.tpu import mosaic_tpu
 
 topology = topologies.get_topology_desc(sys.argv[1], platform="tpu")
 place, t, blocks = SingleDeviceSharding(topology.devices[0]), 2**20, Blocks(q=512)

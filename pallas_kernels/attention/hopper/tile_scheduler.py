@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.gpu_config import ROW_FIELDS, TILE_Q
-from pallas_kernels.attention.mosaic_gpu_shape import COUNT
+from pallas_kernels.attention.hopper.gpu_config import ROW_FIELDS, TILE_Q
+from pallas_kernels.attention.hopper.kernel_refs import COUNT
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import Array, Float, Int32
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_tpu_kernel import attention_kernel
-from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs
-from pallas_kernels.attention.tpu_config import (
+from pallas_kernels.attention.inputs import AttentionInputs, zero_padding
+from pallas_kernels.attention.tpu.mosaic_tpu_kernel import attention_kernel
+from pallas_kernels.attention.tpu.mosaic_tpu_loads import KernelShape, Refs
+from pallas_kernels.attention.tpu.tpu_config import (
     LANES,
     MAX_INTERVALS,
     PIECE_ENTRIES,
@@ -21,6 +21,7 @@ from pallas_kernels.attention.tpu_config import (
     TpuConfig,
 )
 from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.device import tpu_kind
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
 
 
@@ -30,9 +31,7 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     Raises:
       NotImplementedError: the default backend is no TPU, or `check_supported` refuses.
     """
-    if jax.default_backend() != "tpu":
-        raise NotImplementedError(f"mosaic_tpu needs a TPU, got {jax.default_backend()=}")
-    return launch(inputs, choose_config(inputs, jax.devices()[0].device_kind))
+    return launch(inputs, choose_config(inputs, tpu_kind()))
 
 
 def choose_config(inputs: AttentionInputs, device_kind: str = "") -> TpuConfig:
@@ -216,7 +215,7 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
     of 0 does not silence a NaN.
     """
     num_kv_heads, _, d = inputs.k.shape
-    v, v_extra = silence_padding(inputs)
+    v, v_extra = zero_padding(inputs)
 
     def side_by_side(v, k):
         return jnp.concatenate([_place(v, begin=0, width=begin_of_keys), _place(k, begin=0, width=begin_of_keys)], -1)
@@ -226,21 +225,6 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
     rows = jnp.concatenate([shared, own], axis=1)
     grouped = rows.reshape(num_kv_heads, -1, START_TOKENS, 2 * begin_of_keys // LANES, LANES)
     return grouped.transpose(0, 1, 3, 2, 4)
-
-
-def silence_padding(inputs: AttentionInputs):
-    """`v` and `v_extra` with zeros at the rows that are padding in every row of positions the kv head's queries use."""
-    num_kv_heads, s = inputs.k.shape[:2]
-    rows = jnp.arange(inputs.kv_pos.shape[0])
-    is_used = jnp.any(inputs.index.pos_row[:, :, None] == rows[None, None], axis=1)  # [h, n]
-    is_real = inputs.kv_pos != PAD_KV_POS
-
-    def zero(v, is_used, is_real):
-        seen = jnp.any(is_used[:, :, None] & is_real[None], axis=1)
-        return jnp.where(seen[..., None], v, 0)
-
-    by_kv_head = jnp.any(is_used.reshape(num_kv_heads, -1, len(rows)), axis=1)
-    return zero(inputs.v, by_kv_head, is_real[:, :s]), zero(inputs.v_extra, is_used, is_real[:, s:])
 
 
 def _place(x, *, begin: int, width: int):

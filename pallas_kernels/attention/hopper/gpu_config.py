@@ -4,18 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SHARED_MEMORY_BYTES = 227 * 1024
-"""What one thread block may use on compute capability 9.0 (CUDA programming guide, table of compute capabilities)."""
+from pallas_kernels.hopper import ALLOCATION_BYTES, WGMMA_ROWS, tile_transforms
 
-ALLOCATION_BYTES = 1024
-"""Mosaic GPU starts every buffer at a multiple of this, as the 128-byte swizzle needs."""
-
-WARPGROUP_ROWS = 64
-"""Query rows of one computing warpgroup: wgmma has M = 64."""
+WARPGROUP_ROWS = WGMMA_ROWS
+"""Query rows of one consumer warpgroup."""
 
 COMPUTE_WARPGROUPS = 2
 TILE_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
@@ -68,8 +63,7 @@ class HopperConfig:
 
     def buffers(self, head_dim: int, dtype) -> dict[str, Any]:
         """The shared-memory arrays of the kernel, by name."""
-        tile_transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
-        transforms = tile_transforms[0]((8, 64)), tile_transforms[1](128)
+        transforms = tile_transforms()
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
         kv_tile = (self.tile_kv, head_dim)
         return {
@@ -122,22 +116,3 @@ def padded_head_dim(head_dim: int) -> int:
     if head_dim > HEAD_DIMS[-1]:
         raise ValueError(f"head_dim must be at most {HEAD_DIMS[-1]}, got {head_dim}")
     return next(d for d in HEAD_DIMS if head_dim <= d)
-
-
-def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:
-    """The tuned config, else the built-in one, for a padded head dim and an index's `block_kv` (a multiple of 64)."""
-    from pallas_kernels.attention.gpu_tuned import tuned_config  # it reads a file, when first called
-
-    tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
-    return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
-
-
-def check_hopper_gpu() -> None:
-    """Raises NotImplementedError where no Hopper GPU is the default device."""
-    if not has_hopper_gpu():
-        raise NotImplementedError(f"mosaic_gpu needs a GPU of compute capability 9.x, got {jax.default_backend()=}")
-
-
-def has_hopper_gpu() -> bool:
-    """Whether the default device is of compute capability 9.x; asked when called."""
-    return jax.default_backend() == "gpu" and str(jax.devices()[0].compute_capability).startswith("9.")

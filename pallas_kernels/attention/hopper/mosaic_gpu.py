@@ -8,24 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import (
+from pallas_kernels.attention.hopper.gpu_config import (
     COMPUTE_WARPGROUPS,
-    SHARED_MEMORY_BYTES,
     TILE_Q,
     HopperConfig,
-    check_hopper_gpu,
-    choose_config,
     padded_head_dim,
 )
-from pallas_kernels.attention.inputs import AttentionInputs
-from pallas_kernels.attention.mosaic_gpu_kernel import attention_kernel
-from pallas_kernels.attention.mosaic_gpu_shape import HEAD, Q_START, KernelShape, Refs
-from pallas_kernels.attention.tile_scheduler import dealt_out, in_turn, work_table
+from pallas_kernels.attention.hopper.gpu_tuned import choose_config
+from pallas_kernels.attention.hopper.kernel_refs import HEAD, Q_START, KernelShape, Refs
+from pallas_kernels.attention.hopper.mosaic_gpu_kernel import attention_kernel
+from pallas_kernels.attention.hopper.tile_scheduler import dealt_out, in_turn, work_table
+from pallas_kernels.attention.inputs import AttentionInputs, zero_padding
+from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.lowering_cache import lowered_once
 from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
-
-NUM_MULTIPROCESSORS = 132
-"""Thread blocks of the launch: one per multiprocessor of an H100 or H200 (SXM)."""
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
@@ -123,7 +120,7 @@ def launch(
 def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Any]:
     """What the kernel reads besides the work table, by the names of `Refs`."""
     index = inputs.index
-    v, v_extra = (inputs.v, inputs.v_extra) if inputs.is_silent else silence_padding(inputs)
+    v, v_extra = (inputs.v, inputs.v_extra) if inputs.has_zeroed_padding else zero_padding(inputs)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))  # noqa: E731
     arrays: dict[str, Any] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
@@ -170,18 +167,3 @@ def _rows_to_repeat(table: Int32[Array, "rows 32"], lse: Float[Array, "h t"]) ->
     place = jnp.where(is_row, jnp.cumsum(is_row) - 1, len(table))
     ends = jnp.broadcast_to(table[-1], table.shape)
     return ends.at[place].set(table[:-1], mode="drop")
-
-
-def silence_padding(inputs: AttentionInputs):
-    """`v` and `v_extra` with zeros where nobody may look, which may hold NaN: a weight of 0 does not silence a NaN."""
-    num_kv_heads, num_rows = inputs.k.shape[0], inputs.kv_pos.shape[0]
-    is_used = jnp.any(jax.nn.one_hot(inputs.index.pos_row, num_rows, dtype=bool), axis=1)  # [h, n]
-    is_real = inputs.kv_pos != PAD_KV_POS
-    s = inputs.k.shape[1]
-
-    def zero(v, is_used, is_real):
-        seen = jnp.any(is_used[:, :, None] & is_real[None], axis=1)
-        return jnp.where(seen[..., None], v, 0)
-
-    by_group = jnp.any(is_used.reshape(num_kv_heads, -1, num_rows), axis=1)
-    return zero(inputs.v, by_group, is_real[:, :s]), zero(inputs.v_extra, is_used, is_real[:, s:])

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_config import (
+from pallas_kernels.attention.tpu.tpu_config import (
     LANES,
     PIECE_ENTRIES,
     PIECES,

@@ -26,15 +26,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import mosaic_tpu_loads as loads
-from pallas_kernels.attention.mosaic_tpu_loads import KernelShape, Refs, Row
-from pallas_kernels.attention.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
-
-MASKED = -1e38
-"""A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
-
-LOWEST = -1e30
-"""The running maximum before the first attended key; below every real score."""
+from pallas_kernels.attention.tpu import mosaic_tpu_loads as loads
+from pallas_kernels.attention.tpu.mosaic_tpu_loads import KernelShape, Refs, Row
+from pallas_kernels.attention.tpu.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
 
 SOUND = 2.0**-80, 2.0**96
 """Sums of weights that lost nothing: a million weights flushed below 2^-126 would not show in them, and values up to
@@ -116,7 +111,7 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
     begin = min(shape.block_kv, shape.config.tile_kv - LANES) - LANES
     keys, _ = _keys_and_values(refs, shape, slot, begin, 2 * LANES)
     scores = _scores(refs.q[0], keys)
-    columns = [jnp.where(x > LOWEST, x, LOWEST) for x in _columns(scores)]
+    columns = [jnp.where(x > INITIAL_ROW_MAX, x, INITIAL_ROW_MAX) for x in _columns(scores)]
     highest = jnp.max(jnp.maximum(*columns), axis=1, keepdims=True)
     refs.top[...] = jnp.broadcast_to(highest * shape.score_scale, refs.top.shape)
 
@@ -210,7 +205,7 @@ def _masked(refs: Refs, shape: KernelShape, scores, begin: int, q_rows):
     for n, column in enumerate(_columns(scores)):
         block, part = divmod(begin // LANES + n, per_block)
         positions, bound = (jnp.broadcast_to(refs.limits[block, r], q_pos.shape) for r in (part, per_block))
-        columns.append(jnp.where(q_pos - positions < bound, column, MASKED))
+        columns.append(jnp.where(q_pos - positions < bound, column, MASKED_SCORE))
     return jnp.concatenate(columns, axis=1)
 
 
@@ -227,7 +222,7 @@ def _attend_carefully(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot)
     """The q block once more, with a running maximum; its loads wait, and leave the other slot to the next q block."""
     loads.start_piece(refs, shape, row, 0)
     _reset(refs)
-    refs.top[...] = jnp.full_like(refs.top, LOWEST)
+    refs.top[...] = jnp.full_like(refs.top, INITIAL_ROW_MAX)
 
     @pl.loop(0, num_tiles)
     def _tile(n):

@@ -1,4 +1,6 @@
-"""Configs of the Hopper kernel that `mmi bench tune` found: the table in `gpu_tuned.json`, read when first asked for.
+"""The choice of a config for the Hopper kernel: a measured one of `gpu_tuned.json`, else a built-in one.
+
+The table is written by `mmi bench tune` and read at the first look-up.
 
 One entry, of a kernel with blocks of 128 keys and 7 query heads on each kv head:
 
@@ -15,13 +17,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.attention.gpu_config import HEAD_DIMS, SHARED_MEMORY_BYTES, HopperConfig
+from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HEAD_DIMS, HopperConfig
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 VERSION = 1
 PATH = Path(__file__).with_name("gpu_tuned.json")
@@ -73,6 +74,12 @@ class TunedEntry:
         return self.head_dim, self.block_kv, self.heads_per_kv_head
 
 
+def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:
+    """The tuned config, else the built-in one, for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+    tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
+    return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
+
+
 def tuned_config(head_dim: int, block_kv: int, heads_per_kv_head: int) -> HopperConfig | None:
     """The config measured for this head dim and block width, of the nearest number of query heads per kv head."""
     width = 64 if block_kv % 128 else 128
@@ -108,36 +115,6 @@ def read_table(path: Path) -> tuple[TunedEntry, ...]:
     if doubled := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"{path} must have one entry for each head_dim, block_kv and ratio, got two of {doubled}")
     return entries
-
-
-def write_table(path: Path, entries: Iterable[TunedEntry]) -> None:
-    """Writes the entries, one a line, sorted, in one step."""
-    lines = [json.dumps(dataclasses.asdict(entry)) for entry in sorted(entries, key=lambda entry: entry.key)]
-    text = f'{{"version": {VERSION}, "entries": [\n  ' + ",\n  ".join(lines) + "\n]}\n"
-    write_whole(path, text)
-
-
-def check_target(path: Path) -> None:
-    """Raises ValueError unless a file can be written at `path`: before the work whose result goes there."""
-    if path.is_dir():
-        raise ValueError(f"{path} must be a file, got a directory")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} must be in a directory that exists, got {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} must be in a directory that can be written, got {path.parent}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file in one step, readable by all; on an error the old one stays and nothing is left beside it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        temporary.write_text(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_entry(entry: Any, where: str) -> TunedEntry:

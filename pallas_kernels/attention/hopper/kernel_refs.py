@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.attention.gpu_config import HopperConfig
+from pallas_kernels.attention.hopper.gpu_config import HopperConfig
 
 HEAD, Q_START, FIRST, NUM_FULL, COUNT, POS_ROW = range(6)
 """Columns of the work table. COUNT is -1 in the row that ends it."""

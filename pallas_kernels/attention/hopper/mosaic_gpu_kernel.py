@@ -26,9 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS
-from pallas_kernels.attention.mosaic_gpu_producer import load
-from pallas_kernels.attention.mosaic_gpu_shape import (
+from pallas_kernels.attention.hopper.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, WARPGROUP_ROWS
+from pallas_kernels.attention.hopper.kernel_refs import (
     COUNT,
     FIRST,
     HEAD,
@@ -38,12 +37,8 @@ from pallas_kernels.attention.mosaic_gpu_shape import (
     Refs,
     tiles_of,
 )
-
-MASKED = -1e38
-"""A masked score: finite, and far below `LOWEST`, so that its weight is an exact 0."""
-
-LOWEST = -1e30
-"""The running maximum before the first attended key; below every real score."""
+from pallas_kernels.attention.hopper.mosaic_gpu_producer import load
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
 
 LARGEST_TOTAL = 2.0**80
 """A sum of weights up to which a fixed maximum is trusted: values up to 2**47 cannot overflow the accumulator."""
@@ -139,7 +134,7 @@ def _row(refs: Refs, shape: KernelShape, slot) -> Row:
 def _empty_softmax():
     """Running maximum and running sum of rows that have seen no key."""
     layout = plgpu.Layout.WGMMA.reduce(1)
-    return tuple(_splat(jnp.full((WARPGROUP_ROWS,), x, jnp.float32), layout) for x in (LOWEST, 0.0))
+    return tuple(_splat(jnp.full((WARPGROUP_ROWS,), x, jnp.float32), layout) for x in (INITIAL_ROW_MAX, 0.0))
 
 
 def _first_tile(refs: Refs, shape: KernelShape, warpgroup, row: Row, n=0, tile=0):
@@ -296,7 +291,7 @@ def _is_partial(shape: KernelShape, row: Row, j):
 
 
 def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot):
-    """The function that puts MASKED where the positions of a partial tile, already in shared memory, forbid a pair."""
+    """The function that masks scores where positions of a partial tile, already in shared memory, forbid a pair."""
 
     def mask(s_qk):
         low, high = _limits(refs, shape, row, j)
@@ -306,7 +301,7 @@ def _mask(refs: Refs, shape: KernelShape, warpgroup, row: Row, j, slot):
         kv_pos = plgpu.load(refs.smem["ints"].at[slot], layout=layout.reduce(0), optimized=False)
         plgpu.commit_smem()  # our reads of the positions come before the copy that overwrites them
         distance = _columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
-        return jnp.where((distance >= low) & (distance < high), s_qk, MASKED)
+        return jnp.where((distance >= low) & (distance < high), s_qk, MASKED_SCORE)
 
     return mask
 

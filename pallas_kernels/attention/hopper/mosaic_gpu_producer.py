@@ -5,8 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, STAGGERED_BLOCKS, WARPGROUP_ROWS
-from pallas_kernels.attention.mosaic_gpu_shape import (
+from pallas_kernels.attention.hopper.gpu_config import COMPUTE_WARPGROUPS, ROW_FIELDS, STAGGERED_BLOCKS, WARPGROUP_ROWS
+from pallas_kernels.attention.hopper.kernel_refs import (
     COUNT,
     FIRST,
     HEAD,
@@ -17,7 +17,7 @@ from pallas_kernels.attention.mosaic_gpu_shape import (
     Refs,
     tiles_of,
 )  # fmt: skip
-from pallas_kernels.attention.tile_scheduler import row_of
+from pallas_kernels.attention.hopper.tile_scheduler import row_of
 
 
 def load(refs: Refs, shape: KernelShape):
