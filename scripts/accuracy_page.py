@@ -1,4 +1,4 @@
-"""The text of docs/accuracy.md, from results alone."""
+"""The text of docs/accuracy.md, made of results alone."""
 
 import csv
 import io
@@ -15,27 +15,40 @@ from mmi_jax.engine.programs.layer_program import NUM_RECALL_QUERIES
 from mmi_jax.files import write_whole
 
 POINT = 0.01
-"""A point of accuracy: what ours may lose against dense."""
+"""A point of accuracy: a loss against dense of more is listed."""
 
 MARGIN = 0.1
-"""Difference in cost, or of held-out from calibration error, from which it is told."""
+"""Relative difference in cost, or of held-out from calibration error: one of more is listed."""
 
-MOST_ROWS = 128
+MAX_LISTED_HEADS = 128
 """Heads that are listed one by one on the page; all are in heads.csv."""
 
 NAMES = {
-    "no inter-modality": "ours without inter-modality", "no Grid": "ours without Grid",
-    "minference": "MInference (VerticalSlash only)", "a-shape": "A-shape", "tri-shape": "Tri-shape",
-    "sf-fixed": "Sparse Transformer, fixed", "sf-strided": "Sparse Transformer, strided", "swin": "Swin windows",
+    "no inter-modality": "ours without inter-modality",
+    "no Grid": "ours without Grid",
+    "minference": "MInference (VerticalSlash only)",
+    "a-shape": "A-shape",
+    "tri-shape": "Tri-shape",
+    "sf-fixed": "Sparse Transformer, fixed",
+    "sf-strided": "Sparse Transformer, strided",
+    "swin": "Swin windows",
     "block-topk": "BlockTopK",
-}  # fmt: skip
+}
+"""Methods as the page names them."""
 
 
 def write_page(
-    output: Path, results: Mapping[str, Any], tables: Mapping[str, PatternTable], recall: Mapping[str, Any],
-    shown: Sequence[Mapping[str, Any]], *, picture_tokens: int, notes: str, command: str,
-) -> None:  # fmt: skip
-    """Writes the page, and heads.csv and prompts.csv beside its pictures."""
+    output: Path,
+    results: Mapping[str, Any],
+    tables: Mapping[str, PatternTable],
+    recall: Mapping[str, Any],
+    shown: Sequence[Mapping[str, Any]],
+    *,
+    picture_tokens: int,
+    notes: str,
+    command: str,
+) -> None:
+    """Writes the page, and heads.csv and prompts.csv next to its pictures."""
     pictures = output.with_suffix("")
     write_whole(pictures / "heads.csv", heads_csv(tables["ours"], recall))
     write_whole(pictures / "prompts.csv", prompts_csv(tables))
@@ -51,21 +64,21 @@ def write_page(
 
 
 def head(run: Mapping[str, Any], command: str) -> str:
-    """What was run, on what."""
+    """The run: model, device, commit, and how cost is counted."""
     return f"""# Accuracy
 
 Written by `{command}`; every figure is from its results.
 Model {run["model"]}, weights {run["weights"]}, {run["dtype"]}, {run["device"]}, commit {run["commit"]}, {run["date"]};
 {run["samples"]} samples for each task, length and depth, haystack {run["haystack"]}, seeds from {run["seed"]}.
 
-Cost is that of attention, estimates included, as a share of dense attention's: from the tiles visited on these very
+Cost is that of attention, estimates included, as a fraction of dense attention's: from the tiles visited on these very
 prompts, by the cost model `{run["costs"]}`. Baselines have the size with which they cost what "{run["matched to"]}"
 costs; where there are several lengths, cost and density are of each. Heat maps are those of `mmi niah`."""
 
 
 def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
     """Per task a table of methods by length, and the heat map."""
-    parts = ["## What is answered right"]
+    parts = ["## Answers by method"]
     for task in dict.fromkeys(cell["task"] for cell in cells):
         own = [cell for cell in cells if cell["task"] == task]
         lengths = sorted({cell["tokens"] for cell in own})
@@ -83,28 +96,28 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
 
 
 def searched(tables: Mapping[str, PatternTable], pictures: str) -> str:
-    """How the tables were found, and which patterns they hold."""
+    """Provenance of the tables, and their heads by pattern."""
     ours = tables["ours"]
     costs, errors = ("costs", "attention cost", "held-out cost"), ("error", "held-out error")
-    found = {
+    provenance = {
         name: dict(t.provenance)
         | {name: t.provenance.get(name, "").partition(" (mean")[0] for name in errors}
         | {"calibration": f"{len(calibration_of(t))} prompts"}
         for name, t in tables.items()
     }
-    wanted = ("target", *costs, *errors, "calibration", "candidates")
-    rows = [[name, *(own.get(name, "") for own in found.values())] for name in wanted]
-    is_weighed = ours.scores is not None and ours.scores.weight is not None
+    names = ("target", *costs, *errors, "calibration", "candidates")
+    rows = [[name, *(of_table.get(name, "") for of_table in provenance.values())] for name in names]
+    is_weighted = ours.scores is not None and ours.scores.weight is not None
     kinds = {name: Counter(type(p).__name__ for row in t.layers for p in row) for name, t in tables.items()}
     counts = [
         [kind, *(str(kinds[name][kind]) for name in tables)] for kind in sorted(set().union(*map(set, kinds.values())))
     ]
     return "\n\n".join(
         [
-            "## What the search found",
-            "The target holds on every calibration prompt; the cost is that of the dearest one. An error is the mean "
-            f"over heads{', by their weight,' if is_weighed else ''} of the relative squared error of the attention "
-            "output; half of it is that of the rows from which answers are read. The prompts are in "
+            "## The searched tables",
+            "The target holds on every calibration prompt; the cost is that of the most expensive one. An error is the "
+            f"mean over heads{', by their weight,' if is_weighted else ''} of the relative squared error of the "
+            "attention output; half of it is that of the rows from which answers are read. The prompts are in "
             f"[{pictures}/prompts.csv]({pictures}/prompts.csv).",
             markdown(["", *(NAMES.get(name, name) for name in tables)], rows),
             f"Heads by pattern, of {ours.num_layers} layers of {ours.num_heads}:",
@@ -136,17 +149,17 @@ def prompts_csv(tables: Mapping[str, PatternTable]) -> str:
 def heads(table: PatternTable, recall: Mapping[str, Any], pictures: str) -> str:
     """Every head of a small model, the means by pattern of a large one."""
     rows = list(csv.reader(io.StringIO(heads_csv(table, recall))))
-    found = rows[1:]
+    listed = rows[1:]
     intro = (
-        "Recall is the share of dense attention on the visited keys, the mean over "
+        "Recall is the fraction of dense attention on the visited keys, the mean over "
         f"{NUM_RECALL_QUERIES} queries spaced evenly over the prompt; it and the density are of a prompt of "
-        f"{recall['tokens']:,} tokens. Error and cost are those of the search, the cost on its dearest calibration "
-        f"prompt. All heads: [{pictures}/heads.csv]({pictures}/heads.csv)."
+        f"{recall['tokens']:,} tokens. Error and cost are those of the search, the cost on its most expensive "
+        f"calibration prompt. All heads: [{pictures}/heads.csv]({pictures}/heads.csv)."
     )
-    if len(found) <= MOST_ROWS:
-        return "\n\n".join(["## Heads", intro, markdown(rows[0], found)])
+    if len(listed) <= MAX_LISTED_HEADS:
+        return "\n\n".join(["## Heads", intro, markdown(rows[0], listed)])
     by_kind: dict[str, list[list[float]]] = {}
-    for row in found:
+    for row in listed:
         by_kind.setdefault(row[2].partition("(")[0], []).append([float(x) for x in row[3:]])
     means = [[kind, str(len(x)), *(f"{v:.4f}" for v in np.mean(x, axis=0))] for kind, x in by_kind.items()]
     return "\n\n".join(["## Heads", intro, markdown(["pattern", "heads", *rows[0][3:]], means)])
@@ -188,8 +201,8 @@ def maps(shown: Sequence[Mapping[str, Any]], num_tokens: int, pictures: str) -> 
 
 
 def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTable], notes: str) -> str:
-    """What the figures say against us, and what was written by hand."""
-    found = []
+    """Where the figures speak against the method, and the notes written by hand."""
+    limits = []
     for task in dict.fromkeys(cell["task"] for cell in cells):
         by_method = {
             m: [c for c in cells if c["task"] == task and c["method"] == m]
@@ -200,25 +213,25 @@ def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTab
         if ours is None or dense is None:
             continue
         if ours < dense - POINT:
-            found.append(f"{task}: ours answers {ours:.1%}, dense {dense:.1%}.")
+            limits.append(f"{task}: ours answers {ours:.1%}, dense {dense:.1%}.")
         better = [f"{NAMES.get(m, m)} ({x:.1%})" for m, x in accuracy.items() if x > ours and m != "dense"]
         if better:
-            found.append(f"{task}: better than ours ({ours:.1%}) at the cost in the table: {', '.join(better)}.")
+            limits.append(f"{task}: better than ours ({ours:.1%}) at the cost in the table: {', '.join(better)}.")
         share = mean_share(by_method["ours"], "ours")
         for method, own in by_method.items():
             off = mean_share(own, method) / share - 1
             if method not in ("dense", *tables) and abs(off) > MARGIN:
                 name = NAMES.get(method, method)
                 where = "at the size that comes nearest to it on the first prompt of that task and length"
-                found.append(f"{task}: {name} costs {off:+.0%} of ours, {where}.")
+                limits.append(f"{task}: {name} costs {off:+.0%} of ours, {where}.")
     for name, table in tables.items():
         error, held_out = (float(table.provenance.get(key, "nan").split()[0]) for key in ("error", "held-out error"))
         if abs(held_out / max(error, 1e-12) - 1) > MARGIN:
-            found.append(
+            limits.append(
                 f"{NAMES.get(name, name)}: the error on held-out prompts is {held_out:.4g}, on calibration {error:.4g}."
             )
-    listed = "\n".join(f"- {line}" for line in found) or "- Nothing that these figures show."
-    return "\n\n".join(["## What did not work", listed, notes.strip()]).strip()
+    listed = "\n".join(f"- {line}" for line in limits) or "- Nothing that these figures show."
+    return "\n\n".join(["## Limits", listed, notes.strip()]).strip()
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,13 +1,13 @@
-"""Writes docs/accuracy.md: how a model answers with sparse attention, what its heads got, and what did not work.
+"""The page of evidence, docs/accuracy.md: a model's answers with sparse attention, its heads, and the limits.
 
     python scripts/make_accuracy.py --model DIR --tokens 8192 --tokens 32768 --target-density 0.2
 
-runs `mmi search` three times (ours, without boundaries, without Grid; the trials are run once), `mmi niah` on all tasks
-and methods, and draws the heads. Everything is kept in --work: a stage whose result is there is not run again, and a
+`mmi search` runs three times (ours, without boundaries, without Grid; the trials are run once), `mmi niah` on all tasks
+and methods, and heads are drawn. Everything is kept in --work: a stage whose result is there is not run again, and a
 killed one goes on where it stopped. With --page-only neither is run, for results that were computed on another machine
 and copied; but pictures are drawn, and recall is measured where recall.json is missing or of other tables, which at
 32,768 tokens takes one core of a CPU a quarter of an hour, most of it to compile. The page is written from these
-results alone; what a person has to say about them stands in docs/accuracy_notes.md and is put at its end.
+results alone; notes by hand are in docs/accuracy_notes.md, which is put at its end.
 """
 
 import dataclasses
@@ -40,16 +40,17 @@ from models import Processor, open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"ours": (), "no inter-modality": ("QBoundary", "Boundary2D"), "no Grid": ("Grid",)}
-"""Names of the searched methods and the patterns they go without."""
+"""Searched methods by name, and the patterns that each excludes."""
 
 BASELINES = ("minference", "a-shape", "tri-shape", "sf-fixed", "sf-strided", "swin", "block-topk")
 PICTURE_PRICE = 0.3
-"""Error that a head may make to save all of its tiles, when the heads to draw are chosen."""
+"""Error that a head may make to save all of its tiles, when the heads to draw are chosen: the largest of
+`joint_trials.PRICES`, so that sparse heads are drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What to run; see the options of `accuracy`."""
+class Options:
+    """The options of `accuracy`."""
 
     model: str
     work: Path
@@ -78,38 +79,54 @@ class Task:
         return self.work / f"{name.replace(' ', '-')}.json"
 
 
-def run_search(task: Task) -> None:
+def run_search(options: Options) -> None:
     """The searched tables that are not there yet."""
     for name, excluded in TABLES.items():
-        if task.table_file(name).exists():
-            continue
-        options = ["search", "--model", task.model, "--tokens", task.calibration_tokens, "--samples", task.samples]
-        options += ["--held-out-samples", task.samples, "--target-density", task.target_density, "--dtype", task.dtype]
-        options += ["--candidates", task.candidates, "--scale", task.scale, "--work", task.work / "search.jsonl"]
-        options += ["--output", task.table_file(name), *_costs(task)]
-        options += [x for one in task.tasks for x in ("--task", one)] + [x for p in excluded for x in ("--exclude", p)]
-        _run(options)
+        if not options.table_file(name).exists():
+            _run(
+                "search",
+                model=options.model,
+                task=options.tasks,
+                tokens=options.calibration_tokens,
+                samples=options.samples,
+                held_out_samples=options.samples,
+                target_density=options.target_density,
+                candidates=options.candidates,
+                scale=options.scale,
+                exclude=excluded,
+                costs=options.costs,
+                dtype=options.dtype,
+                work=options.work / "search.jsonl",
+                output=options.table_file(name),
+            )
 
 
-def run_niah(task: Task) -> None:
+def run_niah(options: Options) -> None:
     """The grid of tasks, lengths, depths and methods, unless it is filled."""
-    if (task.work / "niah" / "results.json").exists():
-        return
-    options = ["niah", "--model", task.model, "--output", task.work / "niah", "--depths", task.depths]
-    options += ["--samples", task.samples_per_cell, "--dtype", task.dtype, "--match-cost", "ours", *_costs(task)]
-    options += ["--side-by-side", task.side_by_side]
-    options += [x for n in task.tokens for x in ("--tokens", n)] + [x for one in task.tasks for x in ("--task", one)]
-    methods = ["dense", *(f"{name}={task.table_file(name)}" for name in TABLES), *BASELINES]
-    _run(options + [x for method in methods for x in ("--method", method)])
+    if not (options.work / "niah" / "results.json").exists():
+        _run(
+            "niah",
+            model=options.model,
+            task=options.tasks,
+            tokens=options.tokens,
+            depths=options.depths,
+            samples=options.samples_per_cell,
+            method=("dense", *(f"{name}={options.table_file(name)}" for name in TABLES), *BASELINES),
+            match_cost="ours",
+            costs=options.costs,
+            dtype=options.dtype,
+            side_by_side=options.side_by_side,
+            output=options.work / "niah",
+        )
 
 
-def _costs(task: Task) -> list[str]:
-    return [] if task.costs is None else ["--costs", task.costs]
-
-
-def _run(options: list[Any]) -> None:
-    """One command of `mmi`."""
-    if status := main([str(option) for option in options]):
+def _run(command: str, **options: str | Path | int | float | tuple[str | int, ...] | None) -> None:
+    """One command of `mmi`; an option that is a tuple is given once for each of its values."""
+    arguments = [command]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        arguments += [word for one in values for word in (f"--{name.replace('_', '-')}", str(one))]
+    if status := main(arguments):
         raise SystemExit(status)
 
 
@@ -119,29 +136,28 @@ def example_prompt(processor: Processor, num_tokens: int) -> Any:
     return processor(list(source.sample("mm-niah", num_tokens=num_tokens, depth=0.5, seed=1).parts))
 
 
-def measure_recall(task: Task, model: Any, prompt: Any, table: PatternTable) -> dict[str, Any]:
+def measure_recall(options: Options, model: Any, prompt: Any, table: PatternTable) -> dict[str, Any]:
     """Density and recall of every head on one prompt; measured again where the file is of another length or table."""
-    path, asked = task.work / "recall.json", {"tokens": prompt.tokens.shape[1], "table": repr(table.layers)}
+    path, made_of = options.work / "recall.json", {"tokens": prompt.tokens.shape[1], "table": repr(table.layers)}
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if any(kept.get(name) != value for name, value in asked.items()):
+    if any(kept.get(name) != value for name, value in made_of.items()):
         report = prefill(model, prompt, table=table, may_run_dense=False).report
-        kept = asked | {"density": report.density.tolist(), "recall": report.recall.tolist()}
+        kept = made_of | {"density": report.density.tolist(), "recall": report.recall.tolist()}
         write_whole(path, json.dumps(kept))
     return kept
 
 
-def search_scores(task: Task, modalities: tuple[int, ...], table: PatternTable) -> Scores:
+def search_scores(options: Options, modalities: tuple[int, ...], table: PatternTable) -> Scores:
     """The scores behind the tables: those of the trials that every calibration prompt and layer has."""
-    _, rows = read_journal(task.work / "search.jsonl")
-    rows = [row for row in rows if "trials" in row]
-    keys = {(row["prompt"], row["layer"]): set(row["trials"]) for row in rows}
-    for row in rows:
-        keys[row["prompt"], row["layer"]] |= set(row["trials"])
-    most = max(map(len, keys.values()))
-    names = sorted({prompt for (prompt, _), found in keys.items() if len(found) == most})
+    entries = [entry for entry in read_journal(options.work / "search.jsonl")[1] if "trials" in entry]
+    keys: dict[tuple[str, int], set[str]] = {}
+    for entry in entries:
+        keys.setdefault((entry["prompt"], entry["layer"]), set()).update(entry["trials"])
+    max_trials = max(map(len, keys.values()))
+    names = sorted({prompt for (prompt, _), measured in keys.items() if len(measured) == max_trials})
     trials = [trial_of(key) for key in sorted(set.intersection(*(keys[key] for key in keys if key[0] in names)))]
-    lengths = dict.fromkeys(names, task.calibration_tokens)
-    return read_scores(rows, lengths, trials, num_layers=table.num_layers, modalities=modalities, blocks=Blocks())
+    lengths = dict.fromkeys(names, options.calibration_tokens)
+    return read_scores(entries, lengths, trials, num_layers=table.num_layers, modalities=modalities, blocks=Blocks())
 
 
 def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern, float] | None:
@@ -149,20 +165,23 @@ def best_of_kind(scores: Scores, kind: type[Pattern]) -> tuple[int, int, Pattern
 
     Among 2D-Boundary patterns are those of the intra-modality step, with pairs of different modalities dense.
     """
-    own = [Choice(pattern=t.pattern(scores.modalities), trials=(t,) * len(scores.modalities))
-           for t in scores.by_trial if t.step == "own" and t.candidate != Dense()]  # fmt: skip
-    found = []
+    own = [
+        Choice(pattern=t.pattern(scores.modalities), trials=(t,) * len(scores.modalities))
+        for t in scores.by_trial
+        if t.step == "own" and t.candidate != Dense()
+    ]
+    heads = []
     for layer in range(scores.num_layers):
         for head in range(scores.num_heads):
-            options = scores.options(layer, head, DENSITY) + [scores.option(c, layer, head, DENSITY) for c in own]
-            for option in options:
+            of_head = scores.options(layer, head, DENSITY) + [scores.option(c, layer, head, DENSITY) for c in own]
+            for option in of_head:
                 if isinstance(option.item.pattern, kind):
                     price = option.error + PICTURE_PRICE * option.cost
-                    found.append((price, layer, head, option.item.pattern, option.error))
-    return min(found, key=lambda row: row[:3])[1:] if found else None
+                    heads.append((price, layer, head, option.item.pattern, option.error))
+    return min(heads, key=lambda row: row[:3])[1:] if heads else None
 
 
-def draw_head(task: Task, activations: LayerActivations, layer: int, head: int, pattern: Pattern) -> list[str]:
+def draw_head(options: Options, activations: LayerActivations, layer: int, head: int, pattern: Pattern) -> list[str]:
     """Pictures of one head's attention and mask before and after permutation; their names."""
     q, k, layout = activations.q[0], activations.k[0], jax.tree.map(lambda x: x[0], activations.layout)
     kv_head = head // (q.shape[1] // k.shape[1])
@@ -178,60 +197,67 @@ def draw_head(task: Task, activations: LayerActivations, layer: int, head: int, 
         ),
         f"mask-{name}.png": table_plots.plot_mask(plan, 0, layout, title=title),
     }
-    return [write_figure(task.pictures / file, figure).name for file, figure in figures.items()]
+    return [write_figure(options.pictures / file, figure).name for file, figure in figures.items()]
 
 
-def draw_heads(task: Task, model: Any, prompt: Any, scores: Scores, table: PatternTable) -> list[dict[str, Any]]:
+def draw_heads(options: Options, model: Any, prompt: Any, scores: Scores, table: PatternTable) -> list[dict[str, Any]]:
     """What is shown of a Grid, a Q-Boundary and a 2D-Boundary head; kinds that were never tried are left out."""
     chosen = {kind.__name__: best_of_kind(scores, kind) for kind in (Grid, QBoundary, Boundary2D)}
-    wanted = {name: found for name, found in chosen.items() if found is not None}
-    last = max((layer for layer, *_ in wanted.values()), default=-1)
+    drawn = {name: head for name, head in chosen.items() if head is not None}
+    last = max((layer for layer, *_ in drawn.values()), default=-1)
     shown = []
     for n, activations in enumerate(layer_activations(model, prompt, blocks=Blocks(), num_layers=last + 1)):
-        for kind, (layer, head, pattern, error) in wanted.items():
+        for kind, (layer, head, pattern, error) in drawn.items():
             if layer == n:
-                files = draw_head(task, activations, layer, head, pattern)
-                shown.append({"kind": kind, "layer": layer, "head": head, "pattern": repr(pattern), "error": error,
-                              "given": repr(table.layers[layer][head]), "files": files})  # fmt: skip
+                files = draw_head(options, activations, layer, head, pattern)
+                given = repr(table.layers[layer][head])
+                place = {"kind": kind, "layer": layer, "head": head}
+                shown.append({**place, "pattern": repr(pattern), "error": error, "given": given, "files": files})
     return shown
 
 
-def make(task: Task, *, runs: bool) -> None:
+def make(options: Options, *, runs: bool) -> None:
     """All stages, the page last."""
-    task.work.mkdir(parents=True, exist_ok=True)
-    task.pictures.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.pictures.mkdir(parents=True, exist_ok=True)
     if runs:
-        run_search(task)
-        run_niah(task)
-    results = json.loads((task.work / "niah" / "results.json").read_text())
-    tables = {name: load_table(task.table_file(name)) for name in TABLES}
-    checkpoint = open_checkpoint(task.model)
+        run_search(options)
+        run_niah(options)
+    results = json.loads((options.work / "niah" / "results.json").read_text())
+    tables = {name: load_table(options.table_file(name)) for name in TABLES}
+    checkpoint = open_checkpoint(options.model)
     processor = checkpoint.read_processor()
-    prompt = example_prompt(processor, task.picture_tokens)
-    model = checkpoint.load_model(dtype=jnp.dtype(task.dtype))
-    recall = measure_recall(task, model, example_prompt(processor, task.calibration_tokens), tables["ours"])
-    scores = search_scores(task, modalities_of(prompt.layout), tables["ours"])
-    shown = draw_heads(task, model, prompt, scores, tables["ours"])
-    write_figure(task.pictures / "patterns.png", table_plots.plot_patterns(tables["ours"]))
+    prompt = example_prompt(processor, options.picture_tokens)
+    model = checkpoint.load_model(dtype=jnp.dtype(options.dtype))
+    recall = measure_recall(options, model, example_prompt(processor, options.calibration_tokens), tables["ours"])
+    scores = search_scores(options, modalities_of(prompt.layout), tables["ours"])
+    shown = draw_heads(options, model, prompt, scores, tables["ours"])
+    write_figure(options.pictures / "patterns.png", table_plots.plot_patterns(tables["ours"]))
     if tables["ours"].scores is not None:
-        write_figure(task.pictures / "scores.png", table_plots.plot_scores(tables["ours"].scores))
-    for path in (task.work / "niah").glob("*.png"):
-        (task.pictures / path.name).write_bytes(path.read_bytes())
+        write_figure(options.pictures / "scores.png", table_plots.plot_scores(tables["ours"].scores))
+    for path in (options.work / "niah").glob("*.png"):
+        (options.pictures / path.name).write_bytes(path.read_bytes())
     notes = ROOT / "docs" / "accuracy_notes.md"
     write_page(
-        task.output, results, tables, recall, shown, picture_tokens=prompt.tokens.shape[1],
-        notes=notes.read_text() if notes.exists() else "", command=command_of(task),
-    )  # fmt: skip
-    print(f"wrote {task.output} and pictures into {task.pictures}")
+        options.output,
+        results,
+        tables,
+        recall,
+        shown,
+        picture_tokens=prompt.tokens.shape[1],
+        notes=notes.read_text() if notes.exists() else "",
+        command=command_of(options),
+    )
+    print(f"wrote {options.output} and pictures into {options.pictures}")
 
 
-def command_of(task: Task) -> str:
-    """What writes the same page again, as far as figures depend on it."""
-    path = Path(task.model).resolve()
+def command_of(options: Options) -> str:
+    """The command that writes the same page again, as far as figures depend on it."""
+    path = Path(options.model).resolve()
     model = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    options = [f"--model {model}", *(f"--task {name}" for name in task.tasks)]
-    options += [*(f"--tokens {n}" for n in task.tokens), f"--samples {task.samples}"]
-    return " ".join(["python scripts/make_accuracy.py", *options, f"--target-density {task.target_density}"])
+    words = [f"--model {model}", *(f"--task {name}" for name in options.tasks)]
+    words += [*(f"--tokens {n}" for n in options.tokens), f"--samples {options.samples}"]
+    return " ".join(["python scripts/make_accuracy.py", *words, f"--target-density {options.target_density}"])
 
 
 def accuracy(
@@ -255,15 +281,25 @@ def accuracy(
 ) -> None:
     """Write the page of evidence for a model."""
     lengths = tuple(tokens or (4096,))
-    make(
-        Task(
-            model=model, work=work, output=output, tasks=tuple(task or DEFAULT_TASKS),
-            tokens=lengths, calibration_tokens=calibration_tokens or max(lengths), samples=samples,
-            target_density=target_density, depths=depths, samples_per_cell=samples_per_cell, candidates=candidates,
-            scale=scale, dtype=dtype, costs=costs, picture_tokens=picture_tokens, side_by_side=side_by_side,
-        ),
-        runs=not page_only,
-    )  # fmt: skip
+    options = Options(
+        model=model,
+        work=work,
+        output=output,
+        tasks=tuple(task or DEFAULT_TASKS),
+        tokens=lengths,
+        calibration_tokens=calibration_tokens or max(lengths),
+        samples=samples,
+        target_density=target_density,
+        depths=depths,
+        samples_per_cell=samples_per_cell,
+        candidates=candidates,
+        scale=scale,
+        dtype=dtype,
+        costs=costs,
+        picture_tokens=picture_tokens,
+        side_by_side=side_by_side,
+    )
+    make(options, runs=not page_only)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import accuracy_page as page  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 RUN: dict[str, object] = {
-    "model": "m", "weights": "w", "dtype": "bfloat16", "device": "d", "commit": "c", "date": "today", "samples": 2,
-    "haystack": "generated", "seed": 1, "costs": "tiles",
-}  # fmt: skip
+    "model": "m",
+    "weights": "w",
+    "dtype": "bfloat16",
+    "device": "d",
+    "commit": "c",
+    "date": "today",
+    "samples": 2,
+    "haystack": "generated",
+    "seed": 1,
+    "costs": "tiles",
+}
 RUN["matched to"] = "ours"
 
 
@@ -86,7 +94,7 @@ def test_what_speaks_against_us_is_listed(cells, tables, message):
 
 
 def test_a_large_models_heads_are_summed_by_pattern(monkeypatch):
-    monkeypatch.setattr(page, "MOST_ROWS", 3)
+    monkeypatch.setattr(page, "MAX_LISTED_HEADS", 3)
     text = page.heads(table(), RECALL, "accuracy")
     assert "| Dense | 2 | 1.0000 | 1.0000 | 0.3500 | 0.1750 |" in text
 
