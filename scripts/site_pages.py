@@ -8,7 +8,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = {"bench/RESULTS.md": "results.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {
+    "README.md": "readme.md",
+    "bench/RESULTS.md": "results.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "models/assets/README.md": "assets_readme.md",
+}
 """Files of the repository that the site shows, and their pages."""
 
 
@@ -22,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turns links between files of the repository into links between pages of the site."""
     up = "../" * page.file.src_uri.count("/")
-    for source, target in OUTSIDE.items():
+    for source, target in sorted(OUTSIDE.items(), reverse=True):  # models/assets/README.md before README.md
         markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(source)}", f"]({up}{target}", markdown)
     if page.file.src_uri in OUTSIDE.values():
         markdown = re.sub(r"\]\((?:\.\./)*docs/", "](", markdown)
