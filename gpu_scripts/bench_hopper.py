@@ -151,7 +151,7 @@ def plan_lines(path: Path) -> list[str]:
         elif "plan_ms" in case:
             names = ("views", "plan", "permute", "attend", "undo")
             parts = " ".join(f"{name} {case[name + '_ms']:.2f}" for name in names)
-            beside, speedup = case["share_beside_attend"], case.get("speedup", "")
+            beside, speedup = case["overhead_fraction"], case.get("speedup", "")
             figures = f"{case['tokens']:8} {case['heads']} {case['case']:15} tiles {case['density']:.1%} {parts}"
             lines.append(f"{path.stem:18} {figures} whole {case['median_ms']:.2f} beside {beside:.1%} x {speedup}")
         elif "tflops_per_s" in case:

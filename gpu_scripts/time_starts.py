@@ -74,7 +74,7 @@ def prefill_times(options: argparse.Namespace, directory: Path) -> None:
     """Compile seconds, median and fastest seconds of one table's prefills at one length."""
     from mmi_jax.bench.prefill import bench_prefill
     from mmi_jax.cli import compile_cache
-    from mmi_jax.cli.bench.prefill import config_of, random_weights, table_of
+    from mmi_jax.cli.bench.presets import config_of, random_weights, table_of
     from mmi_jax.cli.bench.synthetic_prompts import video_prompt
     from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 

@@ -94,9 +94,9 @@ def run_search(options: Options) -> None:
                 candidates=options.candidates,
                 scale=options.scale,
                 exclude=excluded,
-                costs=options.costs,
+                cost_model=options.costs,
                 dtype=options.dtype,
-                work=options.work / "search.jsonl",
+                journal=options.work / "search.jsonl",
                 output=options.table_file(name),
             )
 
@@ -113,9 +113,9 @@ def run_niah(options: Options) -> None:
             samples=options.samples_per_cell,
             method=("dense", *(f"{name}={options.table_file(name)}" for name in TABLES), *BASELINES),
             match_cost="ours",
-            costs=options.costs,
+            cost_model=options.costs,
             dtype=options.dtype,
-            side_by_side=options.side_by_side,
+            parallel_compilations=options.side_by_side,
             output=options.work / "niah",
         )
 

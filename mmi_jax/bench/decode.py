@@ -74,7 +74,7 @@ def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bo
         "gb_per_token": round(bytes_per_token / 1e9, 3),
         "tb_per_s": round(bytes_per_token / ms / 1e9, 3),
         "copy_tb_per_s": round(copy / 1e12, 3),
-        "share_of_copy": round(bytes_per_token / ms * 1e3 / copy, 4),
+        "copy_fraction": round(bytes_per_token / ms * 1e3 / copy, 4),
     }
     others = [measurement("attention of one layer", lambda: _time_attention(q, cache, repeats))]
     if with_baseline:

@@ -123,7 +123,7 @@ def bench_plan(name: str, sizes: PlanSizes, *, implementation: Implementation | 
         dense.check(np.asarray(out[dense.rows, dense.heads]), None, dtype=sizes.dtype)
     del out
     timing = whole.time(q, k, v, layout, repeats=repeats)
-    beside_attend = 1 - parts["attend_ms"] / timing.median_ms
+    overhead = 1 - parts["attend_ms"] / timing.median_ms
     return {
         "case": name,
         "implementation": implementation or "default",
@@ -134,7 +134,7 @@ def bench_plan(name: str, sizes: PlanSizes, *, implementation: Implementation | 
         "dense_heads": int(runs_dense.sum()),
         **parts,
         **timing.figures(),
-        "share_beside_attend": round(beside_attend, 4),
+        "overhead_fraction": round(overhead, 4),
     }
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 import typer
 
 from mmi_jax.cli.aot.command import aot
-from mmi_jax.cli.bench import batch, first_token, model, soak
-from mmi_jax.cli.bench import command as bench
-from mmi_jax.cli.bench import prefill as bench_prefill
+from mmi_jax.cli.bench.app import app as bench
 from mmi_jax.cli.doctor.command import doctor
 from mmi_jax.cli.niah.command import niah
 from mmi_jax.cli.prefill.command import prefill
 from mmi_jax.cli.qa.command import qa
+from mmi_jax.cli.renamed_options import with_new_names
 from mmi_jax.cli.search.command import search
 from mmi_jax.cli.show.command import show
 
@@ -30,13 +29,7 @@ app.command()(qa)
 app.command()(show)
 app.command()(doctor)
 app.command()(aot)
-bench.app.command()(model.decode)
-bench.app.command()(model.vision)
-bench.app.command()(bench_prefill.prefill)
-bench.app.command()(batch.batch)
-bench.app.command()(first_token.first_token)
-bench.app.command("soak")(soak.run_soak)
-app.add_typer(bench.app)
+app.add_typer(bench)
 
 
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -45,7 +38,7 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of `mmi` run with these arguments, `sys.argv` when None: 0, or 2 after `error: ...` on stderr."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = with_new_names(sys.argv[1:] if arguments is None else arguments)
     try:
         status = app(args=arguments or ["--help"], prog_name="mmi", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

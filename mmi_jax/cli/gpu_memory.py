@@ -7,7 +7,7 @@ FRACTION_VARIABLE, PREALLOCATE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA
 NEARLY_ALL = 0.96
 """For whole models: a million tokens through a 7B take 113 GiB of an H200's 140."""
 
-ALONE, BESIDE_TORCH = 0.92, 0.70
+ALONE, WITH_TORCH = 0.92, 0.70
 """For kernels, and for kernels beside torch's, which has the rest."""
 
 JAX_DEFAULT = 0.75

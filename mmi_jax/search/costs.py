@@ -59,7 +59,7 @@ DENSITY = dataclasses.replace(TILES, move_ns=0.0, estimate_ns=0.0)
 
 
 def cost_models() -> dict[str, CostModel]:
-    """By the name that `--costs` takes."""
+    """By the name that `--cost-model` takes."""
     tpus = {name: analytical_costs(chip, MXU_UTILIZATION[name]) for name, chip in CHIPS.items()}
     return {"hopper": HOPPER, **tpus, "tiles": TILES}
 

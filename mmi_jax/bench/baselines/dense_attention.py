@@ -1,6 +1,7 @@
 """Dense causal attention through JAX: what every sparse figure stands beside."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -109,3 +110,11 @@ def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peer
         "is_dense_extrapolated": measured_at < num_tokens,
         "dense_of_all_ms": {found["name"]: found.get("median_ms", found.get("error")) for found in rows},
     }
+
+
+def dense_fits(num_heads: int, num_tokens: int) -> bool:
+    """Whether dense attention is worth trying: cuDNN needs no extra memory, XLA holds all scores in float32."""
+    if jax.default_backend() == "gpu":
+        return True
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 3 * 4 * num_heads * num_tokens**2 < memory

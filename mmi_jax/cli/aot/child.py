@@ -1,6 +1,6 @@
-"""What `mmi aot` runs in a process of its own: the TPU compiler reads its flags when it is loaded, once.
+"""The process that `mmi aot` starts, as the TPU compiler reads its flags only once, when it is loaded.
 
-`python -m mmi_jax.cli.aot.child TASK`, the task being a JSON object; a line of JSON on stdout for each thing found,
+`python -m mmi_jax.cli.aot.child OPTIONS`, a JSON object; a line of JSON on stdout for each thing found,
 `{"error": ...}` and status 2 for what bad input raises.
 """
 
@@ -11,18 +11,18 @@ from typing import Any
 
 from mmi_jax.aot import compile_ahead, roofline
 from mmi_jax.aot.bundles import read_schedules
-from mmi_jax.cli.aot.options import Task
+from mmi_jax.cli.aot.options import AotOptions
 from mmi_jax.engine.memory.chips import chip_of, devices_per_chip
 
 
-def kernel_figures(task: Task, target: compile_ahead.Target, dump: Path) -> dict[str, Any]:
-    """Schedule and VMEM of the kernel, and the least time of the whole prefill at this length."""
-    chip, num_tokens = chip_of(task.topology), task.tokens  # a search may have cut its last bucket
+def kernel_figures(options: AotOptions, target: compile_ahead.Target, dump: Path) -> dict[str, Any]:
+    """Schedule and VMEM of the kernel, and the roofline lower bound of the whole prefill at this length."""
+    chip, num_tokens = chip_of(options.topology), options.tokens  # a search may have cut its last bucket
     tile = compile_ahead.compile_kernel(target, num_tokens)
     (schedule, *_) = read_schedules(dump, compile_ahead.KERNEL)
     block_kv, head_dim = target.blocks.kv, target.model.config.head_dim
     cycles = roofline.cycles_per_tile(schedule, chip, tile=tile, block_kv=block_kv, head_dim=head_dim)
-    found = roofline.work(target, num_tokens, density=task.density)
+    found = roofline.work(target, num_tokens, density=options.density)
     per_chip = devices_per_chip(list(target.mesh.devices.flat))
     least = roofline.bound(found, target, chip, cycles_per_tile=cycles, devices_per_chip=per_chip)
     patterns = {pattern for heads in target.table.layers for pattern in heads}
@@ -35,19 +35,19 @@ def kernel_figures(task: Task, target: compile_ahead.Target, dump: Path) -> dict
             "cycles_per_visited_block": round(cycles, 1),
         },
         **roofline.sizes_json(found, least),
-        "assumptions": roofline.assumptions(sorted(patterns, key=repr), task.density),
+        "assumptions": roofline.assumptions(sorted(patterns, key=repr), options.density),
     }
 
 
-def padded_tokens(task: Task, target: compile_ahead.Target) -> int:
+def padded_tokens(options: AotOptions, target: compile_ahead.Target) -> int:
     """The bucket's length."""
-    buckets = target.buckets(2 * task.tokens + target.buckets(1).multiple)
-    return buckets.length_for(task.tokens)
+    buckets = target.buckets(2 * options.tokens + target.buckets(1).multiple)
+    return buckets.length_for(options.tokens)
 
 
-def memory_figures(task: Task, target: compile_ahead.Target):
+def memory_figures(options: AotOptions, target: compile_ahead.Target):
     """One line for each length that is compiled: the bucket of `tokens`, or the lengths of a search."""
-    chip, devices = chip_of(task.topology), list(target.mesh.devices.flat)
+    chip, devices = chip_of(options.topology), list(target.mesh.devices.flat)
     per_chip = devices_per_chip(devices)
     about = {
         "device": devices[0].device_kind,
@@ -56,10 +56,10 @@ def memory_figures(task: Task, target: compile_ahead.Target):
         "mesh": dict(target.mesh.shape),
         "hbm_bytes_per_device": chip.hbm_bytes // per_chip,
     }
-    if task.longest:
-        tried = compile_ahead.longest_that_fits(target, task.tokens)
+    if options.longest:
+        tried = compile_ahead.longest_that_fits(target, options.tokens)
     else:
-        num_tokens = padded_tokens(task, target)
+        num_tokens = padded_tokens(options, target)
         tried = iter([(num_tokens, compile_ahead.compile_prefill(target, num_tokens))])
     for num_tokens, memory in tried:
         yield about | {
@@ -79,13 +79,13 @@ def _region(region: Any) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Status 0, or 2 after an error that the input caused."""
-    task = Task(**json.loads(arguments[0]))
+    options = AotOptions(**json.loads(arguments[0]))
     try:
-        target = task.target()
-        if task.dump is not None:
-            print(json.dumps(kernel_figures(task, target, Path(task.dump))), flush=True)
+        target = options.target()
+        if options.dump is not None:
+            print(json.dumps(kernel_figures(options, target, Path(options.dump))), flush=True)
             return 0
-        for line in memory_figures(task, target):
+        for line in memory_figures(options, target):
             print(json.dumps(line), flush=True)
     except (ValueError, NotImplementedError) as error:
         print(json.dumps({"error": " ".join(str(error).split())}), flush=True)

@@ -1,4 +1,4 @@
-"""`mmi aot`: a model's prefill compiled for TPUs that are not here, and what the compiler says of it."""
+"""`mmi aot`: a model's prefill compiled ahead of time for a TPU topology that is not attached."""
 
 import dataclasses
 import importlib.util
@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mmi_jax.aot.bundles import dump_flags
-from mmi_jax.cli.aot.options import Task
+from mmi_jax.cli.aot.options import AotOptions
 from mmi_jax.cli.console import spinner, stdout_console
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.options import DebugOption, PatternOption, PatternTableOption
 from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # no TPU is asked for
+    "JAX_PLATFORMS": "cpu",  # no TPU is opened
     "TPU_SKIP_MDS_QUERY": "1",  # nor the metadata server of a TPU VM
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile too
     "JAX_TRACEBACK_FILTERING": "off",  # so that the last line on stderr is the error's
@@ -33,32 +34,33 @@ DOES_NOT_FIT = 1
 GB = 10**9
 
 TOKENS_HELP = (
-    f"Of the prompt: 131,072, or the longest to try: {MOST_TOKENS:,}. Prefill itself takes prompts up to its largest "
-    f"bucket: {MOST_TOKENS:,} tokens on several devices, {Buckets.largest:,} on one, unless it is given other buckets."
+    f"Tokens of the prompt. Default: 131,072, or with --longest {MOST_TOKENS:,}. Prefill itself takes prompts up to "
+    f"its largest bucket: {MOST_TOKENS:,} tokens on several devices, {Buckets.largest:,} on one, unless it is given "
+    "other buckets."
 )
 
 
 def aot(
-    topology: Annotated[str, typer.Option(help="TPUs as the compiler names them: v5e:4x4, v5p:2x2x1, v6e:2x2, ...")],
-    preset: Annotated[str, typer.Option(help="Size of Qwen2.5-VL: 3b, 7b, 32b, 72b.")] = "7b",
+    topology: Annotated[str, typer.Option(help="TPU topology: v5e:4x4, v5p:2x2x1, v6e:2x2, ...")],
+    preset: Annotated[str, typer.Option(help="Model size: 3b, 7b, 32b, 72b of Qwen2.5-VL.")] = "7b",
     tokens: Annotated[int | None, typer.Option(min=1, help=TOKENS_HELP)] = None,
-    table: Annotated[Path | None, typer.Option(help="A pattern for each layer and head: a JSON pattern table.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="One pattern for all heads: NAME[:field=value,...].")] = None,
-    longest: Annotated[bool, typer.Option("--longest", help="Search the longest prompt that fits.")] = False,
+    table: PatternTableOption = None,
+    pattern: PatternOption = None,
+    longest: Annotated[bool, typer.Option("--longest", help="Find the longest prompt that fits.")] = False,
     layers: Annotated[int | None, typer.Option(help="Compile the first layers only.")] = None,
     block_q: Annotated[int, typer.Option(help="Queries of a tile.")] = 512,
     density: Annotated[
-        float, typer.Option(help="Share of causal tiles that dynamic patterns are taken to visit.")
+        float, typer.Option(help="Fraction of the causal tiles that dynamic patterns are assumed to visit.")
     ] = 0.05,
-    measures_recall: Annotated[bool, typer.Option(help="Compile the recall measurement of the report, too.")] = True,
+    measure_recall: Annotated[bool, typer.Option(help="Also compile the recall measurement of the report.")] = True,
     json_file: Annotated[Path | None, typer.Option(help="Also write the JSON line to this file.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Compile a prefill for TPUs that are not here. Does it fit, how full are the units, how fast can it be?"""
+    """Compile a prefill for a TPU topology that is not attached. Prints memory, kernel schedule, roofline bound."""
     with one_line_errors(shows_traceback=debug):
         if table is not None and pattern is not None:
             raise ValueError(f"--table and --pattern exclude each other: got {str(table)!r} and {pattern!r}")
-        task = Task(
+        options = AotOptions(
             preset=preset,
             topology=topology,
             tokens=tokens or (MOST_TOKENS if longest else 2**17),
@@ -67,13 +69,13 @@ def aot(
             layers=layers,
             block_q=block_q,
             density=density,
-            measures_recall=measures_recall,
+            measures_recall=measure_recall,
             longest=longest,
         )
-        task.check()
+        options.check()
         _check_json_file(json_file)
         _check_compiler()
-        found = _run(task)
+        found = _run(options)
         line = json.dumps(found)
         _print(found)
         print(line, flush=True)
@@ -94,37 +96,37 @@ def _check_compiler() -> None:
         raise ValueError("mmi aot needs the TPU compiler, libtpu: install the extra tpu, pip install 'mmi-jax[tpu]'")
 
 
-def _run(task: Task) -> dict[str, Any]:
-    """Memory of the whole program, at the longest length that fits if that is asked for, then the kernel there.
+def _run(options: AotOptions) -> dict[str, Any]:
+    """Memory of the whole program, at the longest length that fits with --longest, then the kernel there.
 
     Of a prompt that does not fit there is no kernel: far beyond the memory, its inputs alone do not compile.
     """
     tried = []
-    with spinner(f"{task.preset} on {task.topology}") as show:
+    with spinner(f"{options.preset} on {options.topology}") as show:
         show("compiling the prefill")
-        for memory in _child(task):
+        for memory in _child(options):
             tried.append(memory)
             verdict = "fits" if memory["fits"] else "does not fit"
             show(f"{memory['padded_tokens']:,} tokens: {memory['total_bytes'] / GB:.2f} GB {verdict}")
         fitting = [memory for memory in tried if memory["fits"]]
         best = max(fitting, key=lambda memory: memory["padded_tokens"]) if fitting else tried[-1]
-        found = {"task": _asked(task), **best, "tried": tried if task.longest else []}
+        found = {"task": _options_json(options), **best, "tried": tried if options.longest else []}
         if not best["fits"]:
             return found
         show("compiling the kernel")
         with tempfile.TemporaryDirectory() as dump:
-            at_best = dataclasses.replace(task, tokens=best["padded_tokens"], longest=False, dump=dump)
+            at_best = dataclasses.replace(options, tokens=best["padded_tokens"], longest=False, dump=dump)
             (kernel,) = _child(at_best, LIBTPU_INIT_ARGS=dump_flags(Path(dump)))
     return found | kernel
 
 
-def _child(task: Task, **environment: str) -> Iterator[dict[str, Any]]:
+def _child(options: AotOptions, **environment: str) -> Iterator[dict[str, Any]]:
     """The lines of a child process as they come.
 
     Raises:
       ValueError: it refused the input, or died.
     """
-    command = [sys.executable, "-m", "mmi_jax.cli.aot.child", json.dumps(dataclasses.asdict(task))]
+    command = [sys.executable, "-m", "mmi_jax.cli.aot.child", json.dumps(dataclasses.asdict(options))]
     with tempfile.TemporaryFile("w+") as log:
         env = os.environ | ENVIRONMENT | environment
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True) as child:
@@ -140,8 +142,8 @@ def _child(task: Task, **environment: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"compiling ended with status {child.returncode}: {lines[-1] if lines else 'no message'}")
 
 
-def _asked(task: Task) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(task).items() if name != "dump"}
+def _options_json(options: AotOptions) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(options).items() if name != "dump"}
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -166,8 +168,8 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _print_kernel(out: Console, found: dict[str, Any]) -> None:
-    """The kernel's tile and schedule, bytes moved and the least time."""
-    kernel, least = found["kernel"], found["least_seconds"]
+    """The kernel's tile and schedule, bytes moved and the roofline lower bound."""
+    kernel, bound = found["kernel"], found["least_seconds"]
     vmem, vmem_limit = kernel["vmem_bytes"] / 2**20, kernel["vmem_limit_bytes"] / 2**20
     out.print(
         f"kernel tile: {kernel['block_q']} queries x {kernel['tile_kv']} keys, {vmem:.1f} of {vmem_limit:.1f} MiB VMEM"
@@ -175,8 +177,9 @@ def _print_kernel(out: Console, found: dict[str, Any]) -> None:
     out.print(_regions_table(kernel))
     out.print(_moved_table(found["work"]))
     out.print(
-        f"at least {least['all']:.4g} s: projections {least['matmul']:.4g} s and attention {least['attention']:.4g} s, "
-        f"memory {least['hbm']:.4g} s, links {least['links']:.4g} s",
+        f"roofline lower bound: {bound['all']:.4g} s; "
+        f"projections {bound['matmul']:.4g} s and attention {bound['attention']:.4g} s, "
+        f"memory {bound['hbm']:.4g} s, links {bound['links']:.4g} s",
         soft_wrap=True,
     )
     for assumption in found["assumptions"]:
@@ -189,8 +192,8 @@ def _regions_table(kernel: dict[str, Any]) -> Table:
     for column in ("bundles", "MXU", "VALU", "XLU"):
         table.add_column(column, justify="right")
     for region in kernel["compute_regions"]:
-        shares = (f"{region[unit]:.1%}" for unit in ("mxu", "valu", "xlu"))
-        table.add_row(str(region["first_bundle"]), f"{region['bundles']:,}", *shares)
+        fractions = (f"{region[unit]:.1%}" for unit in ("mxu", "valu", "xlu"))
+        table.add_row(str(region["first_bundle"]), f"{region['bundles']:,}", *fractions)
     table.add_row("all others", f"{kernel['bundles_elsewhere']:,}", "", "", "")
     return table
 

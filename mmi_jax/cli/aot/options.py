@@ -1,4 +1,4 @@
-"""What `mmi aot` is asked; checked before the compiler, and the models' packages, are needed."""
+"""Options of `mmi aot`, checked before the compiler and the models' packages are needed."""
 
 import dataclasses
 from typing import Any
@@ -14,8 +14,8 @@ LARGEST_TOKENS = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What `mmi aot` is asked.
+class AotOptions:
+    """Options of `mmi aot`.
 
     Args:
       preset: a size of `models.presets`.
@@ -24,7 +24,7 @@ class Task:
       table, pattern: as for `mmi prefill`; dense attention without both.
       layers: to compile, from the first on; all when None.
       block_q: queries of a tile.
-      density: share of the causal tiles that dynamic patterns visit, for the bound.
+      density: fraction of the causal tiles that dynamic patterns visit, for the lower bound.
       measures_recall: as in `prefill`.
       longest: search the longest prompt up to `tokens`.
       dump: where the compiler writes its schedules, which makes this the kernel's run; None for the whole prefill's.

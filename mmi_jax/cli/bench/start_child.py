@@ -1,36 +1,9 @@
 """A process that makes one prefill's programs ready and says how long that took, for `mmi bench prefill --start`."""
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-TIMEOUT_SECONDS = 300
-
-
-def start_seconds(task: dict[str, Any]) -> dict[str, Any]:
-    """Seconds to trace, lower and compile the programs with nothing kept (cold), and from what that kept (warm).
-
-    Args:
-      task: arguments of `ready`, but the directory.
-
-    Raises:
-      RuntimeError: a process failed.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        cold, warm = (_run(task | {"directory": directory}) for _ in range(2))
-    return {"cold_start": cold, "warm_start": warm}
-
-
-def _run(task: dict[str, Any]) -> dict[str, float]:
-    command = [sys.executable, "-m", "mmi_jax.cli.bench.start_child", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode}: {done.stderr[-500:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: int, directory: str) -> dict[str, float]:
@@ -41,7 +14,7 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
 
     from mmi_jax.bench.prefill import prefill_program
     from mmi_jax.cli import compile_cache
-    from mmi_jax.cli.bench.prefill import config_of, table_of
+    from mmi_jax.cli.bench.presets import config_of, table_of
     from mmi_jax.engine.programs.compilation import compiled_chunk
     from models import family_of
 

@@ -2,7 +2,6 @@
 
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, get_args
 
 import jax
@@ -12,9 +11,9 @@ import typer
 from rich.table import Table
 
 from mmi_jax.cli import compile_cache, console
-from mmi_jax.cli.doctor.memory_plan import PlanRequest, print_plan
+from mmi_jax.cli.doctor.memory_plan import PlanOptions, print_plan
 from mmi_jax.cli.errors import one_line_errors
-from mmi_jax.cli.options import CacheDirOption
+from mmi_jax.cli.options import CacheDirOption, DebugOption, PatternOption, PatternTableOption
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.block_index import index_from_block_mask
@@ -26,29 +25,30 @@ BLOCK, HEAD_DIM = 128, 64
 
 def doctor(
     plan: Annotated[
-        str | None, typer.Option(help="Plan the memory of a prefill of this model: 3b, 7b, 32b, 72b or a directory.")
+        str | None,
+        typer.Option(help="Print the memory plan of a prefill of a model: 3b, 7b, ... or a directory."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the planned prompt.")] = 2**17,
-    batch: Annotated[int, typer.Option(help="Planned prompts that run together.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Memory plan: tokens of the prompt.")] = 2**17,
+    batch: Annotated[int, typer.Option(help="Memory plan: prompts per batch.")] = 1,
     device: Annotated[
         str | None,
-        typer.Option(help="Device to plan for: h100, h200, v5e, ... or a size as in 72GiB; else the one that is here."),
+        typer.Option(help="Memory plan: h100, h200, v5e, ... or a size as in 72GiB. Default: the attached device."),
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="Planned patterns: a JSON pattern table.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="Planned pattern of all heads: NAME[:field=value,...].")] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Planned tokens that go through the layers at once.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Planned room behind the prompt.")] = 0,
+    table: PatternTableOption = None,
+    pattern: PatternOption = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Memory plan: tokens per chunk.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Memory plan: tokens to generate.")] = 0,
     cache_dir: CacheDirOption = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Print versions, devices, backends and compiled programs. Of a backend that cannot be used it says why.
+    """Print versions, devices, backends and the compilation cache. Of a backend that cannot run it says why.
 
-    With --plan, print instead what a prefill would hold on a device, or refuse it and say what would fit.
+    With --plan, print the memory plan of a prefill instead: live buffers by stage, or what would fit if it does not.
     """
     with one_line_errors(shows_traceback=debug):
         out = console.stdout_console()
         if plan is not None:
-            request = PlanRequest(
+            options = PlanOptions(
                 model=plan,
                 tokens=tokens,
                 batch=batch,
@@ -58,7 +58,7 @@ def doctor(
                 chunk_tokens=chunk_tokens,
                 max_new_tokens=max_new_tokens,
             )
-            print_plan(request, out)
+            print_plan(options, out)
             return
         out.print(versions_table())
         out.print(_rows("devices", devices()))

@@ -1,4 +1,4 @@
-"""`mmi doctor --plan`: what a prefill would hold on a device that may not be here, and what would fit it."""
+"""`mmi doctor --plan`: the memory plan of a prefill on a device, which need not be attached."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
-from mmi_jax.cli.prefill.command import chosen_patterns
+from mmi_jax.cli.options import chosen_patterns
 from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
 from mmi_jax.engine.memory.memory_check import Room, check_fits, describe, room_of, weight_bytes
 from mmi_jax.engine.memory.memory_plan import MemoryTask
@@ -24,12 +24,12 @@ GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What `mmi doctor --plan` is asked.
+class PlanOptions:
+    """Options of `mmi doctor --plan`.
 
     Args:
       model: a preset or a checkpoint's directory.
-      device: a name, a size such as 80GiB, or None for the device that is here.
+      device: a name, a size such as 80GiB, or None for the attached device.
       table, pattern: as for `mmi prefill`.
     """
 
@@ -89,7 +89,7 @@ def room_for(device: str | None) -> Room:
     """What JAX may use of a device.
 
     Raises:
-      ValueError: the device is unknown, or the one that is here does not tell its memory.
+      ValueError: the device is unknown, or the attached one does not tell its memory.
     """
     if device is None:
         room = room_of(jax.devices()[0])
@@ -108,14 +108,14 @@ def room_for(device: str | None) -> Room:
     return Room(limit=round(GPUS[device] * memory_fraction()))
 
 
-def print_plan(request: PlanRequest, out: Console) -> None:
+def print_plan(options: PlanOptions, out: Console) -> None:
     """The buffers of the prefill, and that it fits.
 
     Raises:
       DoesNotFitError: it does not; the message says what would.
       ValueError: the request cannot be planned.
     """
-    task, room = request.task(), room_for(request.device)
+    task, room = options.task(), room_for(options.device)
     plan = check_fits(task, room)
     table = Table("buffer", "shape", "size", "alive", title_justify="left")
     for row in describe(plan):
@@ -127,10 +127,10 @@ def print_plan(request: PlanRequest, out: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if request.device in GPUS:
+    if options.device in GPUS:
         out.print(
             f"mmi takes {memory_fraction():.0%} of this GPU, JAX in a program of your own {JAX_DEFAULT:.0%}; "
-            f"{FRACTION_VARIABLE} gives another share",
+            f"{FRACTION_VARIABLE} sets another fraction",
             style="dim",
             highlight=False,
             soft_wrap=True,

@@ -8,50 +8,61 @@ import typer
 from mmi_jax.cli import compile_cache
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
+from mmi_jax.cli.options import (
+    CacheDirOption,
+    CostModelOption,
+    DebugOption,
+    DType,
+    DTypeOption,
+    HaystackOption,
+    ModelOption,
+)
 
 
 def niah(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")],
-    output: Annotated[Path, typer.Option(help="Directory for cells, tables and heat maps.")],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(help="Directory for results, tables and heat maps.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="v-niah, mm-niah, middle, match (these four unless given), mm-middle, silent-match."),
+        typer.Option(help="Repeatable. Default: v-niah, mm-niah, middle, match; also: mm-middle, silent-match."),
     ] = None,
-    haystack: Annotated[str, typer.Option(help="'generated', or a folder of videos.")] = "generated",
-    tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompts; may be given several times.")] = None,
-    depths: Annotated[int, typer.Option(help="Depths of the needle, from the first to the last place.")] = 5,
-    samples: Annotated[int, typer.Option(help="Samples of each task, length and depth.")] = 4,
+    haystack: HaystackOption = "generated",
+    tokens: Annotated[list[int] | None, typer.Option(help="Length of the prompts; repeatable.")] = None,
+    depths: Annotated[int, typer.Option(help="Number of needle depths, from first to last.")] = 5,
+    samples: Annotated[int, typer.Option(help="Samples per task, length and depth.")] = 4,
     method: Annotated[
         list[str] | None,
         typer.Option(
             help="dense, minference, a-shape, tri-shape, sf-fixed, sf-strided, swin, block-topk, or NAME=TABLE.json."
         ),
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="The table of the method 'ours'.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Pattern table of the method 'ours'.")] = None,
     match_cost: Annotated[
-        str | None, typer.Option(help="The method whose cost the baselines are brought to: 'ours' if there is one.")
+        str | None,
+        typer.Option(help="Method whose attention cost the baselines are sized to. Default: ours, if any."),
     ] = None,
-    margin: Annotated[
-        float, typer.Option(help="Share by which a baseline's cost may differ before it is marked.")
+    cost_tolerance: Annotated[
+        float, typer.Option(help="Relative difference from that cost above which a baseline is marked.")
     ] = 0.1,
-    costs: CostsOption = None,
-    dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
-    batch: Annotated[int, typer.Option(help="Prompts of one prefill.")] = 1,
-    side_by_side: Annotated[int, typer.Option(help="Methods compiled at once; memory for as many prefills.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 100,
+    cost_model: CostModelOption = None,
+    dtype: DTypeOption = DType.bfloat16,
+    batch: Annotated[int, typer.Option(help="Prompts per prefill.")] = 1,
+    parallel_compilations: Annotated[
+        int, typer.Option(help="Methods compiled in parallel; each takes the memory of a prefill.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 100,
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure how often a model finds what it is asked for. A killed run goes on where it stopped."""
+    """Evaluate a model on needle-in-a-haystack tasks, sparse and dense. A stopped run resumes where it stopped."""
     with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)
-        from mmi_jax.cli.niah.options import NiahTask, read_methods, read_tasks
-        from mmi_jax.cli.niah.run import run_niah  # here, so that the other commands start without models
+        from mmi_jax.cli.niah.options import NiahOptions, read_methods, read_tasks
+        from mmi_jax.cli.niah.run import run_niah  # imported late: other commands start without models
 
         methods, tables = read_methods(method or [], table)
         run_niah(
-            NiahTask(
+            NiahOptions(
                 model=model,
                 tasks=read_tasks(task or []),
                 haystack=haystack,
@@ -60,13 +71,13 @@ def niah(
                 samples=samples,
                 methods=methods,
                 tables=tables,
-                match_to=match_cost or next(iter(tables), None),
-                margin=margin,
+                matched_method=match_cost or next(iter(tables), None),
+                cost_tolerance=cost_tolerance,
                 output=output,
                 dtype=dtype.value,
-                costs=costs,
+                cost_model=cost_model,
                 batch=batch,
-                side_by_side=side_by_side,
+                parallel_compilations=parallel_compilations,
                 seed=seed,
             )
         )

@@ -1,4 +1,4 @@
-"""What `mmi niah` is asked to do."""
+"""Options of `mmi niah`."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NiahTask:
+class NiahOptions:
     """A grid of tasks, lengths and depths, and the methods that are tried on it.
 
     Args:
@@ -25,10 +25,10 @@ class NiahTask:
       samples: of each cell.
       methods: "dense", names of `FAMILIES`, and names of `tables`.
       tables: by the name of the method.
-      match_to: the method whose cost the families are brought to; None gives them the paper's sizes.
-      margin: share by which a family's cost may differ from the matched one before it is marked.
+      matched_method: the method whose cost the baselines are sized to; None gives them the paper's sizes.
+      cost_tolerance: relative difference from that cost above which a baseline is marked.
       batch: prompts of one prefill.
-      side_by_side: methods whose programs are compiled at once, and whose prefills then share the memory.
+      parallel_compilations: methods compiled in parallel, each of which takes the memory of a prefill.
     """
 
     model: str
@@ -39,17 +39,17 @@ class NiahTask:
     samples: int
     methods: tuple[str, ...]
     tables: dict[str, PatternTable]
-    match_to: str | None
-    margin: float
+    matched_method: str | None
+    cost_tolerance: float
     output: Path
     dtype: str
-    costs: str | None
+    cost_model: str | None
     batch: int
-    side_by_side: int
+    parallel_compilations: int
     seed: int
 
     def __post_init__(self):
-        """Raises ValueError for names that nothing bears and numbers out of range, before anything is loaded."""
+        """Raises ValueError for unknown names and numbers out of range, before anything is loaded."""
         known = {DENSE, *FAMILIES, *self.tables}
         if unknown := [name for name in self.methods if name not in known]:
             raise ValueError(
@@ -57,28 +57,31 @@ class NiahTask:
             )
         if len(set(self.methods)) != len(self.methods) or not self.methods:
             raise ValueError(f"a method must be named once, and at least one: got {', '.join(self.methods)}")
-        if self.match_to is not None and self.match_to not in (DENSE, *self.tables):
-            raise ValueError(f"--match-cost must name a method with a table, got {self.match_to!r}")
-        if self.costs is not None and self.costs not in cost_models():
-            raise ValueError(f"--costs must be one of {', '.join(cost_models())}, got {self.costs!r}")
-        if not self.tokens or min(*self.tokens, self.samples, self.num_depths, self.batch, self.side_by_side) < 1:
+        if self.matched_method is not None and self.matched_method not in (DENSE, *self.tables):
+            raise ValueError(f"--match-cost must name a method with a table, got {self.matched_method!r}")
+        if self.cost_model is not None and self.cost_model not in cost_models():
+            raise ValueError(f"--cost-model must be one of {', '.join(cost_models())}, got {self.cost_model!r}")
+        if (
+            not self.tokens
+            or min(*self.tokens, self.samples, self.num_depths, self.batch, self.parallel_compilations) < 1
+        ):
             raise ValueError(
-                f"tokens, samples, depths, batch and side by side must be at least 1: got {self.tokens}, "
-                f"{self.samples}, {self.num_depths}, {self.batch}, {self.side_by_side}"
+                f"tokens, samples, depths, batch and parallel compilations must be at least 1: got {self.tokens}, "
+                f"{self.samples}, {self.num_depths}, {self.batch}, {self.parallel_compilations}"
             )
-        if not 0 <= self.margin < float("inf"):
-            raise ValueError(f"--margin must be a share of 0 or more, got {self.margin}")
+        if not 0 <= self.cost_tolerance < float("inf"):
+            raise ValueError(f"--cost-tolerance must be a fraction of 0 or more, got {self.cost_tolerance}")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"--output must name a directory, got the file {str(self.output)!r}")
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """Methods of a family, whose sizes are to be found."""
+        """Methods of a family, whose sizes are to be chosen."""
         return tuple(name for name in self.methods if name in FAMILIES and name not in self.tables)
 
     @property
-    def given(self) -> tuple[str, ...]:
-        """The other methods, which run as they are."""
+    def fixed_methods(self) -> tuple[str, ...]:
+        """The other methods: dense attention and tables."""
         return tuple(name for name in self.methods if name not in self.baselines)
 
     @property
@@ -92,22 +95,22 @@ class NiahTask:
         return range(first, first + self.samples)
 
 
-def read_methods(given: list[str], table: Path | None) -> tuple[tuple[str, ...], dict[str, PatternTable]]:
+def read_methods(names: list[str], table: Path | None) -> tuple[tuple[str, ...], dict[str, PatternTable]]:
     """Names of methods and their tables: `name`, `name=table.json`, and `--table` as the method "ours".
 
     Raises:
       ValueError: a table cannot be read.
     """
     tables = {} if table is None else {"ours": load_table(table)}
-    names = []
-    for method in given:
+    methods = []
+    for method in names:
         name, has_table, path = method.partition("=")
         if has_table:
             tables[name] = load_table(path)
-        names.append(name)
-    return tuple(names or (DENSE, *tables, *FAMILIES)), tables
+        methods.append(name)
+    return tuple(methods or (DENSE, *tables, *FAMILIES)), tables
 
 
-def read_tasks(given: list[str]) -> tuple[str, ...]:
+def read_tasks(names: list[str]) -> tuple[str, ...]:
     """The tasks' own names; those for any model when none is given."""
-    return tuple(map(task_name, given or DEFAULT_TASKS))
+    return tuple(map(task_name, names or DEFAULT_TASKS))

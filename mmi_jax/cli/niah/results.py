@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
-from mmi_jax.cli.niah.options import DENSE, NiahTask
+from mmi_jax.cli.niah.options import DENSE, NiahOptions
 from mmi_jax.cli.pictures import write_figure
 from mmi_jax.files import write_whole
 from mmi_jax.plots.heat_map import plot_heat_maps
@@ -21,7 +21,7 @@ from mmi_jax.search.trials.journal import Journal
 
 type Cell = Mapping[str, Any]
 
-COLUMNS = ("task", "method", "tokens", "depth", "correct", "asked", "accuracy", "density", "cost share", "pattern")
+COLUMNS = ("task", "method", "tokens", "depth", "correct", "asked", "accuracy", "density", "cost fraction", "pattern")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,21 +68,21 @@ def _named_methods(journal: Journal) -> list[str]:
     return list(rows[-1]["names"]) if rows else []
 
 
-def results_of(task: NiahTask, journal: Journal) -> Results:
+def results_of(task: NiahOptions, journal: Journal) -> Results:
     """All that the journal holds, of whichever methods, tasks and lengths it was filled with."""
     cells, methods = journal.matching(kind="cell"), _named_methods(journal)
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     cells.sort(key=lambda c: (tasks.index(c["task"]), c["tokens"], c["depth"], methods.index(c["method"])))
     shares = {(row["task"], row["tokens"]): row["share"] for row in journal.matching(kind="share")}
-    for place in {(cell["task"], cell["tokens"]) for cell in cells if cell["method"] == task.match_to}:
-        shares[place] = mean_share([c for c in cells if (c["task"], c["tokens"]) == place], str(task.match_to))
+    for place in {(cell["task"], cell["tokens"]) for cell in cells if cell["method"] == task.matched_method}:
+        shares[place] = mean_share([c for c in cells if (c["task"], c["tokens"]) == place], str(task.matched_method))
     return Results(
         cells=cells, methods=[method for method in methods if any(c["method"] == method for c in cells)],
-        depths=task.depths, shares=shares, unsized=(DENSE, *task.tables), margin=task.margin,
+        depths=task.depths, shares=shares, unsized=(DENSE, *task.tables), margin=task.cost_tolerance,
     )  # fmt: skip
 
 
-def write_results(task: NiahTask, journal: Journal) -> None:
+def write_results(task: NiahOptions, journal: Journal) -> None:
     """Writes results.csv, results.json and one PNG per task of all that the journal holds; prints a table per task."""
     out, results = console.stdout_console(), results_of(task, journal)
     provenance = {name: value for name, value in journal.run.items() if name != "tables"} | machine()

@@ -13,7 +13,7 @@ from mmi_jax import PatternTable
 from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
 from mmi_jax.cli.niah.answers import Asked, answer, ask_in_batches
-from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import remember_methods, write_results
 from mmi_jax.cli.niah.sizes import Sizes
 from mmi_jax.cli.samples import SampleSource, haystack_of
@@ -49,7 +49,7 @@ class Runner:
       warmed: programs that are compiled: method, pattern and padded length.
     """
 
-    task: NiahTask
+    task: NiahOptions
     model: Any
     source: SampleSource
     costs: CostModel
@@ -69,7 +69,7 @@ class Runner:
 
     def fill(self, place: Place, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
         """The missing cells of a place; the baselines last, as the matched method's own cell tells their sizes."""
-        given = self.missing(place, self.task.given)
+        given = self.missing(place, self.task.fixed_methods)
         self._ask_all(place, {method: self.task.tables.get(method) for method in given}, batches, on_step)
         if baselines := self.missing(place, self.task.baselines):
             on_step("sizes of baselines")
@@ -95,9 +95,9 @@ class Runner:
         length = Buckets().length_for(batches[0].prompt.tokens.shape[1])
         programs = {method: (method, _named(pattern), length) for method, pattern in patterns.items()}
         cold = [method for method, program in programs.items() if program not in self.warmed]
-        if cold and self.task.side_by_side > 1:
+        if cold and self.task.parallel_compilations > 1:
             on_step("compiling")
-            with ThreadPoolExecutor(max_workers=self.task.side_by_side) as pool:
+            with ThreadPoolExecutor(max_workers=self.task.parallel_compilations) as pool:
                 list(pool.map(lambda method: self._ask(batches[:1], patterns[method]), cold))
         self.warmed.update(programs.values())
 
@@ -111,7 +111,7 @@ class Runner:
         return {"kind": "cell", "task": name, "tokens": tokens, "depth": self.task.depths[number], "method": method}
 
 
-def run_niah(task: NiahTask) -> None:
+def run_niah(task: NiahOptions) -> None:
     """Fills the grid, writes CSV, JSON and heat maps into the output directory, and prints the means.
 
     What is written holds all cells of the output directory, those of methods, tasks and lengths of earlier runs too.
@@ -124,7 +124,7 @@ def run_niah(task: NiahTask) -> None:
     for name, tokens in itertools.product(task.tasks, task.tokens):  # refused now rather than after an hour
         for seed in task.seeds(0):
             source.script(name, num_tokens=tokens, depth=0.5, seed=seed)
-    cost_name = task.costs or default_costs()
+    cost_name = task.cost_model or default_costs()
     task.output.mkdir(parents=True, exist_ok=True)
     run = _run_of(task, checkpoint.directory, cost_name)
     journal = Journal(task.output / "cells.jsonl", run)
@@ -168,7 +168,7 @@ def _named(table: PatternTable | Pattern | None) -> str:
     return "a table" if isinstance(table, PatternTable) else repr(table)
 
 
-def _run_of(task: NiahTask, directory: Path, cost_name: str) -> dict[str, Any]:
+def _run_of(task: NiahOptions, directory: Path, cost_name: str) -> dict[str, Any]:
     """What the cells depend on besides their own coordinates; more tasks, lengths or methods may be added later."""
     return run_on(task.model, directory, task.dtype) | {
         "version": VERSION,
@@ -177,7 +177,7 @@ def _run_of(task: NiahTask, directory: Path, cost_name: str) -> dict[str, Any]:
         "samples": task.samples,
         "seed": task.seed,
         "costs": cost_name,
-        "matched to": task.match_to,
+        "matched to": task.matched_method,
         "tables": {
             name: [[pattern_json.to_json(p) for p in row] for row in table.layers]
             for name, table in task.tables.items()

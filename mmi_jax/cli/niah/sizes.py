@@ -9,7 +9,7 @@ import numpy as np
 
 from mmi_jax import Blocks
 from mmi_jax.cli.niah.answers import Asked, answer
-from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.samples import SampleSource
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
@@ -30,7 +30,7 @@ class Sizes:
     A size is never taken over from another task: what a baseline costs depends on the prompts, as ours does.
     """
 
-    task: NiahTask
+    task: NiahOptions
     model: Any
     source: SampleSource
     costs: CostModel
@@ -51,7 +51,7 @@ class Sizes:
 
     def _share_to_match(self, name: str, tokens: int, batch: Asked) -> float | None:
         """What the matched method costs there, of dense attention, from its own cell; it is asked if it has none."""
-        method = self.task.match_to
+        method = self.task.matched_method
         if method is None:
             return None
         place = {"task": name, "tokens": tokens, "method": method}

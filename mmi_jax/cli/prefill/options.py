@@ -14,7 +14,7 @@ from mmi_jax.method.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingOptions:
     """How the answer is decoded; see `mmi_jax.decode`."""
 
     max_new_tokens: int
@@ -29,7 +29,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillTask:
+class RunOptions:
     """What to run.
 
     Args:
@@ -55,7 +55,7 @@ class PrefillTask:
     chunk_tokens: int | None
     compares_dense: bool
     uses_mesh: bool
-    sampling: Sampling
+    sampling: SamplingOptions
 
     def __post_init__(self):
         """Raises ValueError for what `prefill` would refuse only after video and weights are loaded."""
@@ -64,7 +64,7 @@ class PrefillTask:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outputs:
+class OutputOptions:
     """Where results go.
 
     Args:
@@ -109,7 +109,7 @@ def check_directory(option: str, path: Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskResult:
+class RunResult:
     """What there is to print.
 
     Args:
@@ -118,10 +118,10 @@ class TaskResult:
       new_tokens, text: the answer.
       pictures: files written.
       stages: device time by stage of a second prefill, under the profiler.
-      note, right_answer: as of `Outputs`.
+      note, right_answer: as of `OutputOptions`.
     """
 
-    task: PrefillTask
+    task: RunOptions
     report: PrefillReport
     dense_report: PrefillReport | None
     agreement: Agreement | None

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmi_jax.cli.prefill.options import TaskResult
+from mmi_jax.cli.prefill.options import RunResult
 from mmi_jax.engine.reporting.profiling import StageTimes
 from mmi_jax.engine.reporting.report import Agreement, PrefillReport
 
@@ -18,7 +18,7 @@ HOST_STAGES = (
 LAYERS_TITLE = "min / mean / max over heads\ndensity: tiles computed, over causal's; above 1 in short prompts"
 
 
-def print_result(result: TaskResult, console: Console) -> None:
+def print_result(result: RunResult, console: Console) -> None:
     """Everything a prefill found, the answer last."""
     report = result.report
     console.print(prompt_table(report))

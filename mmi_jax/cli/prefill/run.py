@@ -18,7 +18,7 @@ import mmi_jax
 from mmi_jax import Blocks, PatternTable, PrefillResult
 from mmi_jax.cli import console
 from mmi_jax.cli.pictures import write_pictures
-from mmi_jax.cli.prefill.options import Outputs, PrefillTask, Sampling, TaskResult
+from mmi_jax.cli.prefill.options import OutputOptions, RunOptions, RunResult, SamplingOptions
 from mmi_jax.cli.prefill.printing import print_result
 from mmi_jax.cli.prefill.prompt import arrange
 from mmi_jax.engine.programs.compilation import program_texts
@@ -31,7 +31,7 @@ from models.media.video import read_image
 from models.media.video_stream import VideoStream
 
 
-def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
+def run_prefill(task: RunOptions, outputs: OutputOptions) -> RunResult:
     """Runs the task and prints its result.
 
     Raises:
@@ -63,7 +63,7 @@ def run_prefill(task: PrefillTask, outputs: Outputs) -> TaskResult:
         with console.spinner("drawing"):
             blocks = task.blocks or Blocks()
             pictures = write_pictures(outputs.plots, model, prompt, report, layer=outputs.plot_layer, blocks=blocks)
-    found = TaskResult(
+    found = RunResult(
         task=task,
         report=report,
         dense_report=None if dense is None else dense.report,
@@ -91,7 +91,7 @@ class _Media:
       show: while set, told how far decoding is.
     """
 
-    def __init__(self, task: PrefillTask, processor: Processor):
+    def __init__(self, task: RunOptions, processor: Processor):
         """Returns when each video's first frame is decoded; on a mesh, when all are."""
         self.show: Callable[[str], None] | None = None
         self.streams = [
@@ -119,7 +119,7 @@ class _Media:
 
 
 def _prefill(
-    model, prompt: Prompt, task: PrefillTask, table: PatternTable | Pattern | None, mesh: Mesh | None, media: "_Media"
+    model, prompt: Prompt, task: RunOptions, table: PatternTable | Pattern | None, mesh: Mesh | None, media: "_Media"
 ) -> PrefillResult:
     """One prefill behind a spinner that names the stage; all layers are one program, which reports only its end."""
     stages = {"vision": "vision tower", "compile": "compiling", "prefill": f"{model.config.num_layers} layers"}
@@ -143,7 +143,7 @@ def _prefill(
         )
 
 
-def _decode(model, prefilled: PrefillResult, sampling: Sampling, end_tokens: tuple[int, ...]) -> list[int]:
+def _decode(model, prefilled: PrefillResult, sampling: SamplingOptions, end_tokens: tuple[int, ...]) -> list[int]:
     """The answer's tokens, up to and with the first end token."""
     tokens = mmi_jax.decode(
         model,

@@ -22,7 +22,7 @@ from models.tasks.rows import choice_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QaTask:
+class QaOptions:
     """A set of questions and how they are asked; see `mmi qa`."""
 
     model: str
@@ -51,7 +51,7 @@ class QaTask:
         return None if self.table is None else pattern_json.to_json(self.table)
 
 
-def run_qa(task: QaTask) -> Score:
+def run_qa(task: QaOptions) -> Score:
     """Asks every question and prints the score.
 
     Raises:
@@ -82,7 +82,7 @@ def run_qa(task: QaTask) -> Score:
     return score
 
 
-def _ask(task: QaTask, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
+def _ask(task: QaOptions, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
     """One question's answer."""
     video = read_video(item.video, fps=task.fps, max_frames=task.max_frames, resize=processor.fit_frame)
     given = _choice(task, model, processor, item, video) if item.options else _words(
@@ -92,13 +92,13 @@ def _ask(task: QaTask, model: Any, processor: Processor, item: Item) -> dict[str
     return {"name": item.name, "answer": given, "expected": item.answer, "is_right": bool(is_right)}
 
 
-def _choice(task: QaTask, model: Any, processor: Processor, item: Item, video: Video) -> int:
+def _choice(task: QaOptions, model: Any, processor: Processor, item: Item, video: Video) -> int:
     asked = sample(item, video)
     result = mmi_jax.prefill(model, processor(list(asked.parts)), table=task.table, measures_recall=False)
     return int(np.argmax(np.asarray(result.logits)[0, choice_ids(asked.questions[0], processor.tokenizer)]))
 
 
-def _words(task: QaTask, model, processor: Processor, item: Item, video: Video) -> str:
+def _words(task: QaOptions, model, processor: Processor, item: Item, video: Video) -> str:
     ends, prompt = processor.end_tokens, processor(parts(item, video))
     result = mmi_jax.prefill(model, prompt, table=task.table, measures_recall=False, max_new_tokens=task.max_new_tokens)
     tokens = mmi_jax.decode(model, result, max_new_tokens=task.max_new_tokens, end_tokens=ends)

@@ -8,61 +8,80 @@ import typer
 from mmi_jax.cli import compile_cache
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import CacheDirOption, CostsOption, DebugOption, DType
-from mmi_jax.cli.search.options import Calibration, Dial, SearchTask
+from mmi_jax.cli.options import (
+    CacheDirOption,
+    CostModelOption,
+    DebugOption,
+    DType,
+    DTypeOption,
+    FpsOption,
+    HaystackOption,
+    OptionalModelOption,
+)
+from mmi_jax.cli.search.options import Calibration, SearchOptions, SearchTarget
 
 
 def search(
-    output: Annotated[Path, typer.Option(help="The pattern table to write, JSON.")],
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, or a name on the Hugging Face hub.")] = None,
+    output: Annotated[Path, typer.Option(help="Pattern table to write, JSON.")],
+    model: OptionalModelOption = None,
     target_speedup: Annotated[
-        float | None, typer.Option(help="Attention so many times as fast as dense, on every calibration prompt.")
+        float | None, typer.Option(help="Speed-up of attention over dense on every calibration prompt.")
     ] = None,
     target_density: Annotated[
-        float | None, typer.Option(help="Visited tiles, as a share of all causal ones, on every prompt.")
+        float | None, typer.Option(help="Fraction of the causal tiles that is visited, on every prompt.")
     ] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="A calibration video; several give several samples.")] = None,
-    prompt: Annotated[str, typer.Option(help="The question that follows each video.")] = "Describe this video.",
-    fps: Annotated[float, typer.Option(help="Frames sampled per second of video.")] = 2.0,
-    max_frames: Annotated[int | None, typer.Option(help="Frames sampled per video at most: 768 unless given.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Calibration video; repeatable.")] = None,
+    prompt: Annotated[str, typer.Option(help="Question after each video.")] = "Describe this video.",
+    fps: FpsOption = 2.0,
+    max_frames: Annotated[int | None, typer.Option(help="Frames per video at most. Default: 768.")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Generated samples: v-niah, mm-niah, middle, mm-middle, match, silent-match."),
+        typer.Option(help="Generated samples: v-niah, mm-niah, middle, mm-middle, match, silent-match; repeatable."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of generated samples.")] = 25_000,
-    samples: Annotated[int, typer.Option(help="Generated samples of each task.")] = 1,
-    haystack: Annotated[str, typer.Option(help="'generated', or a folder of videos.")] = "generated",
-    seed: Annotated[int, typer.Option(help="Of the generated samples.")] = 0,
-    held_out: Annotated[list[Path] | None, typer.Option(help="A video to check the table on afterwards.")] = None,
-    held_out_samples: Annotated[int, typer.Option(help="Generated samples of each task to check it on.")] = 0,
-    weigh: Annotated[
-        bool, typer.Option("--weigh", help="Errors of heads count by what cutting down the head does to the answers.")
+    samples: Annotated[int, typer.Option(help="Generated samples per task.")] = 1,
+    haystack: HaystackOption = "generated",
+    seed: Annotated[int, typer.Option(help="Seed of the generated samples.")] = 0,
+    held_out: Annotated[
+        list[Path] | None, typer.Option(help="Video that the table is validated on; repeatable.")
+    ] = None,
+    held_out_samples: Annotated[int, typer.Option(help="Generated samples per task that it is validated on.")] = 0,
+    weight_by_importance: Annotated[
+        bool,
+        typer.Option(
+            "--weight-by-importance", help="Weight a head's error by how much ablating the head changes the answers."
+        ),
     ] = False,
-    candidates: Annotated[str, typer.Option(help="table4, ours, all, or a JSON file with a list of patterns.")] = "all",
-    scale: Annotated[float, typer.Option(help="Factor on all sizes in tokens: Table 4 is made for 25K tokens.")] = 1.0,
+    candidates: Annotated[
+        str, typer.Option(help="Candidate patterns: table4, ours, all, or a JSON file with a list of patterns.")
+    ] = "all",
+    scale: Annotated[
+        float, typer.Option(help="Factor on the candidates' sizes in tokens: Table 4 is for 25K tokens.")
+    ] = 1.0,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="A pattern that no head may have, by name; uses the same work file.")
+        list[str] | None,
+        typer.Option(help="Pattern, by name, that no head may have; repeatable. The same journal serves."),
     ] = None,
-    costs: CostsOption = None,
-    dtype: Annotated[DType, typer.Option(help="Type the model computes in.")] = DType.bfloat16,
-    work: Annotated[Path | None, typer.Option(help="Finished pieces, for going on after a kill.")] = None,
-    from_minference: Annotated[
-        Path | None, typer.Option(help="Only convert a per-head table that MInference published.")
+    cost_model: CostModelOption = None,
+    dtype: DTypeOption = DType.bfloat16,
+    journal: Annotated[
+        Path | None, typer.Option(help="File of finished trials, from which a stopped search resumes.")
     ] = None,
+    from_minference: Annotated[Path | None, typer.Option(help="Only convert a table published by MInference.")] = None,
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Find a pattern for every head and write the table. A killed search goes on where it stopped."""
+    """Search a pattern for every head and write the table. A stopped search resumes where it stopped."""
     with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)
         if from_minference is not None:
             convert(from_minference, output)
             return
-        found = SearchTask(
-            model=_needed(model),
+        options = SearchOptions(
+            model=_required(model),
             output=output,
-            work=work or output.with_suffix(".work.jsonl"),
-            dial=Dial(target_speedup=target_speedup, target_density=target_density),
+            journal=journal or output.with_suffix(".work.jsonl"),
+            target=SearchTarget(target_speedup=target_speedup, target_density=target_density),
             calibration=Calibration(
                 videos=tuple(video or ()),
                 held_out=tuple(held_out or ()),
@@ -76,16 +95,16 @@ def search(
                 haystack=haystack,
                 seed=seed,
             ),
-            weigh=weigh,
+            weights_by_importance=weight_by_importance,
             candidates=candidates,
             scale=scale,
             excluded=frozenset(exclude or ()),
-            costs=costs,
+            cost_model=cost_model,
             dtype=dtype.value,
         )
-        from mmi_jax.cli.search.run import run_search  # here, so that the other commands start without models
+        from mmi_jax.cli.search.run import run_search  # imported late: other commands start without models
 
-        run_search(found)
+        run_search(options)
 
 
 def convert(source: Path, output: Path) -> None:
@@ -97,7 +116,7 @@ def convert(source: Path, output: Path) -> None:
     print(f"wrote {output}: {table.num_layers} layers of {table.num_heads} heads")
 
 
-def _needed(model: str | None) -> str:
+def _required(model: str | None) -> str:
     if model is None:
         raise ValueError("search needs --model DIRECTORY_OR_HUB_NAME, or --from-minference FILE: got neither")
     return model

@@ -11,8 +11,8 @@ from mmi_jax.search.costs import cost_models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dial:
-    """The one dial, in one of its two units."""
+class SearchTarget:
+    """The target of a search, as a speed-up or as a density."""
 
     target_speedup: float | None
     target_density: float | None
@@ -24,11 +24,11 @@ class Dial:
                 "search needs one of --target-speedup and --target-density: "
                 f"got {self.target_speedup} and {self.target_density}"
             )
-        self.target  # noqa: B018
+        self.value  # noqa: B018
 
     @property
-    def target(self) -> Target:
-        """The dial's setting."""
+    def value(self) -> Target:
+        """The one that is given."""
         if self.target_speedup is not None:
             return TargetSpeedup(times=self.target_speedup)
         assert self.target_density is not None
@@ -70,38 +70,39 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchTask:
-    """One search.
+class SearchOptions:
+    """Options of one search.
 
     Args:
       output: the table's file.
-      work: the journal's file.
-      weigh: whether errors of heads count by what cutting down the head alone does to the answers of short prompts.
+      journal: file of finished trials.
+      weights_by_importance: whether a head's error is weighted by how much ablating it alone changes the answers of
+        short prompts.
       candidates: a name of `SETS`, or a file with a JSON list of patterns.
       excluded: names of patterns.
-      costs: name of a cost model; the device's when None.
+      cost_model: name of a cost model; the device's when None.
     """
 
     model: str
     output: Path
-    work: Path
-    dial: Dial
+    journal: Path
+    target: SearchTarget
     calibration: Calibration
-    weigh: bool
+    weights_by_importance: bool
     candidates: str
     scale: float
     excluded: frozenset[str]
-    costs: str | None
+    cost_model: str | None
     dtype: str
 
     def __post_init__(self):
-        """Raises ValueError for names that nothing bears, or files that cannot be written."""
+        """Raises ValueError for unknown names, or files that cannot be written."""
         if unknown := self.excluded - pattern_json.pattern_names():
             known = ", ".join(sorted(pattern_json.pattern_names()))
             raise ValueError(f"--exclude must name patterns, {known}: got {', '.join(sorted(unknown))}")
-        if self.costs is not None and self.costs not in cost_models():
-            raise ValueError(f"--costs must be one of {', '.join(cost_models())}, got {self.costs!r}")
-        for path in (self.output, self.work):
+        if self.cost_model is not None and self.cost_model not in cost_models():
+            raise ValueError(f"--cost-model must be one of {', '.join(cost_models())}, got {self.cost_model!r}")
+        for path in (self.output, self.journal):
             if path.is_dir() or not path.absolute().parent.is_dir():
                 raise ValueError(f"a file must be written into an existing directory, got {str(path)!r}")
         self.read_candidates()

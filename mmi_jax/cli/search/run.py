@@ -11,7 +11,7 @@ from mmi_jax import PatternTable
 from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
-from mmi_jax.cli.search.options import SearchTask
+from mmi_jax.cli.search.options import SearchOptions
 from mmi_jax.cli.search.prompts import Prompts, calibration_prompts, held_out_prompts, weighed_prompts
 from mmi_jax.cli.show.table_view import print_table
 from mmi_jax.method.tables.cost_model import CostModel
@@ -36,7 +36,7 @@ class Found:
     held_out_error: float | None
 
 
-def run_search(task: SearchTask) -> Found:
+def run_search(task: SearchOptions) -> Found:
     """Searches, writes the table and prints it.
 
     Raises:
@@ -48,13 +48,13 @@ def run_search(task: SearchTask) -> Found:
     processor = checkpoint.read_processor()
     with console.spinner("prompts"):
         prompts = calibration_prompts(processor, task.calibration)
-        weighed = weighed_prompts(processor, task.calibration) if task.weigh else None
+        weighed = weighed_prompts(processor, task.calibration) if task.weights_by_importance else None
         held_out = held_out_prompts(processor, task.calibration)
     candidates = task.read_candidates()
-    journal = Journal(task.work, _run_of(task, checkpoint.directory, prompts, weighed))
+    journal = Journal(task.journal, _run_of(task, checkpoint.directory, prompts, weighed))
     with console.progress_bar("loading weights", "tensors") as on_tensor:
         model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
-    name = task.costs or default_costs()
+    name = task.cost_model or default_costs()
     costs = cost_models()[name]
     out.print(forecast(candidates, prompts.by_name, model.config, name, costs), markup=False, soft_wrap=True)
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def run_search(task: SearchTask) -> Found:
         weights = search.importance_weights(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
         scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
-        best = choose_patterns(scores, task.dial.target, costs, excluded=task.excluded)
+        best = choose_patterns(scores, task.target.value, costs, excluded=task.excluded)
     on_others = None
     if held_out.by_name:
         with console.work_bar("trials") as on_trial:
@@ -85,7 +85,7 @@ def run_search(task: SearchTask) -> Found:
     return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
+def _run_of(task: SearchOptions, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
     """What the trials' figures are and depend on: a work file of anything else is refused."""
     run = run_on(task.model, directory, task.dtype)
     run |= {"measured": ", ".join(METRICS), "calibration": prompts.description}
@@ -93,7 +93,7 @@ def _run_of(task: SearchTask, directory: Path, prompts: Prompts, weighed: Prompt
 
 
 def _provenance(
-    task: SearchTask, journal: Journal, cost_name: str, best: SearchResult, scores: Scores, costs: CostModel,
+    task: SearchOptions, journal: Journal, cost_name: str, best: SearchResult, scores: Scores, costs: CostModel,
     on_others: Scores | None,
 ) -> dict[str, str]:  # fmt: skip
     """How the table was found, as text by name."""
@@ -103,11 +103,12 @@ def _provenance(
     found = {
         "source": "mmi search",
         **journal.run,
-        "target": str(task.dial.target),
+        "target": str(task.target.value),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
         "attention cost": _dearest(best.relative_costs, "calibration prompt"),
-        "error": f"{error:.6g} (mean over heads{', by their weight,' if task.weigh else ''} of the relative squared "
-        "error of the attention output; half of it is that of the rows from which answers are read, where a prompt has "
+        "error": f"{error:.6g} (mean over heads{', weighted,' if task.weights_by_importance else ''} of the relative "
+        "squared error of the attention output; half of it is that of the rows from which answers are read, where a "
+        "prompt has "
         "such)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",

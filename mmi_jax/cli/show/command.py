@@ -9,17 +9,18 @@ import typer
 from mmi_jax import PatternTable
 from mmi_jax.cli import console
 from mmi_jax.cli.errors import one_line_errors
+from mmi_jax.cli.options import DebugOption
 from mmi_jax.cli.show.table_view import print_table
 from mmi_jax.method.tables.pattern_table import load_table
 from mmi_jax.search.baselines.minference import is_minference, load_minference
 
 
 def show(
-    table: Annotated[Path, typer.Argument(help="A pattern table, JSON; or one that MInference published.")],
+    table: Annotated[Path, typer.Argument(help="Pattern table, JSON, or one published by MInference.")],
     plots: Annotated[Path | None, typer.Option(help="Directory for pictures of the same.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Print the pattern of each head and how the table was made. Error and cost, too, where a search found them."""
+    """Print a pattern table. The pattern of each head, provenance, and error and cost where a search wrote them."""
     with one_line_errors(shows_traceback=debug):
         loaded = _load(table)
         print_table(loaded, console.stdout_console())

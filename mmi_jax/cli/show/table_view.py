@@ -1,4 +1,4 @@
-"""A pattern table on the terminal: layers x heads by pattern, error, cost, and who takes which share of the time."""
+"""A pattern table on the terminal: layers x heads by pattern, error, cost, and the fraction of the time."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -41,7 +41,7 @@ def heads_grid(table: PatternTable, marks: Mapping[Pattern, Text]) -> Text:
 
 
 def patterns_table(table: PatternTable, marks: Mapping[Pattern, Text]) -> Table:
-    """Mark, number of heads, share of the time and mean error where scores are, and the pattern with its fields."""
+    """Mark, number of heads, fraction of the time and mean error where scores are, and the pattern with its fields."""
     heads = sum(table.layers, ())
     scores = table.scores
     found = Table("mark", "heads", *(["time", "error"] if scores else []), "pattern")
@@ -68,9 +68,9 @@ def numbers_grid(title: str, values: tuple[tuple[float, ...], ...], factor: int,
 
 
 def layers_table(scores: HeadScores) -> Table:
-    """Mean error, density and share of the time of each layer, and of all."""
+    """Mean error, density and fraction of the time of each layer, and of all."""
     cost, error, density = (np.array(x) for x in (scores.cost, scores.error, scores.density))
-    found = Table("layer", "error", "density", "cost of dense", "share of time")
+    found = Table("layer", "error", "density", "cost of dense", "fraction of time")
     rows = [(str(n), n) for n in range(len(cost))] + [("all", slice(None))]
     for name, n in rows:
         found.add_row(

@@ -10,8 +10,8 @@ from tiny_preset import TINY
 from mmi_jax import AShape, Buckets, Grid, PatternTable, prefill
 from mmi_jax.bench.soak import growth, held, soak
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.soak import figures
-from mmi_jax.cli.bench.soak import random_prompt as bench_prompt
+from mmi_jax.cli.bench.commands.soak import figures
+from mmi_jax.cli.bench.commands.soak import random_prompt as bench_prompt
 from mmi_jax.cli.bench.synthetic_prompts import RepeatedPatches
 from models.prompt import LazyPatches
 from models.qwen2_5_vl import presets
@@ -88,12 +88,12 @@ def test_nothing_is_compiled_once_a_soak_has_begun(monkeypatch, tmp_path, capsys
     """Text, images and videos of two sizes, in seven buckets."""
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
     PatternTable(layers=((AShape(128, 256),) * 6,)).save(table := tmp_path / "table.json")
-    arguments = ["--preset", "tiny", "--layers", "1", "--prompts", "9", "--shortest", "512", "--longest", "2048"]
+    arguments = ["--preset", "tiny", "--layers", "1", "--prompts", "9", "--min-tokens", "512", "--max-tokens", "2048"]
     assert main(["bench", "soak", *arguments, "--table", str(table), "--debug"]) == 0
     printed = capsys.readouterr()
     case = json.loads(printed.out.strip().splitlines()[-1])["cases"][0]
     assert case["compilations"] == 0 and {row["compilations"] for row in case["rows"]} == {0}
     assert (case["prompts"], case["runs"], len(case["rows"])) == (9, 18, 18), "each comes twice"
     assert case["buckets"] == 7 and {row["programs"] for row in case["rows"]} == {case["programs"]}
-    assert case["ready"]["programs"] > 0 and case["ready"]["embeddings"] > 0
-    assert "ready: 7 buckets" in printed.err and "prompt 8, 1,087 tokens" in printed.err
+    assert case["warmup"]["programs"] > 0 and case["warmup"]["embeddings"] > 0
+    assert "warm-up: 7 buckets" in printed.err and "prompt 8, 1,087 tokens" in printed.err

@@ -147,8 +147,8 @@ def run_tune(monkeypatch):
     """`mmi bench tune` of one problem as on a Hopper GPU, the search itself replaced."""
 
     def run(table, search):
-        monkeypatch.setattr("mmi_jax.cli.bench.command.has_hopper_gpu", lambda: True)
-        monkeypatch.setattr("mmi_jax.cli.bench.run.matmul_tflops_per_s", lambda: 1.0)
+        monkeypatch.setattr("mmi_jax.cli.bench.commands.tune.has_hopper_gpu", lambda: True)
+        monkeypatch.setattr("mmi_jax.cli.bench.runner.matmul_tflops_per_s", lambda: 1.0)
         monkeypatch.setattr(tuned_table, "tune", search)
         return main(["bench", "tune", "--head-dim", "64", "--heads", "2/1", "--table", str(table)])
 

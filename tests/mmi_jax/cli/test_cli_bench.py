@@ -161,7 +161,7 @@ def test_a_plan_has_its_parts_and_the_whole():
     assert figures["relative_error"] < 1e-5
     parts = {f"{name}_ms" for name in ("views", "plan", "permute", "attend", "undo")}
     assert all(figures[name] > 0 for name in parts)
-    assert figures["share_beside_attend"] == pytest.approx(1 - figures["attend_ms"] / figures["median_ms"], abs=1e-3)
+    assert figures["overhead_fraction"] == pytest.approx(1 - figures["attend_ms"] / figures["median_ms"], abs=1e-3)
 
 
 def test_a_whole_that_differs_from_its_parts_is_not_timed(monkeypatch):
@@ -219,8 +219,8 @@ def test_plans_command_prints_a_table_and_a_json_line_last(capsys, tmp_path):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr("mmi_jax.cli.bench.run.matmul_tflops_per_s", lambda: pytest.fail("timed a matrix product"))
-    monkeypatch.setattr("mmi_jax.cli.bench.run._figures", lambda *_: pytest.fail("measured a case"))
+    monkeypatch.setattr("mmi_jax.cli.bench.runner.matmul_tflops_per_s", lambda: pytest.fail("timed a matrix product"))
+    monkeypatch.setattr("mmi_jax.cli.bench.runner._figures", lambda *_: pytest.fail("measured a case"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_an_unknown_dtype_is_refused_once_and_first(capsys, nothing_runs):
 
 def test_a_case_that_fails_is_a_row_and_the_others_are_measured(capsys, small_case, monkeypatch):
     monkeypatch.setitem(CASES, "bad", dataclasses.replace(SMALL, name="bad", num_q_heads=3))
-    asked = ["--case", "bad", "--case", "small", "--no-own-process", "--repeats", "1"]
+    asked = ["--case", "bad", "--case", "small", "--no-isolate", "--repeats", "1"]
     assert main(["bench", "attention", *asked]) == 1
     bad, good = last_line(capsys)["cases"]
     assert bad == {"case": "bad", "error": "num_q_heads=3 must be a multiple of num_kv_heads=2"}

@@ -9,7 +9,7 @@ from tiny_preset import TINY
 
 from mmi_jax import AShape, PatternTable
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.batch import compare_ways, requests_of
+from mmi_jax.cli.bench.commands.batch import compare_ways, requests_of
 from models.qwen2_5_vl import presets
 
 

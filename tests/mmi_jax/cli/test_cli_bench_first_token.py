@@ -1,4 +1,4 @@
-"""`mmi bench first-token` on a tiny preset: the parts are the whole, and dense stands beside it."""
+"""`mmi bench first-token` on a tiny preset: the parts are the whole, compared with dense."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from tiny_preset import TINY
 
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.first_token import with_dense_prefill
+from mmi_jax.cli.bench.commands.first_token import with_dense_prefill
 from models.qwen2_5_vl import presets
 
 
@@ -26,7 +26,7 @@ def test_the_parts_of_a_length_are_its_whole_time(tiny_preset, capsys):
     whole = sum(parts[name] for name in ("prompt", "vision", "prefill", "rest"))
     assert whole == pytest.approx(case["seconds"], abs=1e-3)
     assert 0 <= parts["waited"] < parts["prompt"] + parts["vision"] and case["decoding_alone"] > 0 < case["tower_alone"]
-    assert case["ready"]["seconds"] > 0 and case["ready"]["buckets"] == [1536]
+    assert case["warmup"]["seconds"] > 0 and case["warmup"]["buckets"] == [1536]
     assert by_host["parts"]["waited"] == 0 < by_host["seconds"] and "patches made by the host" in out
 
 

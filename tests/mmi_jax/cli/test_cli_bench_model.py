@@ -11,7 +11,7 @@ from flax import nnx
 
 from mmi_jax.bench.timing import wall_time
 from mmi_jax.cli import main
-from mmi_jax.cli.bench import model
+from mmi_jax.cli.bench.commands import vision
 from models.qwen2_5_vl import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.presets import PRESETS
 from models.qwen2_5_vl.vision import frame_flops
@@ -30,7 +30,7 @@ CONFIG = Qwen2_5_VLConfig(
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", CONFIG)
-    monkeypatch.setattr("mmi_jax.cli.bench.run.matmul_tflops_per_s", lambda: 1.0)
+    monkeypatch.setattr("mmi_jax.cli.bench.runner.matmul_tflops_per_s", lambda: 1.0)
     monkeypatch.setattr("mmi_jax.bench.decode.copy_bytes_per_s", lambda: 1e9)
 
 
@@ -103,7 +103,7 @@ def test_bad_options_are_refused_first(capsys, arguments, message):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_type_that_the_message_names_is_taken(dtype):
-    tower = model._random_model("tiny", dtype, "vision")
+    tower = vision.random_tower("tiny", dtype)
     assert {str(a.dtype) for a in jax.tree.leaves(nnx.state(tower))} == {dtype}
 
 

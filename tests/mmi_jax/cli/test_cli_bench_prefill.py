@@ -10,7 +10,7 @@ from mmi_jax import AShape, Dense, PatternTable
 from mmi_jax.bench.baselines.transformers_model import _read_lines
 from mmi_jax.bench.prefill import MIX, DenseBaseline, mixed_table, prefill_program, projection_flops
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.prefill import table_of
+from mmi_jax.cli.bench.presets import table_of
 from mmi_jax.cli.bench.synthetic_prompts import video_prompt
 from mmi_jax.layout import VISION
 from models import family_of
@@ -22,7 +22,7 @@ from models.random_weights import random_model
 @pytest.fixture
 def tiny_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
-    monkeypatch.setattr("mmi_jax.cli.bench.run.matmul_tflops_per_s", lambda: 1.0)
+    monkeypatch.setattr("mmi_jax.cli.bench.runner.matmul_tflops_per_s", lambda: 1.0)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_bad_options_end_before_anything_runs(tiny_preset, arguments, message, c
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("arguments", [["soak", "--longest", "1048577"], ["soak", "--seed", "-1"]])
+@pytest.mark.parametrize("arguments", [["soak", "--max-tokens", "1048577"], ["soak", "--seed", "-1"]])
 def test_no_soak_begins_that_could_not_end(tiny_preset, arguments, capsys):
     assert main(["bench", *arguments, "--preset", "tiny"]) == 2
     assert f"'{arguments[1]}': Input should be" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """`mmi` itself, `mmi show` and `mmi doctor`."""
 
 import os
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -30,6 +32,18 @@ def test_summaries_of_commands_are_whole_sentences_on_80_columns(arguments, caps
     assert len(summaries) >= 8
     for line in summaries:
         assert line.endswith(".") and not line.endswith("..."), line
+
+
+def test_help_imports_no_packages_of_models_or_pictures():
+    heavy = ("flax", "av", "matplotlib", "models", "tokenizers", "torch")
+    code = f"""import sys
+from mmi_jax.cli import main
+main(["--help"])
+for command in ("prefill", "search", "niah", "qa", "show", "doctor", "aot", "bench"):
+    main([command, "--help"])
+sys.exit(str([name for name in {heavy} if name in sys.modules] or ""))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_an_unknown_command_gives_one_line(capsys):

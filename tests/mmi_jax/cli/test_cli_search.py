@@ -14,7 +14,7 @@ import mmi_jax
 from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
 from mmi_jax.cli.niah.answers import Answers, Asked, ask_in_batches
-from mmi_jax.cli.niah.options import NiahTask
+from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import heat_maps, means_table, remember_methods, results_of
 from mmi_jax.cli.niah.run import Runner
 from mmi_jax.cli.niah.sizes import Sizes, layers_looked_at
@@ -59,7 +59,7 @@ def candidates(tmp_path) -> str:
 def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candidates, tmp_path, capsys, monkeypatch):
     output = tmp_path / "table.json"
     options = ["search", "--model", model, "--task", "v-niah", "--tokens", TOKENS, "--held-out-samples", "1"]
-    options += ["--dtype", "float32", "--candidates", candidates, "--output", str(output), "--costs", "tiles"]
+    options += ["--dtype", "float32", "--candidates", candidates, "--output", str(output), "--cost-model", "tiles"]
     assert main([*options, "--target-density", "0.9"]) == 0
     table = load_table(output)
     assert table.scores is not None and (table.num_layers, table.num_heads) == (4, 8)
@@ -67,7 +67,9 @@ def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candi
     assert np.mean(table.scores.density) <= 0.9 + 1e-6
     assert {"weights", "calibration", "device", "date", "commit", "target", "held-out error"} <= set(table.provenance)
     printed = capsys.readouterr().out
-    assert "error of each head, per mille" in printed and "cost of each head" in printed and "share of time" in printed
+    assert (
+        "error of each head, per mille" in printed and "cost of each head" in printed and "fraction of time" in printed
+    )
     work = (tmp_path / "table.work.jsonl").read_bytes()
     monkeypatch.setattr("mmi_jax.search.trials.measurement.measured", lambda *_, **__: pytest.fail("a trial ran again"))
     assert main([*options, "--target-density", "1", "--exclude", "AShape"]) == 0
@@ -91,7 +93,10 @@ def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candi
             ["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--exclude", "Gird"],
             "--exclude must name patterns, AShape",
         ),
-        (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--costs", "x"], "--costs must be one of"),
+        (
+            ["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--cost-model", "x"],
+            "--cost-model must be one of",
+        ),
         (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--candidates", "x"], "or a JSON file"),
         (["--model", "m", "--target-density", "0.5", "--task", "v-niah", "--scale", "0"], "a positive factor, got 0"),
     ],
@@ -144,7 +149,7 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     uniform_table(AShape(sink=128, local=32), num_layers=4, num_heads=8).save(tmp_path / "ours.json")
     output = tmp_path / "niah"
     options = ["niah", "--model", model, "--task", "v-niah", "--tokens", TOKENS, "--depths", "2", "--samples", "1"]
-    options += ["--dtype", "float32", "--output", str(output), "--costs", "tiles", "--side-by-side", "2"]
+    options += ["--dtype", "float32", "--output", str(output), "--cost-model", "tiles", "--parallel-compilations", "2"]
     options += ["--table", str(tmp_path / "ours.json"), "--method", "dense", "--method", "ours", "--method", "a-shape"]
     prefill, calls = mmi_jax.prefill, []
 
@@ -170,9 +175,9 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     assert [(row["method"], row["depth"]) for row in rows] == [
         (name, depth) for depth in ("0.0", "1.0") for name in ("dense", "ours", "a-shape")
     ]
-    share = {row["method"]: float(row["cost share"]) for row in rows}
-    assert share["dense"] == pytest.approx(1, abs=0.05) and share["ours"] < 0.95
-    assert share["a-shape"] == pytest.approx(share["ours"], rel=0.1)
+    cost = {row["method"]: float(row["cost fraction"]) for row in rows}
+    assert cost["dense"] == pytest.approx(1, abs=0.05) and cost["ours"] < 0.95
+    assert cost["a-shape"] == pytest.approx(cost["ours"], rel=0.1)
     cells = (output / "cells.jsonl").read_bytes()
     monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a cell ran again"))
     assert main(options) == 0 and (output / "cells.jsonl").read_bytes() == cells
@@ -186,13 +191,26 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     assert "% (not equal)" in capsys.readouterr().out  # its smallest size costs more than ours at 700 tokens
 
 
-def niah_task(directory, **changes) -> NiahTask:
+def niah_task(directory, **changes) -> NiahOptions:
     values: dict[str, Any] = dict(
-        model="m", tasks=("v_niah",), haystack="generated", tokens=(1024,), num_depths=1, samples=1,
-        methods=("a-shape", "swin"), tables={}, match_to="dense", margin=0.1, output=directory, dtype="float32",
-        costs=None, batch=1, side_by_side=1, seed=0,
-    )  # fmt: skip
-    return NiahTask(**values | changes)
+        model="m",
+        tasks=("v_niah",),
+        haystack="generated",
+        tokens=(1024,),
+        num_depths=1,
+        samples=1,
+        methods=("a-shape", "swin"),
+        tables={},
+        matched_method="dense",
+        cost_tolerance=0.1,
+        output=directory,
+        dtype="float32",
+        cost_model=None,
+        batch=1,
+        parallel_compilations=1,
+        seed=0,
+    )
+    return NiahOptions(**values | changes)
 
 
 def sizes_of(directory, **changes) -> Sizes:
@@ -259,7 +277,7 @@ def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(t
 
 
 def test_without_a_method_to_match_sizes_are_those_of_the_paper(tmp_path, batch):
-    sizes = sizes_of(tmp_path, match_to=None)
+    sizes = sizes_of(tmp_path, matched_method=None)
     assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(sink=128, local=4096)}
 
 
@@ -333,7 +351,7 @@ def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is
         (["--task", "hay"], "unknown task 'hay': expected one of v-niah"),
         (["--match-cost", "ours"], "--match-cost must name a method with a table, got 'ours'"),
         (["--samples", "0"], "must be at least 1"),
-        (["--margin", "-1"], "--margin must be a share of 0 or more, got -1.0"),
+        (["--cost-tolerance", "-1"], "--cost-tolerance must be a fraction of 0 or more, got -1.0"),
         (["--method", "ours=absent.json"], "absent.json: cannot read a pattern table"),
     ],
 )

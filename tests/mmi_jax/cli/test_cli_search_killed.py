@@ -28,7 +28,7 @@ def start(tmp_path):
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
     options = ["--model", str(tmp_path / "model"), "--candidates", str(tmp_path / "candidates.json")]
     options += ["--task", "v-niah", "--tokens", TOKENS, "--held-out-samples", "1", "--dtype", "float32"]
-    options += ["--costs", "tiles", "--target-density", "0.9"]
+    options += ["--cost-model", "tiles", "--target-density", "0.9"]
 
     def started(name: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "mmi_jax.cli", "search", *options, "--output", str(tmp_path / f"{name}.json")]

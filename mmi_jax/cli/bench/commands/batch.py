@@ -9,16 +9,25 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import typer
+from rich.table import Table
 
 from mmi_jax.bench.timing.measurements import measurement
-from mmi_jax.cli.bench import tables
-from mmi_jax.cli.bench.command import DebugOption, JsonFileOption, RepeatsOption
-from mmi_jax.cli.bench.prefill import config_of, random_weights, table_of
-from mmi_jax.cli.bench.run import Run, run_all
+from mmi_jax.cli.bench.options import (
+    BenchDTypeOption,
+    JsonFileOption,
+    LayersOption,
+    PresetOption,
+    RepeatsOption,
+    StopOption,
+    TableOption,
+    bench_dtype,
+)
+from mmi_jax.cli.bench.presets import config_of, random_weights, table_of
+from mmi_jax.cli.bench.runner import Case, run_cases
 from mmi_jax.cli.bench.synthetic_prompts import video_prompt
+from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import BenchDTypeOption, LayersOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine.batching import BATCH_TOKENS, batches, prefill_many
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.settings.buckets import Buckets
@@ -35,15 +44,17 @@ def batch(
     layers: LayersOption = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1024, max=Buckets.largest, help="Tokens of a prompt; repeated, for each. 2K to 32K on a GPU."),
+        typer.Option(
+            min=1024, max=Buckets.largest, help="Tokens of a prompt; repeatable. Default: 2K to 32K on a GPU."
+        ),
     ] = None,
     table: TableOption = "mix",
     dtype: BenchDTypeOption = None,
     repeats: RepeatsOption = 3,
     json_file: JsonFileOption = None,
-    debug: DebugOption = False,
+    debug: StopOption = False,
 ) -> None:
-    """What batches of one bucket gain on prompts of mixed lengths. From their embeddings to their logits.
+    """Time batches of prompts of mixed lengths. From their embeddings to their logits, in three ways.
 
     Every way runs once before it is timed, so that its programs are compiled.
     """
@@ -65,8 +76,8 @@ def batch(
                 "layers": config.num_layers,
             }
 
-        view = tables.batch_table
-        run_all([Run(preset, None)], measure, view, json_file, stops_at_error=debug, times_matmul=False)
+        view = batch_table
+        run_cases([Case(preset, None)], measure, view, json_file, stops_at_error=debug, times_matmul=False)
 
 
 def requests_of(config: Any, lengths: Sequence[int], settings: dict[str, Any]) -> list[Request]:
@@ -102,7 +113,7 @@ def compare_ways(run: Callable[[str], np.ndarray], lengths: Sequence[int], repea
     logits, ours = _timed(run, "many", repeats)
     others = {"one padded batch": ("padded", len(lengths) * max(padded)), "one by one": ("alone", sum(padded))}
 
-    def beside(way: str, padded_tokens: int) -> dict[str, Any]:
+    def compared(way: str, padded_tokens: int) -> dict[str, Any]:
         theirs, seconds = _timed(run, way, repeats)
         difference = float(np.linalg.norm(logits - theirs) / np.linalg.norm(theirs))
         figures = {"padded_tokens": padded_tokens, "logits_difference": difference}
@@ -114,7 +125,7 @@ def compare_ways(run: Callable[[str], np.ndarray], lengths: Sequence[int], repea
         "padded_tokens": sum(len(group) * padded[group[0]] for group in groups),
         "batches": [len(group) for group in groups],
         **ours,
-        "others": [measurement(name, functools.partial(beside, *way)) for name, way in others.items()],
+        "others": [measurement(name, functools.partial(compared, *way)) for name, way in others.items()],
     }
 
 
@@ -130,3 +141,28 @@ def _timed(run: Callable[[str], np.ndarray], way: str, repeats: int) -> tuple[np
         times.append(time.perf_counter() - start)
     names = {"seconds": np.median(times), "fastest_seconds": min(times), "slowest_seconds": max(times)}
     return logits, {name: round(float(value), 4) for name, value in names.items()}
+
+
+def batch_table(result: dict[str, Any]) -> Table:
+    """`prefill_many`, then the other ways: speed-up is ours over the other."""
+    table = figures_table(
+        result, "", "prompts", "tokens", "padded to", "logits differ", "s (fastest, slowest)", "tokens/s", "speed-up"
+    )
+
+    def times(figures: dict[str, Any], tokens: int) -> tuple[str, str]:
+        spread = f"{figures['seconds']:.4g} ({figures['fastest_seconds']:.4g}, {figures['slowest_seconds']:.4g})"
+        return spread, f"{tokens / figures['seconds']:,.0f}"
+
+    for case in measured_cases(result):
+        prompts = f"{len(case['lengths'])} in {len(case['batches'])} batches"
+        sizes = (f"{case[name]:,}" for name in ("tokens", "padded_tokens"))
+        table.add_row(case["case"], prompts, *sizes, "", *times(case, case["tokens"]))
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+                continue
+            figures = (f"{other['padded_tokens']:,}", f"{other['logits_difference']:.1e}")
+            table.add_row(
+                f"  {other['name']}", "", "", *figures, *times(other, case["tokens"]), f"{other['speedup']:.2f} x"
+            )
+    return table

@@ -10,17 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from rich.table import Table
 
 from mmi_jax.bench.soak import growth, held, soak
-from mmi_jax.cli.bench import tables
-from mmi_jax.cli.bench.command import DebugOption, JsonFileOption
-from mmi_jax.cli.bench.prefill import config_of, table_of
-from mmi_jax.cli.bench.run import Run, run_all
+from mmi_jax.cli.bench.options import (
+    BenchDTypeOption,
+    JsonFileOption,
+    PresetOption,
+    StopOption,
+    TableOption,
+    bench_dtype,
+)
+from mmi_jax.cli.bench.presets import config_of, table_of
+from mmi_jax.cli.bench.runner import Case, run_cases
 from mmi_jax.cli.bench.synthetic_prompts import RepeatedPatches, synthetic_prompt
+from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.console import stderr_console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import BenchDTypeOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.warmup import prepare
@@ -39,30 +46,31 @@ FEW_PATCHES = 4096
 """Random patches of a prompt, which its frames repeat: a million would take the host longer than all else."""
 
 
-def run_soak(
+def soak_command(
     preset: PresetOption = "3b",
     layers: Annotated[int, typer.Option(min=1, help="Run the first layers only.")] = 4,
     prompts: Annotated[int, typer.Option(min=9, help="Random prompts: text, images, videos, several of them.")] = 50,
-    shortest: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, at least.")] = 2**12,
-    longest: Annotated[int, typer.Option(min=1024, max=Buckets.largest, help="Tokens of a prompt, at most.")] = 2**18,
+    min_tokens: Annotated[int, typer.Option(min=512, help="Length of the shortest prompt.")] = 2**12,
+    max_tokens: Annotated[int, typer.Option(min=1024, max=Buckets.largest, help="Length of the longest prompt.")] = 2
+    ** 18,
     table: TableOption = "mix",
     dtype: BenchDTypeOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
     json_file: JsonFileOption = None,
-    debug: DebugOption = False,
+    debug: StopOption = False,
 ) -> None:
-    """Random prompts in one process, watched for what grows. Programs, compilations and bytes after each of them.
+    """Prefill random prompts in one process and watch memory. Programs, compilations and bytes after each of them.
 
-    All that their lengths and frames need is compiled before, so that a compilation in a row is one too many. Every
-    prompt comes twice, all of them in turn, because a program's first run takes memory of the host; the growth compares
-    the last third of the rows with the middle one.
+    All that their lengths and frames need is compiled before, so that a compilation after it is one too many. Every
+    prompt comes twice, all of them round-robin, because a program's first run takes memory of the host; the growth
+    compares the last third of the runs with the middle one.
     """
     from models.random_weights import random_model
 
     with one_line_errors(shows_traceback=debug):
         take_memory(NEARLY_ALL)
-        if shortest > longest:
-            raise ValueError(f"--shortest must be at most --longest, got {shortest} and {longest}")
+        if min_tokens > max_tokens:
+            raise ValueError(f"--min-tokens must be at most --max-tokens, got {min_tokens} and {max_tokens}")
         config = config_of(preset, layers)
         chosen = table_of(table, config)
         dtype = bench_dtype(dtype)
@@ -70,17 +78,17 @@ def run_soak(
         def measure(_: Any) -> dict[str, Any]:
             model = random_model(config, dtype=jnp.dtype(dtype))
             rng = np.random.default_rng(seed)
-            lengths = [int(n) for n in np.exp(rng.uniform(np.log(shortest), np.log(longest), prompts))]
+            lengths = [int(n) for n in np.exp(rng.uniform(np.log(min_tokens), np.log(max_tokens), prompts))]
             several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
-            ready = made_ready(model, chosen, several)
+            warmup = warm_up(model, chosen, several)
             run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
             rows = soak(run, several * ROUNDS, on_row=lambda row: tell(row, lengths[row["prompt"] % prompts]))
-            return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "ready": ready}
+            return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "warmup": warmup}
 
-        run_all([Run("soak", None)], measure, tables.soak_table, json_file, stops_at_error=debug, times_matmul=False)
+        run_cases([Case("soak", None)], measure, soak_table, json_file, stops_at_error=debug, times_matmul=False)
 
 
-def made_ready(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
+def warm_up(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
     """Seconds to compile the prefills of all prompts' buckets, and what embeds them."""
     prompts = [(prompt.tokens.shape[1], prompt.grids) for prompt in (make() for make in several)]
     start = time.perf_counter()
@@ -89,7 +97,7 @@ def made_ready(model: Any, table: PatternTable, several: Sequence[Callable[[], A
     for prompt in embedded_alike(model, prompts):
         jax.block_until_ready(model.embed(prompt))
     seconds = {"programs": prepared - start, "embeddings": time.perf_counter() - prepared}
-    tell(held(), f"ready: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
+    tell(held(), f"warm-up: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
@@ -155,3 +163,17 @@ def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
     num_patches = sum(math.prod(piece.grid) for piece in pieces if isinstance(piece, MediumSize))
     few = rng.standard_normal((FEW_PATCHES, config.vision.patch_dim), np.float32)
     return synthetic_prompt(config, pieces, RepeatedPatches(few, num_patches), rng)
+
+
+def soak_table(result: dict[str, Any]) -> Table:
+    """The warm-up before, what grew while prompts went by, and what was compiled all the same."""
+    table = figures_table(
+        result, "", "prompts", "buckets", "programs", "warm-up s", "embeddings warm-up s", "all prompts s",
+        "host MiB grown", "device MiB", "arrays MiB", "compiled",
+    )  # fmt: skip
+    for case in measured_cases(result):
+        grown = (f"{case[f'{name}_bytes_growth'] / 2**20:.1f}" for name in ("host", "device", "array"))
+        sizes = (str(case[name]) for name in ("prompts", "buckets", "programs"))
+        times = (f"{x:.4g}" for x in (case["warmup"]["programs"], case["warmup"]["embeddings"], case["seconds"]))
+        table.add_row(case["case"], *sizes, *times, *grown, str(case["compilations"]))
+    return table

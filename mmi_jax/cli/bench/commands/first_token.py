@@ -14,18 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from rich.table import Table
 
 from mmi_jax.bench.prefill import DenseBaseline, dense_seconds, is_all_dense, memory_figures
 from mmi_jax.bench.timing.measurements import measurement
-from mmi_jax.cli.bench import tables
-from mmi_jax.cli.bench.command import BaselineOption, DebugOption, JsonFileOption
-from mmi_jax.cli.bench.prefill import config_of, head_shapes, own_programs, table_of
-from mmi_jax.cli.bench.run import Run, run_all
+from mmi_jax.cli.bench.options import (
+    BaselineOption,
+    BenchDTypeOption,
+    JsonFileOption,
+    LayersOption,
+    LengthsOption,
+    PresetOption,
+    StopOption,
+    TableOption,
+    bench_dtype,
+)
+from mmi_jax.cli.bench.presets import config_of, head_shapes, table_of, with_empty_cache
+from mmi_jax.cli.bench.runner import Case, run_cases
 from mmi_jax.cli.bench.synthetic_prompts import synthetic_prompt, video_pieces, video_prompt
+from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.doctor.memory_plan import vision_bytes
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.settings.buckets import Buckets
@@ -51,12 +61,12 @@ def first_token(
     dtype: BenchDTypeOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each length.")] = 1,
     baseline: BaselineOption = True,
-    dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
-    host_limit: Annotated[int, typer.Option(min=0, help="Tokens up to which patches are also made by the host.")] = 0,
+    dense_limit: Annotated[int, typer.Option(min=2048, help="Longest dense prefill that is timed.")] = 2**17,
+    host_limit: Annotated[int, typer.Option(min=0, help="Longest prompt whose patches are also made by the host.")] = 0,
     json_file: JsonFileOption = None,
-    debug: DebugOption = False,
+    debug: StopOption = False,
 ) -> None:
-    """From a video file to the first logits. It is decoded, encoded by the vision tower, prefilled with text around it.
+    """Time a prompt from its video file to the first logits. Decoding, vision tower and prefill, whole and apart.
 
     The file is H.264, 448 x 448: a second of two pictures is 256 tokens. Decoding goes on while the tower works; each
     is also timed alone. The dense time is ours with the prefill's part replaced, extrapolated above --dense-limit. The
@@ -78,11 +88,11 @@ def first_token(
         if baseline and not is_all_dense(suite.table):
             suite.dense = DenseBaseline(measure=suite.dense_seconds, limit=dense_limit)
         lengths = sorted(tokens or [2**17 if on_gpu else 2048])
-        with own_programs():
-            suite.ready = measurement("ready", lambda: suite.made_ready(lengths))
-            runs = [Run(f"{preset} {n}", n) for n in lengths]
-            table_view = tables.first_token_table
-            run_all(runs, suite.measure, table_view, json_file, stops_at_error=debug, times_matmul=False)
+        with with_empty_cache():
+            suite.warmup = measurement("warm-up", lambda: suite.warm_up(lengths))
+            runs = [Case(f"{preset} {n}", n) for n in lengths]
+            table_view = first_token_table
+            run_cases(runs, suite.measure, table_view, json_file, stops_at_error=debug, times_matmul=False)
 
 
 @dataclasses.dataclass
@@ -95,7 +105,7 @@ class _Suite:
     repeats: int
     host_limit: int
     dense: DenseBaseline | None = None
-    ready: dict[str, Any] | None = None
+    warmup: dict[str, Any] | None = None
 
     @functools.cached_property
     def model(self) -> Any:
@@ -103,7 +113,7 @@ class _Suite:
 
         return random_model(self.config, shapes=head_shapes(self.config), dtype=jnp.dtype(self.dtype))
 
-    def made_ready(self, lengths: Sequence[int]) -> dict[str, Any]:
+    def warm_up(self, lengths: Sequence[int]) -> dict[str, Any]:
         """Seconds until the prefills of all lengths are compiled, side by side; the weights are drawn before."""
         jax.block_until_ready(self.model)
         start = time.perf_counter()
@@ -125,7 +135,7 @@ class _Suite:
                 "fastest_seconds": runs[0]["seconds"],
                 "slowest_seconds": runs[-1]["seconds"],
                 "compile_seconds": round(first["seconds"] - runs[0]["seconds"], 3),
-                "ready": self.ready,
+                "warmup": self.warmup,
                 **self.alone(num_tokens, path),
                 **memory_figures(self.model, self.table, num_tokens, embed_bytes=vision_bytes(self.config, num_tokens)),
                 "others": [],
@@ -218,3 +228,36 @@ def made_by_host(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
 
     video = read_video(path, fps=float(FPS), max_frames=ALL)
     return np.asarray(family_of(config).pixel_patches(config, video)), lambda: 0.0
+
+
+def first_token_table(result: dict[str, Any]) -> Table:
+    """The whole time of each length, its parts in order, and decoding and the tower each alone; dense as elsewhere."""
+    parts = ("prompt", "vision", "prefill", "rest")
+    table = figures_table(
+        result, "", "tokens", "pictures", "whole, s", *parts, "waited", "decoding alone", "tower alone",
+        "dense prefill", "dense whole", "speed-up", "warm-up s, all", "first s more", "peak GiB",
+    )  # fmt: skip
+    for case in measured_cases(result):
+        sign = "~" if case.get("is_dense_extrapolated") else ""
+        dense = [f"{sign}{case[name]:.4g}" if name in case else "" for name in ("dense_seconds", "dense_first_token")]
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            f"{case['pictures']:,}",
+            f"{case['seconds']:.4g}",
+            *(f"{case['parts'][name]:.4g}" for name in (*parts, "waited")),
+            f"{case['decoding_alone']:.4g}",
+            f"{case['tower_alone']:.4g}",
+            *dense,
+            f"{case['speedup']:.2f} x" if "speedup" in case else case.get("dense_error", ""),
+            f"{case['warmup']['seconds']:.1f}" if "seconds" in case["warmup"] else case["warmup"]["error"],
+            f"{case['compile_seconds']:.1f}",
+            f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
+        )
+        for other in case["others"]:
+            if "error" in other:
+                table.add_row(f"  {other['name']}: {other['error']}")
+            else:
+                times = (f"{other['parts'][name]:.4g}" for name in parts)
+                table.add_row(f"  {other['name']}", "", "", f"{other['seconds']:.4g}", *times)
+    return table

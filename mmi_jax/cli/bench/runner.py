@@ -1,4 +1,4 @@
-"""Runs the cases of a benchmark one after another: a failure is a row, figures are written as they come."""
+"""The runner of a benchmark's cases: a failure is the case's result, figures are written as they come."""
 
 import gc
 import json
@@ -21,15 +21,15 @@ FILE_WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""
 
 
-class Run(NamedTuple):
+class Case(NamedTuple):
     """One case: its name, and what is passed on to measure it."""
 
     name: str
-    task: Any
+    argument: Any
 
 
-def run_all(
-    runs: list[Run],
+def run_cases(
+    cases: list[Case],
     measure: Callable[[Any], dict[str, Any]],
     table: Callable[[dict[str, Any]], RenderableType],
     json_file: Path | None,
@@ -40,7 +40,7 @@ def run_all(
     """Measures every case, prints a table and, last, one JSON line.
 
     Args:
-      runs: in order.
+      cases: in order.
       measure: the figures of one case.
       table: of the whole result.
       json_file: also holds the line, rewritten after every case so that an interrupted run keeps its figures.
@@ -55,9 +55,9 @@ def run_all(
         check_target(json_file)
     matmul = {"matmul_tflops_per_s": round(matmul_tflops_per_s(), 2)} if times_matmul else {}
     result: dict[str, Any] = {"machine": machine(), **matmul, "cases": []}
-    for run in runs:
-        result["cases"].append(figures := _figures(run, measure, stops_at_error))
-        stderr_console().print(_progress(run.name, figures), markup=False, soft_wrap=True)
+    for case in cases:
+        result["cases"].append(figures := _figures(case, measure, stops_at_error))
+        stderr_console().print(_progress(case.name, figures), markup=False, soft_wrap=True)
         if json_file is not None:
             write_whole(json_file, json.dumps(result) + "\n")
         gc.collect()  # what a case held on the device is free before the next one begins
@@ -73,13 +73,13 @@ def run_all(
         raise typer.Exit(1)
 
 
-def _figures(run: Run, measure, stops_at_error: bool) -> dict[str, Any]:
+def _figures(case: Case, measure, stops_at_error: bool) -> dict[str, Any]:
     try:
-        return measure(run.task)
+        return measure(case.argument)
     except Exception as error:  # a case that fails must not cost the others their time on a rented machine
         if stops_at_error:
             raise
-        return {"case": run.name, "error": reason(error)}
+        return {"case": case.name, "error": reason(error)}
 
 
 def _progress(name: str, figures: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def _progress(name: str, figures: dict[str, Any]) -> str:
     return f"{name}: measured{error}{time}{rate}"
 
 
-def in_own_process(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:
+def in_process_of_its_own(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:
     """Measures one case in a fresh interpreter: `mmi bench` with these arguments and the case's name."""
 
     def measure(name: Any) -> dict[str, Any]:

@@ -1,44 +1,45 @@
-"""`mmi bench prefill`: whole prefills of a preset with random weights, beside the same engine with dense attention."""
+"""`mmi bench prefill`: whole prefills with random weights, compared with dense attention in the same engine."""
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import typer
+from rich.console import Group
 
 from mmi_jax.bench.baselines.transformers_model import measure_transformers
-from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.prefill import (
     DenseBaseline,
     bench_prefill,
     check_kernel,
     dense_seconds,
     is_all_dense,
-    mixed_table,
     profile_stages,
     projection_flops,
 )
 from mmi_jax.bench.timing.measurements import measurement
-from mmi_jax.cli import compile_cache
-from mmi_jax.cli.bench import tables
-from mmi_jax.cli.bench.command import DebugOption, JsonFileOption, check_known
-from mmi_jax.cli.bench.run import Run, run_all
-from mmi_jax.cli.bench.start_child import start_seconds
+from mmi_jax.cli.bench.options import (
+    BenchDTypeOption,
+    JsonFileOption,
+    LayersOption,
+    LengthsOption,
+    PresetOption,
+    StopOption,
+    TableOption,
+    bench_dtype,
+)
+from mmi_jax.cli.bench.presets import config_of, random_weights, table_of, with_empty_cache
+from mmi_jax.cli.bench.runner import Case, run_cases
+from mmi_jax.cli.bench.starts import start_seconds
 from mmi_jax.cli.bench.synthetic_prompts import video_prompt
+from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
-from mmi_jax.cli.options import BenchDTypeOption, LayersOption, LengthsOption, PresetOption, TableOption, bench_dtype
 from mmi_jax.files import check_target
-from mmi_jax.method.tables.pattern_table import PatternTable, as_table, load_table
-
-PLANTED_NATS = 14.0
-"""Scores of a head at what it looks at, above those of far tokens."""
+from mmi_jax.method.tables.pattern_table import PatternTable
 
 
 def prefill(
@@ -49,17 +50,19 @@ def prefill(
     dtype: BenchDTypeOption = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills of each length.")] = 1,
     check: Annotated[bool, typer.Option(help="Compare one layer with masked dense attention first.")] = True,
-    check_tokens: Annotated[int, typer.Option(min=1024, help="Tokens of that comparison, at most.")] = 2**15,
+    check_tokens: Annotated[int, typer.Option(min=1024, help="Longest prompt of that comparison.")] = 2**15,
     baseline: Annotated[bool, typer.Option(help="Also time dense attention.")] = True,
-    dense_limit: Annotated[int, typer.Option(min=2048, help="Tokens up to which dense prefills are measured.")] = 2**17,
+    dense_limit: Annotated[int, typer.Option(min=2048, help="Longest dense prefill that is timed.")] = 2**17,
     peers: Annotated[bool, typer.Option("--peers", help="Also time transformers, where torch is installed.")] = False,
-    peers_limit: Annotated[int, typer.Option(min=1024, help="Tokens up to which transformers runs.")] = 2**18,
-    start: Annotated[bool, typer.Option("--start", help="Also time cold and warm starts, in own processes.")] = False,
-    profile: Annotated[Path | None, typer.Option(help="Directory for traces: one more prefill of each length.")] = None,
+    peers_limit: Annotated[int, typer.Option(min=1024, help="Longest prompt for transformers.")] = 2**18,
+    start: Annotated[bool, typer.Option("--start", help="Also time cold and warm starts.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Directory for profiler traces of one more prefill per length.")
+    ] = None,
     json_file: JsonFileOption = None,
-    debug: DebugOption = False,
+    debug: StopOption = False,
 ) -> None:
-    """Prefill the embeddings of a video with text around it. Frames are of 256 tokens; the vision tower is left out.
+    """Time whole prefills of a video with text around it. Frames have 256 tokens; the vision tower is left out.
 
     Random weights, with biases of queries and keys that let heads look at what is near or at the same place of a frame.
     Above --dense-limit the dense time is extrapolated, and labelled so. The peak is that of the process so far.
@@ -76,8 +79,8 @@ def prefill(
         rows = measure_transformers(config, [n for n in lengths if n <= peers_limit]) if peers else []
         task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
         started = measurement("start", lambda: start_seconds(task)) if start else None
-        with own_programs():
-            runs = [Run(f"{preset} {n}", n) for n in lengths]
+        with with_empty_cache():
+            runs = [Case(f"{preset} {n}", n) for n in lengths]
             suite = _Suite(
                 config=config, table=chosen, dtype=dtype, repeats=repeats, peers=rows, profile=profile, start=started
             )
@@ -87,7 +90,7 @@ def prefill(
                 suite.check = measurement(
                     "one layer against masked dense attention", lambda: suite.checked(min(check_tokens, lengths[0]))
                 )
-            run_all(runs, suite.measure, tables.prefill_table, json_file, stops_at_error=debug)
+            run_cases(runs, suite.measure, prefill_table, json_file, stops_at_error=debug)
 
 
 @dataclasses.dataclass
@@ -143,56 +146,60 @@ class _Suite:
         )
 
 
-def random_weights(config: Any, dtype: str) -> Any:
-    """Random weights, heads of `head_shapes`; no vision tower."""
-    from models.random_weights import random_model
-
-    return random_model(config, shapes=head_shapes(config), has_vision=False, dtype=jnp.dtype(dtype))
-
-
-def head_shapes(config: Any) -> Any:
-    """Thirds of the heads look at the same place, at both, and at what is near."""
-    from models.interface import HeadShape
-
-    thirds = (
-        HeadShape(place=PLANTED_NATS),
-        HeadShape(near=PLANTED_NATS / 2, place=PLANTED_NATS / 2),
-        HeadShape(near=PLANTED_NATS),
-    )
-    return tuple(thirds[n * 3 // config.num_heads] for n in range(config.num_heads))
-
-
-def config_of(preset: str, layers: int | None) -> Any:
-    """The sizes of a preset, or of its first layers."""
-    from models import presets
-
-    known = presets()
-    check_known("--preset", preset, known)
-    config = known[preset]
-    if layers is not None and layers > config.num_layers:
-        raise ValueError(f"--layers must be at most {config.num_layers}, those of {preset}: got {layers}")
-    return config if layers is None else dataclasses.replace(config, num_layers=layers)
-
-
-def table_of(name: str, config: Any) -> PatternTable:
-    """The table that `--table` names, for the layers that run; raises ValueError where it names none."""
-    if set(cases := name.split("+")) <= set(PLAN_CASES):
-        return mixed_table(config.num_layers, config.num_heads, cases)
-    if name == "dense":
-        table = as_table(None, num_layers=config.num_layers, num_heads=config.num_heads)
-        return dataclasses.replace(table, model="dense")
-    if not Path(name).is_file():
-        known = ", ".join(PLAN_CASES)
-        raise ValueError(f"--table must be dense, cases joined by + (of {known}), or a file that exists, got {name!r}")
-    table = load_table(Path(name))
-    if table.num_layers > config.num_layers:
-        table = dataclasses.replace(table, layers=table.layers[: config.num_layers])
-    table.check_fits(num_layers=config.num_layers, num_heads=config.num_heads)
-    return table
+def prefill_table(result: dict[str, Any]) -> Group:
+    """Each length: ours, dense with ~ where it is extrapolated, memory planned and measured, then the peers; below the
+    table the stages and the check.
+    """
+    table = figures_table(
+        result, "", "tokens", "layers", "density", "s (fastest, slowest)", "dense s", "speed-up", "tokens/s",
+        "projections at the matmul rate, s", "compile s", "planned GiB", "peak GiB",
+    )  # fmt: skip
+    for case in measured_cases(result):
+        dense = (
+            f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_seconds']:.4g}" if "speedup" in case else ""
+        )
+        ideal = case["projection_flops"] / result["matmul_tflops_per_s"] / 1e12
+        table.add_row(
+            case["case"],
+            f"{case['tokens']:,}",
+            str(case["layers"]),
+            f"{case['density']:.4f}",
+            f"{case['seconds']:.4g} ({case['fastest_seconds']:.4g}, {case['slowest_seconds']:.4g})",
+            dense or case.get("dense_error", ""),
+            f"{case['speedup']:.2f} x" if "speedup" in case else "",
+            f"{case['tokens'] / case['seconds']:,.0f}",
+            f"{ideal:.4g}",
+            f"{case['compile_seconds']:.1f}",
+            f"{case['planned_bytes'] / 2**30:.2f}",
+            f"{case['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in case else "",
+        )
+        for other in case["others"]:
+            time = f"{other['seconds']:.4g}" if "seconds" in other else other["error"]
+            peak = f"{other['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in other else ""
+            table.add_row(f"  {other['name']}", "", "", "", time, *[""] * 6, peak)
+    return Group(table, *(note for case in measured_cases(result) for note in _prefill_notes(case)))
 
 
-@contextmanager
-def own_programs() -> Iterator[None]:
-    """An empty persistent cache, so that cold is cold."""
-    with tempfile.TemporaryDirectory() as directory, compile_cache.kept_programs(Path(directory)):
-        yield
+def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
+    """Density by pattern, device time by stage, and the check, each on a line."""
+    label = f"{case['case']} {case['tokens']:,}"
+    yield f"{label}, density: " + ", ".join(f"{name} {x:.4f}" for name, x in case["density_by_pattern"].items())
+    if "stages" in case:
+        stages = case["stages"]["seconds"]
+        yield f"{label}, stages: " + ", ".join(f"{name} {1e3 * seconds:.4g} ms" for name, seconds in stages.items())
+    if "start" in case:
+        yield f"{label}, start: " + (case["start"].get("error") or ", ".join(_starts(case["start"])))
+    if "check" in case:
+        check = case["check"]
+        found = check.get("error") or (
+            f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e} "
+            f"(dense attention's own {check['relative_error_of_dense']:.1e})"
+        )
+        yield f"{label}, {check['name']}: {found}"
+
+
+def _starts(start: dict[str, Any]) -> Iterator[str]:
+    """Cold and warm, and how many programs of layers."""
+    for name in ("cold", "warm"):
+        times = start[f"{name}_start"]
+        yield f"{name} {times['seconds']} s for {times['programs']} different layers"
