@@ -30,6 +30,7 @@ from mmi_jax.method.plan import plan_heads, prompt_geometry
 from mmi_jax.method.tables.pattern_table import load_table
 from mmi_jax.plots import table_plots
 from mmi_jax.plots.attention_map import plot_attention
+from mmi_jax.plots.mask_plot import plot_mask
 from mmi_jax.search.activations import LayerActivations, layer_activations
 from mmi_jax.search.costs import DENSITY
 from mmi_jax.search.scores import Choice, Scores, read_scores
@@ -195,7 +196,7 @@ def draw_head(options: Options, activations: LayerActivations, layer: int, head:
         f"attention-{name}.png": plot_attention(
             plan, 0, one_q[:, 0], one_k[:, 0], layout.pos, scale=scale, title=title
         ),
-        f"mask-{name}.png": table_plots.plot_mask(plan, 0, layout, title=title),
+        f"mask-{name}.png": plot_mask(plan, 0, layout, title=title),
     }
     return [write_figure(options.pictures / file, figure).name for file, figure in figures.items()]
 

@@ -11,6 +11,7 @@ from mmi_jax import Blocks
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.plots import table_plots
 from mmi_jax.plots.head_plans import plan_of_heads
+from mmi_jax.plots.mask_plot import plot_mask
 from models.prompt import Prompt
 
 MAX_MASKS = 6
@@ -47,7 +48,7 @@ def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blo
     for n, head in enumerate(heads):
         name = type(patterns[head]).__name__
         title = f"layer {layer}, head {head}: {name}, density {report.density[layer, head]:.2f}"
-        figures[f"mask-layer{layer}-head{head}"] = table_plots.plot_mask(plan, n, layout, title=title)
+        figures[f"mask-layer{layer}-head{head}"] = plot_mask(plan, n, layout, title=title)
     return figures
 
 

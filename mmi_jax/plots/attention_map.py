@@ -5,13 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from mmi_jax.method.plan import Plan
-from pallas_kernels.notation import PAD_KV_POS, AnyArray, Int32
+from pallas_kernels.notation import PAD_KV_POS, AnyArray, Float, Int32
 
 PIXELS = 384
 """Width and height of a map at most."""
@@ -19,19 +18,25 @@ PIXELS = 384
 ROWS_AT_ONCE = 256
 """Queries whose weights for all keys are held at a time."""
 
-WEAKEST = 1e-3
-"""Share of a row's average weight below which a pixel is black."""
+MIN_WEIGHT = 1e-3
+"""Fraction of a row's average weight below which a pixel is black."""
 
 
 def plot_attention(
-    plan: Plan, head: int, q: Float[AnyArray, "t d"], k: Float[AnyArray, "s d"], pos: Int32[AnyArray, " t"], *,
-    scale: float, title: str,
-) -> Figure:  # fmt: skip
+    plan: Plan,
+    head: int,
+    q: Float[AnyArray, "t d"],
+    k: Float[AnyArray, "s d"],
+    pos: Int32[AnyArray, " t"],
+    *,
+    scale: float,
+    title: str,
+) -> Figure:
     """One head's dense attention weights before and after the plan's permutation.
 
     Brightness is the weight over the average weight of the row, so that early and late queries are equally bright. The
     right picture has the plan's rows of queries downwards and its rows of keys to the right, regrouped and gathered
-    keys included; it shows what the kernel finds side by side, visited or not.
+    keys included: neighbours in it are neighbours in the kernel, visited or not.
 
     Args:
       plan: of one example, of a whole prompt.
@@ -52,9 +57,15 @@ def plot_attention(
 
 
 def attention_map(
-    q: Float[AnyArray, "t d"], k: Float[AnyArray, "s d"], pos: Int32[AnyArray, " t"], rows: np.ndarray,
-    keys: np.ndarray, *, scale: float, pixels: int = PIXELS,
-) -> Float[np.ndarray, "y x"]:  # fmt: skip
+    q: Float[AnyArray, "t d"],
+    k: Float[AnyArray, "s d"],
+    pos: Int32[AnyArray, " t"],
+    rows: Int32[np.ndarray, " r"],
+    keys: Int32[np.ndarray, " c"],
+    *,
+    scale: float,
+    pixels: int = PIXELS,
+) -> Float[np.ndarray, "y x"]:
     """Attention weights over the average weight of their row, averaged over the pairs of each pixel.
 
     Args:
@@ -84,8 +95,8 @@ def _summed(q, k, pos, rows, keys, column, scale: float, width: int):
     is_seen = kv_pos[None] <= q_pos[:, None]
     weights = jax.nn.softmax(scores, axis=1, where=is_seen)
     relative = jnp.where(is_row[:, None], weights * is_seen.sum(axis=1, keepdims=True), 0.0)
-    laid_out = jnp.where(keys >= 0, relative[:, jnp.maximum(keys, 0)], 0.0)
-    return jax.ops.segment_sum(laid_out.T, column, width, indices_are_sorted=True).T
+    reordered = jnp.where(keys >= 0, relative[:, jnp.maximum(keys, 0)], 0.0)
+    return jax.ops.segment_sum(reordered.T, column, width, indices_are_sorted=True).T
 
 
 def _without_empty_tail(order: np.ndarray) -> slice:
@@ -94,5 +105,5 @@ def _without_empty_tail(order: np.ndarray) -> slice:
 
 
 def _draw(axes: Axes, picture: np.ndarray, title: str, x: str, y: str) -> None:
-    axes.imshow(np.maximum(picture, WEAKEST), cmap="inferno", norm=LogNorm(WEAKEST, 1e2), interpolation="nearest")
+    axes.imshow(np.maximum(picture, MIN_WEIGHT), cmap="inferno", norm=LogNorm(MIN_WEIGHT, 1e2), interpolation="nearest")
     axes.set(title=title, xlabel=x, ylabel=y, xticks=[], yticks=[], aspect="auto")

@@ -1,4 +1,4 @@
-"""plan_of_heads: the plan that a prefill makes for chosen heads of one layer, for pictures and study."""
+"""Plans of chosen heads of one layer, as a prefill makes them, for pictures and study."""
 
 import functools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmi_jax.engine.prefill import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.attention import attend_sparsely
 from mmi_jax.method.patterns import Pattern
@@ -17,7 +18,13 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 def plan_of_heads(
-    model: Any, prompt: Any, table: PatternTable, *, layer: int, heads: Sequence[int], blocks: Blocks | None = None
+    model: VisionLanguageModel,
+    prompt: Any,
+    table: PatternTable,
+    *,
+    layer: int,
+    heads: Sequence[int],
+    blocks: Blocks | None = None,
 ) -> Plan:
     """The plan of some heads of one layer for a prompt that goes through the layers in one piece.
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 COLUMNS = 3
-"""Heat maps beside each other."""
+"""Heat maps in a line."""
 
 
 def plot_heat_maps(
@@ -22,7 +22,7 @@ def plot_heat_maps(
     Args:
       accuracy: by the text above each heat map; between 0 and 1.
       lengths: of the prompts; tokens.
-      depths: of the needle, as shares.
+      depths: of the needle, as fractions of the prompt.
     """
     columns = min(COLUMNS, len(accuracy))
     rows = -(-len(accuracy) // columns)

@@ -1,4 +1,4 @@
-"""A head's plan as two small images: what is attended in prompt order, and what is computed in permuted order.
+"""Small images of masks: pairs that are attended in prompt order, and those that are computed in permuted order.
 
 Images are made from the block lists, a few queries at a time, so a prompt of any length can be drawn.
 """
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int32
 
 from mmi_jax.method.plan import Plan
+from pallas_kernels.notation import Bool, Float, Int32
 from pallas_kernels.pytree import pytree
 
 KEYS, REGROUPED, GATHERED = "keys in prompt order", "the same keys, regrouped", "gathered columns"
-"""Names of the segments of a key view."""
+"""Names of the segments along the keys: the first view, other views, and rows gathered per head."""
 
 MAX_PIXELS = 720
 """Width of an image at most; longer prompts put several tokens into one pixel."""
@@ -25,10 +25,10 @@ ROWS_PER_PIXEL = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Neighbouring rows of the permuted queries or of the key view, as they stand in an image.
+    """Neighbouring rows of the permuted queries or of the keys, and their place in an image.
 
     Args:
-      name: what stands there.
+      name: of these rows.
       first, end: rows of the plan; tokens.
       pixel: where the first row is drawn; `pixel + (row - first) // tokens_per_pixel` is where any other is.
     """
@@ -41,12 +41,12 @@ class Segment:
 
 @pytree
 class MaskImages:
-    """What `rasterize` draws; the last axis of every image runs along the keys.
+    """The images of `rasterize`; the last axis of every image runs along the keys.
 
     Args:
-      attended: share of the pairs of each pixel that is attended, by the key segment that holds the key; prompt order.
-      computed: share of the pairs of each pixel that lies in a visited tile; permuted order.
-      kept: share of the pairs of each pixel that lies in a visited tile and is attended; permuted order.
+      attended: fraction of the pairs of each pixel that is attended, by the segment of the key; prompt order.
+      computed: fraction of the pairs of each pixel that lies in a visited tile; permuted order.
+      kept: fraction of the pairs of each pixel that lies in a visited tile and is attended; permuted order.
     """
 
     attended: Float[np.ndarray, "n t s"]
@@ -56,7 +56,7 @@ class MaskImages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Raster:
-    """Both images of a head and where things stand in them.
+    """The images of a head and the places of queries and keys in them.
 
     Args:
       num_queries, num_keys: tokens along the image in prompt order.
@@ -131,6 +131,14 @@ def rasterize(plan: Plan, head: int, *, max_pixels: int = MAX_PIXELS, gap: int =
     )
 
 
+def mask_image(mask: Bool[np.ndarray, "t s"], *, max_pixels: int = MAX_PIXELS) -> Float[np.ndarray, "y x"]:
+    """Fraction of the pairs of each pixel that a mask in prompt order attends."""
+    per_pixel = -(-max(mask.shape) // max_pixels)
+    t, s = (-(-n // per_pixel) for n in mask.shape)
+    padded = np.pad(mask, [(0, t * per_pixel - mask.shape[0]), (0, s * per_pixel - mask.shape[1])])
+    return padded.reshape(t, per_pixel, s, per_pixel).mean(axis=(1, 3))
+
+
 def _host(plan: Plan, head: int) -> _Head:
     index = plan.index
     extra_order = plan.extra_order[head]
@@ -165,38 +173,38 @@ def _visits(plan: Plan, host: _Head, step: int) -> Iterator[tuple[np.ndarray, np
 
 
 def _q_segments(plan: Plan, host: _Head, per_pixel: int, gap: int) -> tuple[Segment, ...]:
-    """Views of the queries, without the empty q blocks behind each."""
-    num_views = plan.q_order.inverse.shape[1]
-    block_q, rows_per_view = plan.index.block_q, len(host.order) // num_views
-    blocks_per_view = rows_per_view // block_q
-    found = []
-    for view in range(num_views):
-        used = np.flatnonzero(host.count[view * blocks_per_view : (view + 1) * blocks_per_view])
+    """Passes of the queries, without the empty q blocks behind each."""
+    num_passes = plan.q_order.inverse.shape[1]
+    block_q, rows_per_pass = plan.index.block_q, len(host.order) // num_passes
+    blocks_per_pass = rows_per_pass // block_q
+    spans = []
+    for n in range(num_passes):
+        used = np.flatnonzero(host.count[n * blocks_per_pass : (n + 1) * blocks_per_pass])
         if len(used):
-            name = "queries" if view == 0 else "the same queries, regrouped"
-            found.append((name, view * rows_per_view, view * rows_per_view + int(used[-1] + 1) * block_q))
-    return _placed(found, per_pixel, gap)
+            name = "queries" if n == 0 else "the same queries, regrouped"
+            spans.append((name, n * rows_per_pass, n * rows_per_pass + int(used[-1] + 1) * block_q))
+    return _placed(spans, per_pixel, gap)
 
 
 def _kv_segments(plan: Plan, host: _Head, per_pixel: int, gap: int) -> tuple[Segment, ...]:
-    """Key views and gathered columns that the head visits."""
+    """Key views and gathered rows that the head visits."""
     block_kv, shared = plan.index.block_kv, len(plan.kv_order)
     view_len = -(-plan.num_keys // block_kv) * block_kv
     entries = [host.start[a : a + n] for a, n in zip(host.first, host.count, strict=True)]
     starts = np.concatenate(entries)
     bounds = [*range(0, shared, view_len), shared, len(host.key_token)]
-    found = []
+    spans = []
     for n, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         inside = starts[(starts >= first) & (starts < end)]
         if len(inside):
             name = KEYS if n == 0 else GATHERED if first == shared else REGROUPED
-            found.append((name, first, int(inside.max()) + block_kv))
-    return _placed(found, per_pixel, gap)
+            spans.append((name, first, int(inside.max()) + block_kv))
+    return _placed(spans, per_pixel, gap)
 
 
-def _placed(found: list[tuple[str, int, int]], per_pixel: int, gap: int) -> tuple[Segment, ...]:
+def _placed(spans: list[tuple[str, int, int]], per_pixel: int, gap: int) -> tuple[Segment, ...]:
     placed, pixel = [], 0
-    for name, first, end in found:
+    for name, first, end in spans:
         placed.append(Segment(name=name, first=first, end=end, pixel=pixel))
         pixel += -(-(end - first) // per_pixel) + gap
     return tuple(placed)

@@ -1,10 +1,11 @@
-"""Pictures as matplotlib figures; pure functions, no window, no file."""
+"""Figures of tables and reports: patterns, scores and density of every head. Pure functions: no window, no file."""
 
 import dataclasses
 import textwrap
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -13,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.pattern_table import HeadScores, PatternTable
-from mmi_jax.plots.mask_plot import plot_mask as plot_mask
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#eecc66", "#004488")
 """Qualitative colours that colour-blind readers tell apart (Paul Tol, "bright" and "high contrast")."""
@@ -26,7 +26,7 @@ MAX_LEGEND = 24
 
 
 def plot_patterns(table: PatternTable) -> Figure:
-    """Which pattern each head of each layer has: one cell per head, one colour per distinct pattern."""
+    """The pattern of each head of each layer: one cell per head, one colour per distinct pattern."""
     distinct = list(dict.fromkeys(sum(table.layers, ())))
     numbers = np.array([[distinct.index(pattern) for pattern in heads] for heads in table.layers])
     colors = _colors(len(distinct))
@@ -48,7 +48,7 @@ def plot_patterns(table: PatternTable) -> Figure:
 
 
 def plot_scores(scores: HeadScores) -> Figure:
-    """Error and cost of each head side by side; cost as a share of a dense head's."""
+    """Error and cost of each head side by side; cost as a fraction of a dense head's."""
     error, cost = np.array(scores.error), np.array(scores.cost) / scores.dense_cost
     figure = _figure(max(8.0, 1.5 + 0.5 * error.shape[1]), 1.2 + 0.25 * error.shape[0])
     for axes, values, title in zip(
@@ -63,7 +63,7 @@ def plot_scores(scores: HeadScores) -> Figure:
 
 
 def plot_density(report: PrefillReport) -> Figure:
-    """Density and estimated recall of each layer: the mean over heads as a line, least to most as a band."""
+    """Density and estimated recall of each layer: the mean over heads as a line, their range as a band."""
     figure = _figure(6.4, 3.6)
     axes = figure.add_subplot()
     layers = np.arange(report.density.shape[0])
@@ -72,7 +72,7 @@ def plot_density(report: PrefillReport) -> Figure:
             continue
         axes.fill_between(layers, np.nanmin(values, axis=1), np.nanmax(values, axis=1), color=color, alpha=0.2, lw=0)
         axes.plot(layers, np.nanmean(values, axis=1), color=color, marker="o", markersize=3, label=name)
-    axes.set(xlabel="layer", ylabel="share of dense attention", ylim=(0, None), title="mean and range over heads")
+    axes.set(xlabel="layer", ylabel="fraction of dense attention", ylim=(0, None), title="mean and range over heads")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -89,7 +89,7 @@ def _colors(number: int) -> list:
     return list(COLORS[:number] if number <= len(COLORS) else colormaps["turbo"](np.linspace(0, 1, number)))
 
 
-def _number_cells(axes, num_columns: int, num_rows: int) -> None:
+def _number_cells(axes: Axes, num_columns: int, num_rows: int) -> None:
     for axis, count in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
         numbers = np.arange(0, count, max(1, count // 16))
         axis.set_ticks(numbers + 0.5, labels=[str(n) for n in numbers])

@@ -15,8 +15,9 @@ from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.method.token_groups import FramePlace
-from mmi_jax.plots import mask_plot, table_plots
-from mmi_jax.plots.mask_raster import GATHERED, KEYS, REGROUPED, rasterize
+from mmi_jax.plots import mask_figure, table_plots
+from mmi_jax.plots.mask_plot import plot_mask
+from mmi_jax.plots.mask_raster import GATHERED, KEYS, REGROUPED, mask_image, rasterize
 
 BLOCKS = Blocks(q=32, kv=16)
 PATTERNS = (
@@ -111,9 +112,14 @@ def test_a_table_of_many_patterns_has_a_colour_for_each_and_a_short_legend():
 def test_density_and_recall_are_drawn_by_layer():
     table = PatternTable(layers=((Dense(), AShape()), (AShape(), AShape())))
     report = PrefillReport(
-        tokens={"text": 4}, lengths=(4,), padded_tokens=4, seconds={}, table=table,
-        density=np.array([[1.0, 0.5], [0.2, 0.4]]), recall=np.array([[1.0, 0.8], [0.9, 0.7]]),
-    )  # fmt: skip
+        tokens={"text": 4},
+        lengths=(4,),
+        padded_tokens=4,
+        seconds={},
+        table=table,
+        density=np.array([[1.0, 0.5], [0.2, 0.4]]),
+        recall=np.array([[1.0, 0.8], [0.9, 0.7]]),
+    )
     lines = table_plots.plot_density(report).axes[0].get_lines()
     assert {line.get_label(): line.get_ydata().tolist() for line in lines} == {  # pyright: ignore
         "density": pytest.approx([0.75, 0.3]),
@@ -125,19 +131,43 @@ def test_density_and_recall_are_drawn_by_layer():
 
 @pytest.mark.parametrize("head", [0, 1])
 def test_mask_pictures_have_both_sides_and_name_the_prompt_spans(plan, layout, head):
-    figure = table_plots.plot_mask(plan, head, layout, title="a head")
+    figure = plot_mask(plan, head, layout, title="a head")
     before, after = (axes.get_images()[0].get_array() for axes in figure.axes)
     assert before is not None and before.shape[:2] == (180, 180)
     attended = np.asarray(plan.to_mask())[head, :180, :180]
     is_causal = np.tril(np.ones((180, 180), bool))
-    assert (before[~is_causal] == to_rgb(mask_plot.OUTSIDE_COLOR)).all()
-    skipped = np.isclose(before, to_rgb(mask_plot.SKIPPED_COLOR)).all(axis=-1)
+    assert (before[~is_causal] == to_rgb(mask_figure.OUTSIDE_COLOR)).all()
+    skipped = np.isclose(before, to_rgb(mask_figure.SKIPPED_COLOR)).all(axis=-1)
     np.testing.assert_array_equal(skipped, is_causal & ~attended)
     assert after is not None and after.shape[:2] == rasterize(plan, head, gap=10).images.kept.shape
     names = {text.get_text() for text in figure.axes[0].texts}
     assert {"text", "video"} <= names
     pixels = _draw(figure)
     assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 4), axis=0)) > 10
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_a_mask_is_drawn_as_its_plan_in_prompt_order(plan, layout, with_heads):
+    mask = np.asarray(plan.to_mask())
+    figure = plot_mask(mask, 1, layout) if with_heads else plot_mask(mask[1], layout=layout)
+    (axes,) = figure.axes
+    image = axes.get_images()[0].get_array()
+    assert image is not None and image.shape[:2] == (200, 200)
+    attended = np.isclose(image, to_rgb(mask_figure.KEYS_COLOR)).all(axis=-1)
+    np.testing.assert_array_equal(attended, mask[1])
+    assert {"text", "video"} <= {text.get_text() for text in axes.texts}
+    _draw(figure)
+
+
+def test_long_masks_share_pixels_and_heads_that_are_not_there_are_refused(plan, rng):
+    mask = rng.random((100, 150)) < 0.5
+    image = mask_image(mask, max_pixels=50)
+    assert image.shape == (34, 50)
+    np.testing.assert_allclose(image[:33], mask[:99].reshape(33, 3, 50, 3).mean(axis=(1, 3)))
+    with pytest.raises(ValueError, match="head must be one of the 4 that are given, got head=4"):
+        plot_mask(plan, 4)
+    with pytest.raises(ValueError, match="one of the 1 that are given"):
+        plot_mask(mask, 1)
 
 
 def _draw(figure) -> np.ndarray:
