@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_same_up_to_order, attention_terms, reordering_error
 from flax import nnx
 
 import mmi_jax.flax
@@ -27,6 +28,8 @@ SPARSE = (
     VerticalSlash(vertical=4, slash=2, local=1),
     Dense(),
 )
+TERMS = 2 * WIDTH + attention_terms(NUM_TOKENS, WIDTH // NUM_HEADS)
+"""Numbers added up for one output of a module: two projections and attention."""
 DENSE = attention_fn(Dense(), blocks=BLOCKS)
 MIXED = attention_fn(SPARSE, layout=LAYOUT, blocks=BLOCKS)
 
@@ -66,20 +69,20 @@ def masks(q, k, v, patterns, layout) -> jax.Array:
 
 def test_dense_in_nnx_equals_the_stock_module_with_a_causal_mask(x):
     expected = nnx_module()(x, mask=CAUSAL)
-    np.testing.assert_allclose(run(nnx_module(DENSE), x), expected, atol=2e-6)
+    assert_same_up_to_order(run(nnx_module(DENSE), x), expected, terms=TERMS)
 
 
 def test_dense_in_linen_equals_the_stock_module_with_a_causal_mask(x):
     variables = linen_module().init(jax.random.key(1), x)
     expected = linen_module().apply(variables, x, mask=CAUSAL)
-    np.testing.assert_allclose(jax.jit(linen_module(DENSE).apply)(variables, x), expected, atol=2e-6)
+    assert_same_up_to_order(jax.jit(linen_module(DENSE).apply)(variables, x), expected, terms=TERMS)
 
 
 def test_sparse_in_nnx_equals_masked_dense(x):
     stock = nnx_module()
     mask = masks(stock.query(x), stock.key(x), stock.value(x), SPARSE, LAYOUT)
     assert (mask.sum(axis=(0, 2, 3))[:3] < mask[:, 3].sum()).all(), "the patterns must skip something"
-    np.testing.assert_allclose(run(nnx_module(MIXED), x), stock(x, mask=mask), atol=2e-6)
+    assert_same_up_to_order(run(nnx_module(MIXED), x), stock(x, mask=mask), terms=TERMS)
 
 
 def test_sparse_in_linen_equals_masked_dense(x):
@@ -90,24 +93,24 @@ def test_sparse_in_linen_equals_masked_dense(x):
         for name in ("query", "key", "value")
     )
     expected = linen_module().apply(variables, x, mask=masks(q, k, v, SPARSE, LAYOUT))
-    np.testing.assert_allclose(jax.jit(linen_module(MIXED).apply)(variables, x), expected, atol=2e-6)
+    assert_same_up_to_order(jax.jit(linen_module(MIXED).apply)(variables, x), expected, terms=TERMS)
 
 
 def test_outside_jit(x):
     expected = nnx_module()(x, mask=CAUSAL)
-    np.testing.assert_allclose(nnx_module(DENSE)(x), expected, atol=2e-6)
+    assert_same_up_to_order(nnx_module(DENSE)(x), expected, terms=TERMS)
 
 
 def test_queries_are_the_last_tokens_of_longer_keys(x):
     expected = nnx_module()(x[:, -9:], x, mask=causal_mask(9, NUM_TOKENS))
     layer, mask = nnx_module(DENSE), causal_mask(9, NUM_TOKENS)
-    np.testing.assert_allclose(jax.jit(lambda x: layer(x[:, -9:], x, mask=mask))(x), expected, atol=2e-6)
+    assert_same_up_to_order(jax.jit(lambda x: layer(x[:, -9:], x, mask=mask))(x), expected, terms=TERMS)
 
 
 def test_any_number_of_batch_axes(x):
     expected = nnx_module()(x, mask=CAUSAL)
-    np.testing.assert_allclose(run(nnx_module(DENSE), x[None, :, None])[0, :, 0], expected, atol=2e-6)
-    np.testing.assert_allclose(run(nnx_module(DENSE), x[0]), expected[0], atol=2e-6)
+    assert_same_up_to_order(run(nnx_module(DENSE), x[None, :, None])[0, :, 0], expected, terms=TERMS)
+    assert_same_up_to_order(run(nnx_module(DENSE), x[0]), expected[0], terms=TERMS)
 
 
 def test_dtype_of_the_module_is_the_dtype_of_attention():
@@ -126,7 +129,8 @@ def test_gradients_equal_those_of_the_stock_module(x):
     expected = jax.tree_util.tree_leaves_with_path(gradients(nnx_module()))
     largest = max(np.abs(leaf).max() for _, leaf in expected)
     for (path, other), leaf in zip(expected, jax.tree.leaves(gradients(nnx_module(DENSE))), strict=True):
-        np.testing.assert_allclose(leaf, other, atol=1e-6 * largest, err_msg=jax.tree_util.keystr(path))
+        allowed = reordering_error(largest, terms=2 * NUM_TOKENS * TERMS)
+        np.testing.assert_allclose(leaf, other, rtol=0, atol=allowed, err_msg=jax.tree_util.keystr(path))
 
 
 # What is accepted and what is refused.
@@ -139,14 +143,14 @@ def test_a_mask_that_says_what_the_layout_says_is_accepted(x):
     expected = run(layer, x)
     same: Any = np.asarray(nnx.make_causal_mask(x[..., 0]))
     for mask in (CAUSAL, CAUSAL & is_real, same):
-        np.testing.assert_allclose(jax.jit(lambda x, mask=mask: layer(x, mask=mask))(x), expected, atol=2e-6)
+        assert_same_up_to_order(jax.jit(lambda x, mask=mask: layer(x, mask=mask))(x), expected, terms=TERMS)
     real_rows = np.asarray(layouts.is_real)
-    np.testing.assert_allclose(expected[real_rows], nnx_module()(x, mask=CAUSAL & is_real)[real_rows], atol=2e-6)
+    assert_same_up_to_order(expected[real_rows], nnx_module()(x, mask=CAUSAL & is_real)[real_rows], terms=TERMS)
 
 
 def test_is_causal_is_accepted(x):
     layer = nnx_module(DENSE)
-    np.testing.assert_allclose(jax.jit(lambda x: layer(x, is_causal=True))(x), run(layer, x), atol=2e-6)
+    assert_same_up_to_order(jax.jit(lambda x: layer(x, is_causal=True))(x), run(layer, x), terms=TERMS)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,7 @@ def test_module_equals_masked_dense_with_grouped_queries_and_rope(x):
     v = layer.v(x).reshape(2, NUM_TOKENS, -1, 8)
     dense = jax.nn.dot_product_attention(q, k, v, mask=masks(q, k, v, SPARSE, LAYOUT))
     expected = layer.out(dense.reshape(2, NUM_TOKENS, -1))
-    np.testing.assert_allclose(run(layer, x, layout=LAYOUT, rotary=rotary), expected, atol=2e-6)
+    assert_same_up_to_order(run(layer, x, layout=LAYOUT, rotary=rotary), expected, terms=TERMS)
 
 
 def test_module_compiles_once_for_all_layouts_of_a_length(x):

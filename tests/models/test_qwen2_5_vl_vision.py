@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwen2_5_vl_golden as oracle
+from closeness import assert_same_up_to_order, attention_terms, model_terms
 from flax import nnx
 
 from models.prompt import Prompt
@@ -80,7 +81,7 @@ def test_fused_attention_is_the_same_attention(rng, lengths):
     ours = vision_attention.attend_in_chunks(q, k, v, 0.3, lengths)
     fused = np.asarray(vision_attention.attend_fused(q, k, v, 0.3, lengths, implementation="xla"))
     is_row = np.ones((4, 9), bool) if lengths is None else np.arange(9) < lengths[:, None]
-    np.testing.assert_allclose(fused[is_row], np.asarray(ours)[is_row], rtol=0, atol=16 * ULP * np.abs(v).max())
+    assert_same_up_to_order(fused[is_row], np.asarray(ours)[is_row], terms=attention_terms(9, 16))
     assert np.isfinite(fused).all()
 
 
@@ -158,9 +159,8 @@ def test_a_prompt_of_text_alone():
     )
     logits = oracle.unpad("wide_heads", oracle.golden("wide_heads")["logits"])
     first = len(oracle.rows("wide_heads")[0][0])
-    np.testing.assert_allclose(
-        model(prompt)[0], logits[first : first + len(tokens)], rtol=0, atol=1e-5 * np.abs(logits).max()
-    )
+    terms = model_terms(model.config, num_keys=len(tokens))
+    assert_same_up_to_order(model(prompt)[0], logits[first : first + len(tokens)], terms=terms)
 
 
 def test_padding_changes_nothing():

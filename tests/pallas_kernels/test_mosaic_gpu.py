@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import attention_terms, reordering_error
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sparse_attention
@@ -43,7 +44,8 @@ def assert_close(got, inputs):
     has_keys = np.isfinite(want_lse)
     assert (out[~has_keys] == 0).all()
     assert np.isneginf(lse[~has_keys]).all()
-    np.testing.assert_allclose(lse[has_keys], want_lse[has_keys], rtol=1e-6, atol=1e-4)  # steep scores reach 2,000
+    rounding = reordering_error(1.0, attention_terms(inputs.k.shape[1], inputs.q.shape[-1]))
+    np.testing.assert_allclose(lse[has_keys], want_lse[has_keys], rtol=1e-6, atol=rounding)  # steep scores reach 2,000
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     bound = float(jnp.finfo(inputs.q.dtype).eps)  # weights and output are each rounded once: half an ulp, twice
     assert error <= bound, f"{error=} exceeds {bound=}"

@@ -1,4 +1,9 @@
-"""How close is close enough: errors against float64, measured beside the plain dense implementation's own."""
+"""Tolerances, derived from what is compared: its size, its dtype and the number of roundings; never tuned.
+
+Where float64 says what is right, an error may be twice that of the plain implementation in the same dtype, plus an ulp.
+Where two programs of one dtype are compared, neither is right: each may round wherever it adds, in an order of its own,
+which depends on the shapes and on the vector instructions of the processor.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +54,63 @@ def score_ulp(q, k, mask, scale):
     q, k = (np.abs(np.asarray(x, np.float64)) for x in (q, k))
     sums = np.einsum("htd,hsd->hts", q, np.repeat(k, ratio, axis=0)) * scale
     return float(jnp.finfo(jnp.float32).eps) * np.where(mask, sums, 0).max(axis=(1, 2))
+
+
+def model_terms(config, num_keys: int) -> int:
+    """Numbers added up on the way to one logit: products of each layer, its softmax and the residual stream.
+
+    Args:
+      config: of a language model: its numbers of layers and heads and its dimensions.
+      num_keys: tokens of the prompt, or of the bucket.
+    """
+    attention = config.embed_dim + config.head_dim + 2 * num_keys + config.num_heads * config.head_dim
+    norms, residuals = 2 * config.embed_dim, 2
+    return config.num_layers * (attention + config.embed_dim + config.mlp_dim + norms + residuals) + config.embed_dim
+
+
+def attention_terms(num_keys: int, head_dim: int) -> int:
+    """Numbers added up for one output of attention: a score, the sum of the weights and the weighted values."""
+    return head_dim + 2 * num_keys
+
+
+def reordering_error(want, terms: int, dtype=jnp.float32) -> float:
+    """Largest difference expected of two programs that add up the same `terms` numbers in different orders.
+
+    Each addition rounds by up to half an ulp, evenly spread: rms eps / sqrt(12) of the largest value. Over `terms`
+    additions of two programs these wander sqrt(2 * terms) as far, and of the thousands of values compared the worst
+    lies within five deviations: 5 / sqrt(6) * sqrt(terms) * eps, about 2 * sqrt(terms) * eps.
+    """
+    want = np.abs(np.asarray(want, np.float64))
+    largest = float(want[np.isfinite(want)].max(initial=0.0))
+    return 2 * float(np.sqrt(terms)) * float(jnp.finfo(dtype).eps) * largest
+
+
+def squared_error_rtol(want, terms: int, dtype=jnp.float32) -> float:
+    """Relative tolerance for fractions of squared output lost, |sparse - dense|^2 / |dense|^2, `want`.
+
+    The difference is a root of `want` as large as what is rounded, and squaring doubles its relative error.
+    """
+    return 2 * reordering_error(1.0, terms, dtype) / float(np.sqrt(np.min(want)))
+
+
+def assert_same_up_to_order(got, want, *, terms: int, dtype=jnp.float32, of_scores=0.0, what: str = "result") -> None:
+    """Two results of the same arithmetic in another order; what is not finite must be equal.
+
+    Args:
+      got, want: arrays of one shape.
+      terms: numbers added up for each value, see `model_terms` and `attention_terms`.
+      dtype: that the programs compute in.
+      of_scores: what `score_ulp` says, where scores of attention are large.
+    """
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    assert got.shape == want.shape, f"{what}: {got.shape=} {want.shape=}"
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{what}: where it is not finite")
+    error = float(np.abs(got - want)[finite].max(initial=0.0)) if np.isfinite(got[finite]).all() else np.nan
+    largest = float(np.abs(want[finite]).max(initial=0.0))
+    allowed = reordering_error(want, terms, dtype) + float(of_scores) * largest
+    # A NaN compares false, so it fails here too.
+    assert error <= allowed, f"{what}: {error=:.3e} > {allowed=:.3e} for {terms=} of at most {largest:.3e}"
 
 
 def assert_close_to_reference(got, exact, plain, *, dtype, of_scores=0.0, what: str = "out") -> None:

@@ -6,13 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import BLOCKS, BUCKETS, STATIC, batch, forward, join, pad, prompt, tiny_model
+from closeness import assert_same_up_to_order, model_terms
+from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, batch, forward, join, pad, prompt, tiny_model
 
 from mmi_jax import Buckets, Grid, PrefillResult, VerticalSlash, decode
 from mmi_jax import prefill as run_prefill
 from mmi_jax.engine.settings.padded_lengths import Sizes, sizes_for
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import ONE_DEVICE, Shards
+
+TERMS = model_terms(CONFIG, num_keys=64)
+"""Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
 
 VIDEO = prompt(0, 5, (3, 2, 4))
 MORE = prompt(1, (2, 2, 4), 4)
@@ -32,10 +36,10 @@ def prefill(prompt, **kwargs) -> PrefillResult:
     return run_prefill(tiny_model(), prompt, **settings)
 
 
-def assert_same(result, whole, atol=1e-5):
+def assert_same(result, whole):
     """Logits and every real token's keys and values, positions and lengths."""
-    np.testing.assert_allclose(result.logits, whole.logits, atol=atol)
-    np.testing.assert_allclose(result.hidden, whole.hidden, atol=atol)
+    assert_same_up_to_order(result.logits, whole.logits, terms=TERMS)
+    assert_same_up_to_order(result.hidden, whole.hidden, terms=TERMS)
     np.testing.assert_array_equal(result.cache.lengths, whole.cache.lengths)
     np.testing.assert_array_equal(result.cache.next_rope_pos, whole.cache.next_rope_pos)
     for row, length in enumerate(np.asarray(whole.cache.lengths)):
@@ -44,7 +48,7 @@ def assert_same(result, whole, atol=1e-5):
             assert (np.asarray(mine)[row, length:] == -1).all()
         for name in ("k", "v"):
             mine, theirs = (np.asarray(getattr(x.cache, name))[:, row, :length] for x in (result, whole))
-            np.testing.assert_allclose(mine, theirs, atol=atol)
+            assert_same_up_to_order(mine, theirs, terms=TERMS)
 
 
 @pytest.mark.parametrize("table", [None, STATIC])
@@ -102,7 +106,7 @@ def test_chunks_batches_and_logits_anywhere():
     assert_same(second, prefill(batch(*wholes)))
     everywhere = np.asarray(forward(tiny_model(), pad(batch(*wholes), 64)))
     assert second.logits_at is not None
-    np.testing.assert_allclose(second.logits_at, everywhere[np.arange(2)[:, None], 23 + at], atol=1e-5)
+    assert_same_up_to_order(second.logits_at, everywhere[np.arange(2)[:, None], 23 + at], terms=TERMS)
 
 
 def test_decoding_goes_on_after_a_continued_prompt():

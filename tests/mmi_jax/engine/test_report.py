@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from closeness import assert_same_up_to_order
 from tiny import BLOCKS, BUCKETS, STATIC, batch, prompt, tiny_model
 
 from mmi_jax import Dense, PatternTable, prefill
@@ -65,4 +66,4 @@ def test_the_report_of_a_prefill_as_json():
     recall, density = np.array(value["recall"]), np.array(value["density"])
     assert recall.shape == density.shape == (3, 4)
     assert (recall > 0.2).all() and (recall < 1).all() and (density < dense.density).all()
-    np.testing.assert_allclose(dense.recall, 1, atol=1e-5)
+    assert_same_up_to_order(dense.recall, np.ones_like(dense.recall), terms=2 * 64)

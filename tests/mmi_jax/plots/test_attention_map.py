@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import plan_of
+from closeness import assert_same_up_to_order, attention_terms
 from matplotlib.figure import Figure
 
 from mmi_jax import QBoundary, TriShape
@@ -23,10 +24,10 @@ def test_pixels_are_mean_weights_in_any_order(rng):
     expected = weights_over_average(q, k, 0.5)
     rows, keys = rng.permutation(20).astype(np.int32), np.append(rng.permutation(20), [-1, -1]).astype(np.int32)
     found = attention_map(q, k, jnp.asarray(pos), rows, keys, scale=0.5, pixels=22)
-    np.testing.assert_allclose(found[:, :20], expected[rows][:, keys[:20]], rtol=1e-4)
+    assert_same_up_to_order(found[:, :20], expected[rows][:, keys[:20]], terms=attention_terms(20, 8))
     assert (found[:, 20:] == 0).all()
     pooled = attention_map(q, k, jnp.asarray(pos), pos, pos, scale=0.5, pixels=5)
-    np.testing.assert_allclose(pooled, expected.reshape(5, 4, 5, 4).mean(axis=(1, 3)), rtol=1e-4)
+    assert_same_up_to_order(pooled, expected.reshape(5, 4, 5, 4).mean(axis=(1, 3)), terms=16 + attention_terms(20, 8))
 
 
 def test_a_plans_map_is_drawn(rng):
