@@ -1,6 +1,12 @@
 """Shape checks on, warnings are errors, rank promotion raises; one seed."""
 
+import os
 import sys
+
+# Most of the suite's time is XLA's, in thousands of programs that run once: it takes 0.6 of it without optimizations.
+# `make isa-test` runs the tests that compare numbers with them. The environment, so that child processes do likewise.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import numpy as np

@@ -42,6 +42,8 @@ def activations_of(layout, q, k, v, blocks=SMALL, answer_rows=()) -> LayerActiva
 
 
 ANSWERS = (77, 95)
+TERMS = attention_terms(96, 8)
+"""Numbers added up for one output of attention in `mixed`."""
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +68,13 @@ def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
     for n in (0, 1):
         rows = modality == n
         expected = np.square(sparse - dense)[rows].sum(axis=(0, 2)) / np.square(dense)[rows].sum(axis=(0, 2))
-        np.testing.assert_allclose(found.error[n], expected, rtol=squared_error_rtol(expected, attention_terms(96, 8)))
+        np.testing.assert_allclose(found.error[n], expected, rtol=squared_error_rtol(expected, TERMS))
         if n == 1:  # no answer is read from the video
             np.testing.assert_array_equal(found.answer_error[n], found.error[n])
     answers = list(ANSWERS)
     expected_answers = np.square(sparse - dense)[answers].sum(axis=(0, 2)) / np.square(dense)[answers].sum(axis=(0, 2))
     np.testing.assert_allclose(
-        found.answer_error[0], expected_answers, rtol=squared_error_rtol(expected_answers, attention_terms(96, 8))
+        found.answer_error[0], expected_answers, rtol=squared_error_rtol(expected_answers, TERMS)
     )
     assert not np.allclose(found.answer_error[0], found.error[0], rtol=0.1)
     np.testing.assert_allclose(np.sum(found.tiles, axis=0), plan.index.visited_tiles(), rtol=1e-6)
@@ -93,9 +95,7 @@ def test_a_q_boundary_head_is_the_sum_of_its_modalities_trials(mixed):
     meter = Meter((0, 1), SMALL)
     for n, pattern in inner.items():
         one = meter(of_queries(pattern), mixed)
-        np.testing.assert_allclose(
-            one.error[n], whole.error[n], rtol=squared_error_rtol(whole.error[n], attention_terms(96, 8))
-        )
+        np.testing.assert_allclose(one.error[n], whole.error[n], rtol=squared_error_rtol(whole.error[n], TERMS))
         np.testing.assert_array_equal(one.tiles[n], whole.tiles[n])
 
 
