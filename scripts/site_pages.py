@@ -33,3 +33,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri in OUTSIDE.values():
         markdown = re.sub(r"\]\((?:\.\./)*docs/", "](", markdown)
     return markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns a notebook's links to Markdown files into links to their pages, which only Markdown pages get otherwise."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'href="([\w./]+)\.md"', r'href="\1.html"', html)
