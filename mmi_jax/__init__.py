@@ -6,6 +6,7 @@ from mmi_jax.engine.decoding.decode_loop import decode_with_cache as decode_with
 from mmi_jax.engine.prefill import PrefillResult as PrefillResult
 from mmi_jax.engine.prefill import prefill as prefill
 from mmi_jax.engine.settings.buckets import Buckets as Buckets
+from mmi_jax.engine.settings.options import PrefillOptions as PrefillOptions
 from mmi_jax.engine.warmup import prepare as prepare
 from mmi_jax.layout import TokenLayout as TokenLayout
 from mmi_jax.method.attention import sparse_attention as sparse_attention

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from mmi_jax.engine.prefill import VisionLanguageModel
+from mmi_jax.engine.protocols import VisionLanguageModel
 from models.chat import Chat, Medium, Part
 from models.huggingface.tokenizer import Tokenizer
 from models.media.video import Video

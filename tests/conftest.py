@@ -23,9 +23,8 @@ def _programs():
     """Every module forgets its compiled programs: thousands in one process exhaust the memory maps Linux allows it."""
     yield
     jax.clear_caches()
-    for name in ("mmi_jax.engine.programs.compilation", "mmi_jax.search.trials.measurement"):
-        if name in sys.modules:
-            sys.modules[name]._COMPILED.clear()
+    if owner := sys.modules.get("mmi_jax.engine.programs.program_cache"):
+        owner.PROGRAMS.clear()
 
 
 @pytest.fixture

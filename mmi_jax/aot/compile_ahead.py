@@ -1,4 +1,6 @@
-"""Programs for TPUs that are not here: compiled from shapes alone, and what the compiler says of their memory."""
+"""Ahead-of-time compilation for a topology that is not attached: from shapes alone, and what the compiler reports of
+their memory.
+"""
 
 import dataclasses
 import math
@@ -14,10 +16,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import layer_arguments
 from mmi_jax.engine.programs.layer_program import Program
-from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.engine.settings.padded_lengths import default_buckets
+from mmi_jax.engine.settings.buckets import Buckets, default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.method.attention import batch_geometry, permute, plan_batch
 from mmi_jax.method.patterns import Pattern
@@ -64,7 +66,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class TpuAttention:
-    """The TPU kernel as it runs on devices of a kind that are not here: a backend for `Program.implementation`."""
+    """The TPU kernel as it runs on devices of a kind that is not attached: a backend for `Program.implementation`."""
 
     device_kind: str
 
@@ -97,7 +99,7 @@ class Target:
 
     @property
     def shards(self) -> Shards:
-        """How the mesh cuts the model."""
+        """How the mesh splits the model."""
         return shards_of(self.mesh, num_kv_heads=self.model.config.num_kv_heads)
 
     @property
@@ -130,7 +132,7 @@ def devices_of(topology: str) -> list[Any]:
 
 def compile_prefill(target: Target, num_tokens: int) -> Memory:
     """The program that runs a prompt of `num_tokens`, a bucket's length, through all layers."""
-    shapes = prefill_shapes(target, num_tokens)
+    inputs = prefill_inputs(target, num_tokens)
     program = Program(
         graphdef=nnx.split(target.model)[0],
         layer_graphdef=nnx.split(target.model.layers)[0],
@@ -141,25 +143,24 @@ def compile_prefill(target: Target, num_tokens: int) -> Memory:
         mesh=target.mesh,
     )
     start = time.perf_counter()
-    found = []
-    for row, args in layer_arguments(program, *shapes).items():
-        jitted = program.of(row).layer(args[0], target.model.config.num_kv_heads)
-        found.append(_finish(jitted.trace(*args), _bytes_on_a_device(args), start))
-        if not found[-1].fits:
+    memories = []
+    for row, args in layer_arguments(program, inputs).items():
+        jitted = program.of(row).layer(args[0], inputs.num_kv_heads)
+        memories.append(_finish(jitted.trace(*args), _bytes_on_a_device(args), start))
+        if not memories[-1].fits:
             break
     # What the layers do not read lies on the device all the same.
-    (state, weights), *_ = shapes
-    beside = _bytes_on_a_device(state) - _bytes_on_a_device(weights)
-    largest = max(found, key=lambda memory: (not memory.fits, memory.total))
-    return dataclasses.replace(largest, arguments=largest.arguments + beside, total=largest.total + beside)
+    unread = _bytes_on_a_device(inputs.state) - _bytes_on_a_device(inputs.layer_state)
+    largest = max(memories, key=lambda memory: (not memory.fits, memory.total))
+    return dataclasses.replace(largest, arguments=largest.arguments + unread, total=largest.total + unread)
 
 
 def _bytes_on_a_device(shapes: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def prefill_shapes(target: Target, num_tokens: int) -> tuple:
-    """What `layer_arguments` takes for one prompt, as shapes that know where they lie."""
+def prefill_inputs(target: Target, num_tokens: int) -> ChunkInputs:
+    """The inputs of one prompt, as shapes with their shardings."""
     config, state = target.model.config, nnx.split(target.model)[1]
 
     def shape(spec, *axes, dtype=jnp.int32):
@@ -168,12 +169,20 @@ def prefill_shapes(target: Target, num_tokens: int) -> tuple:
     specs = weight_specs(state, target.shards)
     placed = jax.tree.map(lambda x, spec: shape(spec, *x.shape, dtype=x.dtype), state, specs)
     model: Any = nnx.merge(nnx.split(target.model)[0], placed)
-    layout = layout_shape(shape(P(), 1, num_tokens))
     sizes = (config.num_layers, 1, num_tokens, config.num_kv_heads, config.head_dim)
     cache = shape(CACHE_SPEC, *sizes, dtype=target.dtype)
-    x = shape(TOKENS_SPEC, 1, num_tokens, config.embed_dim, dtype=target.dtype)
-    states = placed, nnx.split(model.layers)[1]
-    return states, shape(ROPE_SPEC, 3, 1, num_tokens), layout, shape(P()), x, cache, cache
+    return ChunkInputs(
+        state=placed,
+        layer_state=nnx.split(model.layers)[1],
+        rope_pos=shape(ROPE_SPEC, 3, 1, num_tokens),
+        layout=layout_shape(shape(P(), 1, num_tokens)),
+        q_start=shape(P()),
+        x=shape(TOKENS_SPEC, 1, num_tokens, config.embed_dim, dtype=target.dtype),
+        k=cache,
+        v=cache,
+        logit_places=shape(P(), 1, 1),
+        hidden=shape(P(), 1, 1, config.embed_dim, dtype=target.dtype),
+    )
 
 
 def layout_shape(field: Any) -> TokenLayout:
@@ -218,12 +227,12 @@ def kernel_inputs(target: Target, patterns: Sequence[Pattern], num_tokens: int) 
     return jax.eval_shape(plan, q, k, k, layout_shape(jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)))
 
 
-def longest_that_fits(target: Target, most_tokens: int) -> Iterator[tuple[int, Memory]]:
+def longest_that_fits(target: Target, max_tokens: int) -> Iterator[tuple[int, Memory]]:
     """Bucket lengths and their memory as they are tried, the longest first; the longest that fitted is the answer.
 
     Memory grows almost linearly with the prompt, so a few lengths are guessed from the figures so far.
     """
-    lengths = target.buckets(most_tokens).lengths()
+    lengths = target.buckets(max_tokens).lengths()
     tried: dict[int, Memory] = {}
     while between := _open_lengths(lengths, tried):
         num_tokens = _next_length(between, tried)
@@ -259,9 +268,9 @@ def _finish(traced: Any, arguments: int, start: float) -> Memory:
     try:
         stats = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if not (found := _DOES_NOT_FIT.search(str(error))):
+        if not (figures := _DOES_NOT_FIT.search(str(error))):
             raise
-        total, limit = _bytes(found["used"] or found["early"]), _bytes(found["limit"])
+        total, limit = _bytes(figures["used"] or figures["early"]), _bytes(figures["limit"])
         seconds = time.perf_counter() - start
         return Memory(arguments=arguments, total=total, limit=limit, compile_seconds=seconds)
     return Memory(

@@ -14,20 +14,19 @@ from mmi_jax.bench.checks import masked_attention
 from mmi_jax.bench.checks.sampled_rows import ERROR_LIMIT
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.timing.measurements import reason
-from mmi_jax.engine.memory.memory_check import weight_bytes
-from mmi_jax.engine.memory.memory_plan import MemoryTask, plan_memory
+from mmi_jax.engine.memory.memory_plan import memory_request, plan_memory
 from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import program_texts
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.reporting.profiling import StageTimes, profiled
 from mmi_jax.engine.reporting.report import PrefillReport
-from mmi_jax.engine.settings.buckets import Buckets
+from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import chunk_shapes
 from mmi_jax.method.attention import VENDOR
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_table import PatternTable
-from pallas_kernels.block_lists.block_sizes import Blocks
 
 MIX = PLAN_CASES["mix"]
 """The table of the measurements: a third of every layer's heads each."""
@@ -108,9 +107,9 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
     return figures, report
 
 
-def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, tuple[Any, ...]]:
+def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, ChunkInputs]:
     """The program of `bench_prefill`, and what `compiled_chunk` takes of shapes; the model may be shapes, too."""
-    request = request_for(model.config, num_tokens, table=table, measures_recall=False)
+    request = request_for(model.config, num_tokens, PrefillOptions(table=table, measures_recall=False))
     return request.program(model, is_plain=True), chunk_shapes(model, request)
 
 
@@ -147,20 +146,10 @@ def _densities(report: PrefillReport) -> dict[str, Any]:
 
 def memory_figures(model: Any, table: PatternTable, num_tokens: int, *, embed_bytes: int = 0) -> dict[str, int]:
     """Bytes that the planner predicts, and the most that was allocated so far, where the device tells."""
-    task = MemoryTask(
-        config=model.config,
-        weight_bytes=weight_bytes(model),
-        dtype=model.dtype,
-        layers=table.layers,
-        batch=1,
-        num_tokens=num_tokens,
-        embed_bytes=embed_bytes,
-        blocks=Blocks(),
-        buckets=Buckets(),
-    )
+    request = request_for(model.config, num_tokens, PrefillOptions(table=table, may_run_dense=False))
     stats = jax.devices()[0].memory_stats() or {}
     measured = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-    return {"planned_bytes": plan_memory(task).peak, **measured}
+    return {"planned_bytes": plan_memory(memory_request(request, model, embed_bytes=embed_bytes)).peak, **measured}
 
 
 @dataclasses.dataclass

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mmi_jax.layout import PADDING, TokenLayout
 from pallas_kernels.notation import Array, Float, Int32
@@ -15,13 +15,13 @@ from pallas_kernels.pytree import pytree
 
 @pytree
 class KVCache:
-    """What decoding reads.
+    """Keys and values of every layer, and what is known of their tokens; decoding reads it.
 
     Args:
       k, v: keys after rotation, and values, per layer; `s` is the capacity in tokens.
-      lengths: tokens held for each example, left-packed.
+      lengths: tokens of each example, left-packed.
       next_rope_pos: rotary position of the next token, the same on all axes.
-      layout: of the tokens held; padding past them.
+      layout: of those tokens; padding past them.
     """
 
     k: Float[Array, "layers b s g d"]
@@ -32,7 +32,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that each example has room for."""
+        """Tokens that each example can hold."""
         return self.k.shape[2]
 
     def reclaim(self, later: "KVCache") -> "KVCache":
@@ -52,9 +52,16 @@ class KVCache:
 
 
 def empty_cache(
-    *, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype, sharding: Any = None
+    *,
+    num_layers: int,
+    batch: int,
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> KVCache:
-    """A cache with room for `capacity` tokens of each example; keys and values are laid out as `sharding` says."""
+    """A cache with room for `capacity` tokens of each example; keys and values lie on the devices of `sharding`."""
     shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
     absent = np.full((batch, capacity), PADDING, np.int32)
     return KVCache(
@@ -73,7 +80,7 @@ def with_capacity(k: Array, capacity: int, *, donates: bool) -> Array:
     """Keys or values of all layers with room for `capacity` tokens, in memory of their own.
 
     Args:
-      donates: whether `k` is given up: its memory is taken over where it has the room already, and freed else.
+      donates: whether `k` is donated: its memory is taken over where it suffices, and freed otherwise.
     """
     if k.shape[2] == capacity:
         return k if donates else jnp.copy(k)

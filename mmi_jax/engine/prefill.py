@@ -1,10 +1,15 @@
-"""prefill: a prompt through all layers of a model, compiled once per bucket."""
+"""prefill: a prompt through all layers of a model, compiled once per bucket.
+
+The settings come as keywords or as one `PrefillOptions`, see `mmi_jax.engine.settings.options` for why both. From there
+on a prefill is three values: the `PrefillRequest` (what runs, on the host), the KV cache (what is described before the
+layers run and filled by them), and for each chunk its `ChunkInputs` (what the compiled programs are given).
+"""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,75 +19,32 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from mmi_jax.engine.kv_cache import KVCache, empty_cache, with_capacity
-from mmi_jax.engine.memory.memory_check import check_room, explained_exhaustion
-from mmi_jax.engine.memory.memory_plan import bytes_of
-from mmi_jax.engine.programs.compilation import compiled_chunk, pieces_of
+from mmi_jax.engine.memory.memory_check import check_memory, explained_exhaustion
+from mmi_jax.engine.memory.memory_plan import bytes_of, memory_request
+from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
+from mmi_jax.engine.programs.compilation import Statistics, compiled_chunk, pieces_of
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.prompts import (
     check_cache,
     continued,
     fit_layout,
     fit_prompt,
-    held_tokens,
     lengths_of,
-    wanted_tokens,
+    logit_tokens,
+    prior_cache,
 )
+from mmi_jax.engine.protocols import Prompt, VisionLanguageModel
 from mmi_jax.engine.reporting.report import PrefillReport
-from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.engine.settings.padded_lengths import Sizes
-from mmi_jax.engine.settings.request import Request, request_for
-from mmi_jax.method.attention import Vendor
+from mmi_jax.engine.reporting.stages import Stage
+from mmi_jax.engine.settings.options import PrefillOptions, PrefillSettings, options_of
+from mmi_jax.engine.settings.request import PrefillRequest, request_for
 from mmi_jax.method.dense_attention import is_plain
-from mmi_jax.method.patterns import Pattern
-from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, weight_specs
-from pallas_kernels.attention.api import Backend
-from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.notation import AnyArray, Array, Float
+from pallas_kernels.notation import AnyArray, Array, Float, Int32
 from pallas_kernels.pytree import pytree
 
-
-@runtime_checkable
-class ModelConfig(Protocol):
-    """The sizes that prefill reads of a model."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    embed_dim: int
-    mlp_dim: int
-    vocab_size: int
-
-
-@runtime_checkable
-class VisionLanguageModel(Protocol):
-    """What prefill asks of a model: an `nnx.Module` whose `layers` carry a leading layer axis.
-
-    A layer is called as `layer(x, rotary, attend) -> (x, aux)`, where `attend(q, k, v) -> (out, aux)` takes
-    `[b, t, h, d]` and `[b, t, g, d]` after rotation.
-    """
-
-    config: Any
-    dtype: Any
-    layers: Any
-    embedding: Callable[..., Any]
-
-    def embed(self, prompt: Any) -> Any:
-        """Embeddings `[b, t, e]` of the tokens, vision included."""
-        ...
-
-    def embed_bytes(self, prompt: Any) -> int:
-        """Bytes that `embed` holds on the device at a time, besides weights and the embeddings; for the planner."""
-        ...
-
-    def rotary(self, rope_pos: Any) -> Any:
-        """Whatever the layers need to rotate by positions `[3, b, t]`."""
-        ...
-
-    def unembed(self, x: Any) -> Any:
-        """Logits, float32, of embeddings `[b, e]`."""
-        ...
+type OnStage = Callable[[str], None]
+"""Called with the name of each stage as it begins, see `CLOCK_STAGES`."""
 
 
 @pytree
@@ -91,7 +53,7 @@ class PrefillResult:
 
     Args:
       logits: of the token after each prompt's last, float32.
-      logits_at: of the token after each of the asked ones, float32; None when none were asked.
+      logits_at: of the token after each token of `prefill(logits_at=...)`, float32; None without it.
       hidden: the last layer's output at each prompt's last token.
       cache: keys and values of all layers.
       report: what was skipped and what it cost.
@@ -106,51 +68,32 @@ class PrefillResult:
 
 def prefill(
     model: VisionLanguageModel,
-    prompt: Any,
+    prompt: Prompt,
     *,
-    table: PatternTable | Pattern | None = None,
-    chunk_tokens: int | None = None,
-    max_new_tokens: int = 0,
+    options: PrefillOptions | None = None,
     cache: KVCache | PrefillResult | None = None,
     donates_cache: bool = False,
     logits_at: Int[AnyArray, "b n"] | None = None,
-    buckets: Buckets | None = None,
-    blocks: Blocks | None = None,
-    implementation: Backend | Vendor | None = None,
-    measures_recall: bool = True,
-    may_run_dense: bool = True,
-    mesh: Mesh | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    on_stage: OnStage | None = None,
+    **settings: Unpack[PrefillSettings],
 ) -> PrefillResult:
     """Logits of the next token, the KV cache and a report, for a batch of right-padded prompts.
 
     Args:
       model: a `VisionLanguageModel`.
       prompt: with `tokens [b, t]`, `rope_pos [3, b, t]`, `layout` (fields `[b, t]`) and whatever `model.embed` reads.
-      table: a pattern for each layer and head, one pattern for all, or None for dense attention.
-      chunk_tokens: prompt tokens that go through the layers at once, a multiple of the block size; all when None.
-        Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's own last
-        queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
-        queries" of Tri-shape are each chunk's.
-      max_new_tokens: room to leave in the cache for decoding, or for what will follow.
-      cache: of a prefill before, or its result: the prompt is what follows, a further piece of a video or another
+      options: the settings, all of them in one value.
+      cache: of an earlier prefill, or its result: the prompt is what follows, a further piece of a video or another
         question, counted from 0 as if it stood alone. All its prompts must hold equally many tokens. A sparse plan
-        is made for the new queries over all keys. The cache is enlarged where it has no room for the padded prompt.
-      donates_cache: the given cache's memory becomes the result's, and the cache must not be used again, save through
+        is made for the new queries over all keys. The cache is enlarged where the padded prompt does not fit it.
+      donates_cache: the given cache's memory becomes the result's, and the cache must not be used again, except through
         `KVCache.reclaim`. Otherwise it stays as it is and the result holds a copy.
-      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are wanted besides those after the
-        last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places are not.
-      buckets: padded lengths.
-      blocks: tile sizes.
-      implementation: see `attend_sparsely`.
-      measures_recall: estimate per head the share of attention kept, which costs `64 / t` of dense attention.
-      may_run_dense: heads, or whole layers, for which the device's cost model expects dense attention to be faster at
-        this length run dense; the report names the patterns that ran. Where nothing was measured all run as asked.
-      mesh: cuts the prompt, the weights and the cache over its devices; see `mmi_jax.sharding`, `make_mesh` and
-        `shard_model`. The whole prompt runs at once. Dense attention and static patterns give what one device gives,
-        save "the last queries" of Tri-shape, which are each piece's; so are those that a dynamic pattern estimates
-        from, and it may choose other columns, diagonals or phases for each piece.
+      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are computed, besides those after
+        the last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places not.
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
+      **settings: fields of `PrefillOptions`, which describes them, in place of those of `options`: `table`,
+        `chunk_tokens`, `max_new_tokens`, `buckets`, `blocks`, `implementation`, `measures_recall`, `may_run_dense`,
+        `mesh`.
 
     Raises:
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other,
@@ -158,147 +101,182 @@ def prefill(
       DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
     """
     lengths = lengths_of(prompt)
-    wanted = wanted_tokens(lengths, logits_at)
-    before = cache.cache if isinstance(cache, PrefillResult) else cache
+    read_tokens = logit_tokens(lengths, logits_at)
+    prior = cache.cache if isinstance(cache, PrefillResult) else cache
     request = request_for(
         model.config,
         int(lengths.max()),
+        options_of(options, settings),
         batch=len(lengths),
-        held=0 if before is None else held_tokens(before),
-        held_capacity=0 if before is None else before.capacity,
-        table=table,
-        chunk_tokens=chunk_tokens,
-        max_new_tokens=max_new_tokens,
-        buckets=buckets,
-        blocks=blocks,
-        implementation=implementation,
-        measures_recall=measures_recall,
-        may_run_dense=may_run_dense,
-        mesh=mesh,
+        prior=prior_cache(prior),
     )
-    if before is not None:
-        check_cache(before, model, batch=len(lengths))
-    padded, clock = fit_prompt(prompt, request.sizes.padded), _Clock(on_stage)
-    if mesh is not None:
-        return _run(model, request, padded, lengths, wanted, before, donates_cache, clock)
-    memory = request.memory_task(model, embed_bytes=model.embed_bytes(prompt))
-    takes_over = before is not None and donates_cache and before.capacity == request.sizes.capacity
-    check_room(memory, bytes_of((before.k, before.v)) if before is not None and takes_over else 0)
+    if prior is not None:
+        check_cache(prior, model, batch=len(lengths))
+    padded = fit_prompt(prompt, request.lengths.padded_tokens)
+    run = _Run(
+        model=model,
+        request=request,
+        prompt=padded,
+        lengths=lengths,
+        logit_tokens=read_tokens,
+        prior=prior,
+        donates=donates_cache,
+    )
+    with _memory_checked(run, prompt):
+        return run(_Clock(on_stage))
+
+
+@contextlib.contextmanager
+def _memory_checked(run: "_Run", prompt: Prompt) -> Iterator[None]:
+    """Refuses a prefill that does not fit one device before it runs, and explains exhausted memory while it does."""
+    request, prior = run.request, run.prior
+    if request.options.mesh is not None:  # what each device holds is the compiler's to say, see `mmi aot`
+        yield
+        return
+    memory = memory_request(request, run.model, embed_bytes=run.model.embed_bytes(prompt))
+    is_reused = prior is not None and run.donates and prior.capacity == request.lengths.capacity
+    check_memory(memory, bytes_of((prior.k, prior.v)) if prior is not None and is_reused else 0)
     with explained_exhaustion(memory):
-        return _run(model, request, padded, lengths, wanted, before, donates_cache, clock)
+        yield
 
 
-def _run(
-    model, request: Request, padded: Any, lengths: np.ndarray, wanted: np.ndarray, before: KVCache | None,
-    donates: bool, clock: "_Clock",
-) -> PrefillResult:  # fmt: skip
-    """The prefill of a batch that was checked and padded."""
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A prefill of a batch that was checked and padded.
 
-    sizes, mesh = request.sizes, request.mesh
-    with clock("vision"):
-        x = jax.block_until_ready(model.embed(padded))
-    program = request.program(model, is_plain=is_plain(padded.layout))
-    if before is None:
-        filled, rope_pos = _described_cache(model.config, x, padded, lengths, sizes, mesh)
-    else:
-        filled, rope_pos = _continued_cache(before, padded, lengths, sizes, donates=donates)
-    graphdef, state = nnx.split(model)
-    state = place(state, mesh, weight_specs(state, request.shards(model.config.num_kv_heads)))
-    inputs = place(x, mesh, TOKENS_SPEC), place(rope_pos, mesh, ROPE_SPEC)
-    del x  # the program takes its memory over
-    states = state, nnx.split(nnx.merge(graphdef, state).layers)[1]
-    filled, hidden, statistics = _run_chunks(program, states, inputs, filled, wanted + sizes.held, sizes.starts, clock)
-    _check_finite(statistics, np.asarray(hidden))
-    report = PrefillReport.build(
-        layout=padded.layout,
-        table=request.table,
-        padded_tokens=sizes.padded,
-        seconds=clock.seconds,
-        statistics=statistics,
-    )
-    logits = next_logits(graphdef, state, hidden, mesh)
-    return PrefillResult(
-        logits=logits[:, 0],
-        logits_at=logits[:, 1:] if wanted.shape[1] > 1 else None,
-        hidden=hidden[:, 0],
-        cache=filled,
-        report=report,
-    )
+    Args:
+      prompt: padded to its bucket, host arrays.
+      lengths: tokens of each prompt.
+      logit_tokens: tokens of each prompt after which logits are computed, `[b, n]`.
+      prior: the cache that is continued.
+      donates: whether the prior cache is donated.
+    """
+
+    model: VisionLanguageModel
+    request: PrefillRequest
+    prompt: Prompt
+    lengths: np.ndarray
+    logit_tokens: np.ndarray
+    prior: KVCache | None
+    donates: bool
+
+    def __call__(self, clock: "_Clock") -> PrefillResult:
+        """The result."""
+        from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+        request, mesh = self.request, self.request.options.mesh
+        with clock(Stage.VISION):
+            x = jax.block_until_ready(self.model.embed(self.prompt))
+        program = request.program(self.model, is_plain=is_plain(self.prompt.layout))
+        cache, rope_pos = self._described_cache(x)
+        graphdef, state = nnx.split(self.model)
+        state = place(state, mesh, weight_specs(state, request.shards))
+        logit_places = self.logit_tokens + request.lengths.prior_tokens
+        inputs = ChunkInputs(
+            state=state,
+            layer_state=nnx.split(nnx.merge(graphdef, state).layers)[1],
+            rope_pos=place(rope_pos, mesh, ROPE_SPEC),
+            layout=cache.layout,
+            q_start=jnp.int32(0),
+            x=place(x, mesh, TOKENS_SPEC),
+            k=cache.k,
+            v=cache.v,
+            logit_places=place(_on_device(logit_places), mesh, P()),
+            hidden=place(jnp.zeros((*logit_places.shape, x.shape[2]), x.dtype), mesh, P()),
+        )
+        del x  # the program takes its memory over
+        inputs, statistics = _run_chunks(program, inputs, request.lengths.starts, clock)
+        _check_finite(statistics, np.asarray(inputs.hidden))
+        report = PrefillReport.build(
+            layout=self.prompt.layout,
+            table=request.table,
+            padded_tokens=request.lengths.padded_tokens,
+            seconds=clock.seconds,
+            statistics=statistics,
+        )
+        logits = next_logits(graphdef, state, inputs.hidden, mesh)
+        return PrefillResult(
+            logits=logits[:, 0],
+            logits_at=logits[:, 1:] if logit_places.shape[1] > 1 else None,
+            hidden=inputs.hidden[:, 0],
+            cache=dataclasses.replace(cache, k=inputs.k, v=inputs.v),
+            report=report,
+        )
+
+    def _described_cache(self, x: Array) -> tuple[KVCache, Int32[Array, "3 b t"]]:
+        """A cache that has room for the padded prompts and knows all of them but their keys and values; rotary
+        positions.
+        """
+        if self.prior is not None:
+            return self._continued_cache(self.prior)
+        config, mesh, capacity = self.request.config, self.request.options.mesh, self.request.lengths.capacity
+        cache = empty_cache(
+            num_layers=config.num_layers,
+            batch=x.shape[0],
+            capacity=capacity,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=x.dtype,
+            sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
+        )
+        layout = self.prompt.layout
+        last_rope_pos = np.where(layout.is_real, self.prompt.rope_pos, -1).max(axis=(0, 2))
+        cache = dataclasses.replace(
+            cache,
+            layout=place(_on_device(fit_layout(layout, capacity)), mesh, P()),
+            lengths=place(_on_device(self.lengths), mesh, P()),
+            next_rope_pos=_on_device(last_rope_pos + 1),
+        )
+        return cache, _on_device(self.prompt.rope_pos)
+
+    def _continued_cache(self, prior: KVCache) -> tuple[KVCache, Int32[Array, "3 b t"]]:
+        """The prior cache with room for what follows, and its description; rotary positions of what follows."""
+        lengths = self.request.lengths
+        rope_pos, layout, next_rope_pos = continued(
+            prior.layout,
+            jnp.int32(lengths.prior_tokens),
+            prior.next_rope_pos,
+            jnp.asarray(self.prompt.rope_pos),
+            jax.tree.map(jnp.asarray, self.prompt.layout),
+            capacity=lengths.capacity,
+        )
+        k, v = (with_capacity(x, lengths.capacity, donates=self.donates) for x in (prior.k, prior.v))
+        all_tokens = prior.lengths + jnp.asarray(self.lengths, jnp.int32)
+        return KVCache(k=k, v=v, lengths=all_tokens, next_rope_pos=next_rope_pos, layout=layout), rope_pos
 
 
-def _described_cache(
-    config: ModelConfig, x, padded: Any, lengths: np.ndarray, sizes: Sizes, mesh: Mesh | None
-) -> tuple[KVCache, Any]:
-    """A cache with room for the padded prompts that knows all of them but their keys and values; rotary positions."""
-    cache = empty_cache(
-        num_layers=config.num_layers,
-        batch=x.shape[0],
-        capacity=sizes.capacity,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=x.dtype,
-        sharding=None if mesh is None else NamedSharding(mesh, CACHE_SPEC),
-    )
-    last_rope_pos = np.where(padded.layout.is_real, padded.rope_pos, -1).max(axis=(0, 2))
-    cache = dataclasses.replace(
-        cache,
-        layout=place(_on_device(fit_layout(padded.layout, sizes.capacity)), mesh, P()),
-        lengths=place(_on_device(lengths), mesh, P()),
-        next_rope_pos=_on_device(last_rope_pos + 1),
-    )
-    return cache, _on_device(padded.rope_pos)
-
-
-def _on_device(tree: Any) -> Any:
+def _on_device[T](tree: T) -> T:
     """Host arrays of integers on the device, int32; `jnp.asarray` would compile a program for each shape."""
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.int32)), tree)
 
 
-def _continued_cache(
-    before: KVCache, padded: Any, lengths: np.ndarray, sizes: Sizes, *, donates: bool
-) -> tuple[KVCache, Any]:
-    """The cache with room for what follows, and its description; rotary positions of what follows."""
-    new_layout = jax.tree.map(jnp.asarray, padded.layout)
-    rope_pos, layout, next_rope_pos = continued(
-        before.layout, jnp.int32(sizes.held), before.next_rope_pos, jnp.asarray(padded.rope_pos), new_layout,
-        capacity=sizes.capacity,
-    )  # fmt: skip
-    k, v = (with_capacity(x, sizes.capacity, donates=donates) for x in (before.k, before.v))
-    in_all = before.lengths + jnp.asarray(lengths, jnp.int32)
-    return KVCache(k=k, v=v, lengths=in_all, next_rope_pos=next_rope_pos, layout=layout), rope_pos
-
-
-def _run_chunks(program: Program, states, inputs, cache: KVCache, wanted, starts: range, clock: "_Clock"):
-    """All chunks one after another: the cache with its keys and values, the wanted hidden states, and statistics.
+def _run_chunks(
+    program: Program, inputs: ChunkInputs, starts: range, clock: "_Clock"
+) -> tuple[ChunkInputs, list[Statistics]]:
+    """All chunks one after another: the inputs with keys, values and hidden states filled in, and statistics.
 
     Args:
-      states: of the model and of its layers.
-      inputs: embeddings and rotary positions of the tokens from the first start on; the embeddings are given up.
+      inputs: with embeddings and rotary positions of the tokens from the first start on; `x`, `k` and `v` are donated.
     """
-    x, rope_pos = inputs
-    hidden = place(jnp.zeros((*wanted.shape, x.shape[2]), x.dtype), program.mesh, P())
-    wanted = place(_on_device(wanted), program.mesh, P())
     numbers = [place(jnp.int32(n), program.mesh, P()) for n in range(len(program.layers))]
-    k, v = cache.k, cache.v
-    statistics = []
+    all_x, all_rope_pos, statistics = inputs.x, inputs.rope_pos, []
     for start in starts:
         tokens = slice(start - starts.start, start - starts.start + starts.step)
-        here, rope_here = (x, rope_pos) if len(starts) == 1 else (x[:, tokens], rope_pos[:, :, tokens])
+        x, rope_pos = (all_x, all_rope_pos) if len(starts) == 1 else (all_x[:, tokens], all_rope_pos[:, :, tokens])
         q_start = place(jnp.int32(start), program.mesh, P())
-        place_args = states, rope_here, cache.layout, q_start
-        with clock("compile"):
-            chunk = compiled_chunk(program, *place_args, here, k, v, wanted, hidden)
-        with clock("prefill"):
-            here, k, v, layer_statistics = chunk.run_layers(numbers, *place_args, here, k, v)
-            hidden = chunk.end(here, wanted, q_start, hidden)
+        inputs = dataclasses.replace(inputs, x=x, rope_pos=rope_pos, q_start=q_start)
+        with clock(Stage.COMPILE):
+            chunk = compiled_chunk(program, inputs)
+        with clock(Stage.PREFILL):
+            hidden, k, v, layer_statistics = chunk.run(numbers, inputs)
+            inputs = dataclasses.replace(inputs, k=k, v=v, hidden=hidden)
             jax.block_until_ready((hidden, k, v))
         statistics += pieces_of(jax.device_get(layer_statistics))
-    return dataclasses.replace(cache, k=k, v=v), hidden, statistics
+    return inputs, statistics
 
 
-def next_logits(graphdef, state, hidden, mesh: Mesh | None):
-    """Float32 logits `[b, n, v]`, on every device of a mesh."""
+def next_logits(graphdef: Any, state: Any, hidden: Float[Array, "b n e"], mesh: Mesh | None) -> Float[Array, "b n v"]:
+    """Float32 logits, on every device of a mesh."""
     from flax import nnx
 
     if mesh is None:
@@ -307,7 +285,7 @@ def next_logits(graphdef, state, hidden, mesh: Mesh | None):
     return unembed(state, hidden)
 
 
-def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -> None:
+def _check_finite(statistics: list[Statistics], hidden: np.ndarray) -> None:
     for chunk in statistics:
         if not chunk["is_finite"].all():
             layer, example = np.argwhere(~chunk["is_finite"])[0]
@@ -319,16 +297,17 @@ def _check_finite(statistics: list[dict[str, np.ndarray]], hidden: np.ndarray) -
 
 
 class _Clock:
-    """Wall time by stage: `with clock("vision"): ...` adds to `seconds["vision"]`."""
+    """Wall time by stage: `with clock(Stage.VISION): ...` adds to `seconds["vision"]`."""
 
-    def __init__(self, on_stage: Callable[[str], None] | None):
+    def __init__(self, on_stage: OnStage | None):
         self.seconds: dict[str, float] = {}
         self.on_stage = on_stage
 
     @contextlib.contextmanager
-    def __call__(self, stage: str):
+    def __call__(self, stage: Stage) -> Iterator[None]:
+        name = stage.value
         if self.on_stage is not None:
-            self.on_stage(stage)
+            self.on_stage(name)
         start = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

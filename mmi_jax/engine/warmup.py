@@ -1,26 +1,22 @@
-"""Ready: the programs of prefills that are to come, compiled side by side before the first prompt is there."""
+"""Warm-up: the programs of coming prefills, compiled side by side ahead of the first request."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mmi_jax.engine.kv_cache import empty_cache
-from mmi_jax.engine.memory.memory_check import check_room
-from mmi_jax.engine.prefill import VisionLanguageModel, next_logits
+from mmi_jax.engine.memory.memory_check import check_memory
+from mmi_jax.engine.memory.memory_plan import memory_request
+from mmi_jax.engine.prefill import next_logits
+from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import compiled_chunks
-from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.engine.settings.padded_lengths import sizes_for
-from mmi_jax.engine.settings.request import Request, request_for
+from mmi_jax.engine.protocols import VisionLanguageModel
+from mmi_jax.engine.settings.options import PrefillOptions, PrefillSettings, options_of
+from mmi_jax.engine.settings.request import PrefillRequest, request_for
 from mmi_jax.layout import text_tokens
-from mmi_jax.method.attention import Vendor
-from mmi_jax.method.patterns import Pattern
-from mmi_jax.method.tables.pattern_table import PatternTable
-from mmi_jax.sharding import ONE_DEVICE
-from pallas_kernels.attention.api import Backend
-from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 def prepare(
@@ -28,79 +24,69 @@ def prepare(
     lengths: Sequence[int],
     *,
     batch: int = 1,
-    table: PatternTable | Pattern | None = None,
-    chunk_tokens: int | None = None,
-    max_new_tokens: int = 0,
-    buckets: Buckets | None = None,
-    blocks: Blocks | None = None,
-    implementation: Backend | Vendor | None = None,
-    measures_recall: bool = True,
-    may_run_dense: bool = True,
+    options: PrefillOptions | None = None,
+    **settings: Unpack[PrefillSettings],
 ) -> list[int]:
     """Compiles what `prefill` with these settings runs for prompts of these lengths, and gives their buckets.
 
-    A bucket is a padded length, and any prompt that is padded to it is ready. All programs are compiled side by side on
-    all cores; JAX's compilation cache on disk is read and filled where there is one. A cache of each length is
-    allocated on the device for a moment.
+    A bucket is a padded length, and any prompt that is padded to it finds its programs. All programs are compiled side
+    by side on all cores; JAX's compilation cache on disk is read and filled where there is one. A cache of each length
+    is allocated on the device for a moment.
 
-    What `model.embed` compiles, a vision tower above all, is the model's own: embed a prompt to make it ready. Neither
-    is the small program of `logits_at` made, nor those over a cache that is continued.
+    What `model.embed` compiles, a vision tower above all, is the model's own: embed a prompt to warm it up. Neither
+    is the small program of `logits_at` compiled, nor those over a cache that is continued.
 
     Args:
       model: as for `prefill`.
       lengths: tokens of the prompts, any number in a bucket; all of `Buckets().lengths()` are many.
-      batch: prompts that will run together; all else is as for `prefill`.
+      batch: prompts that will run together.
+      options: the settings, as for `prefill`.
+      **settings: fields of `PrefillOptions` in place of those of `options`.
 
     Returns:
       The buckets, ascending; tokens.
 
     Raises:
-      ValueError: a length or a setting that `prefill` would refuse.
+      ValueError: a length or a setting that `prefill` would refuse, or a mesh.
       DoesNotFitError: the device's memory is known and too small for the longest of them.
     """
     if not isinstance(lengths, Iterable) or isinstance(lengths, str):
         raise ValueError(f"lengths must be numbers of tokens, as in [{lengths!r}], got {lengths!r}")
-    asked = [
-        request_for(
-            model.config, num_tokens, batch=batch, table=table, chunk_tokens=chunk_tokens,
-            max_new_tokens=max_new_tokens, buckets=buckets, blocks=blocks, implementation=implementation,
-            measures_recall=measures_recall, may_run_dense=may_run_dense,
-        )
-        for num_tokens in lengths
-    ]  # fmt: skip
-    prepare_requests(model, {each.sizes: each for one in asked for each in _of_bucket(one)}.values())
-    return sorted({one.buckets.length_for(one.num_tokens) for one in asked})
+    options = options_of(options, settings)
+    if options.mesh is not None:
+        raise ValueError("prepare compiles for one device: expected no mesh")
+    requests = [request_for(model.config, num_tokens, options, batch=batch) for num_tokens in lengths]
+    of_lengths = {each.lengths: each for request in requests for each in _of_bucket(request)}
+    prepare_requests(model, of_lengths.values())
+    return sorted({request.buckets.length_for(request.num_tokens) for request in requests})
 
 
-def prepare_requests(model: VisionLanguageModel, requests: Iterable[Request]) -> None:
+def prepare_requests(model: VisionLanguageModel, requests: Iterable[PrefillRequest]) -> None:
     """Compiles what prefills of these requests run, of any numbers of prompts; as `prepare`."""
-    longest_first = sorted(requests, key=lambda one: -one.batch * one.num_tokens)  # the quick ones end the wait
+    longest_first = sorted(requests, key=lambda request: -request.batch * request.num_tokens)  # quick ones end the wait
     for request in longest_first[:1]:
-        check_room(request.memory_task(model, embed_bytes=0), 0)
-    compiled_chunks((one.program(model, is_plain=True), chunk_shapes(model, one)) for one in longest_first)
+        check_memory(memory_request(request, model, embed_bytes=0), 0)
+    compiled_chunks((request.program(model, is_plain=True), chunk_shapes(model, request)) for request in longest_first)
     _run_the_rest(model, longest_first)
 
 
-def _of_bucket(request: Request) -> Iterator[Request]:
-    """Requests of all sizes that prompts of the same bucket have: room for new tokens depends on the very length."""
-    buckets = request.buckets
+def _of_bucket(request: PrefillRequest) -> Iterator[PrefillRequest]:
+    """Requests of all sizes that prompts of the same bucket have: room for new tokens depends on the exact length."""
+    buckets, max_new_tokens = request.buckets, request.options.max_new_tokens
     padded = buckets.length_for(request.num_tokens)
     first = max((length for length in buckets.lengths() if length < padded), default=0) + 1
-    last = min(padded, buckets.largest - request.max_new_tokens)
-    for num_tokens in {*range(first, last, buckets.multiple), last} if request.max_new_tokens else {last}:
-        sizes = sizes_for(
-            num_tokens, max_new_tokens=request.max_new_tokens, chunk_tokens=request.chunk_tokens, buckets=buckets,
-            blocks=request.blocks, shards=ONE_DEVICE,
-        )  # fmt: skip
-        yield dataclasses.replace(request, num_tokens=num_tokens, sizes=sizes)
+    last = min(padded, buckets.largest - max_new_tokens)
+    for num_tokens in {*range(first, last, buckets.multiple), last} if max_new_tokens else {last}:
+        yield dataclasses.replace(request, num_tokens=num_tokens)
 
 
-def _run_the_rest(model: VisionLanguageModel, requests: Sequence[Request]) -> None:
+def _run_the_rest(model: VisionLanguageModel, requests: Sequence[PrefillRequest]) -> None:
     """Runs, on nothing, what a prefill runs besides its chunks and embeddings, and so compiles it."""
     from flax import nnx
 
     config = model.config
-    for batch, capacity in dict.fromkeys((one.batch, one.sizes.capacity) for one in requests):  # the largest first
+    sizes = dict.fromkeys((request.batch, request.lengths.capacity) for request in requests)
+    for batch, capacity in sizes:  # the largest first
         cache = empty_cache(
             num_layers=config.num_layers,
             batch=batch,
@@ -111,26 +97,32 @@ def _run_the_rest(model: VisionLanguageModel, requests: Sequence[Request]) -> No
         )
         jax.block_until_ready(cache)
         del cache
-    for batch in {one.batch for one in requests}:
+    for batch in {request.batch for request in requests}:
         hidden = jnp.zeros((batch, 1, config.embed_dim), model.dtype)
         logits = next_logits(*nnx.split(model), hidden, None)
         jax.block_until_ready((logits[:, 0], hidden[:, 0]))
 
 
-def chunk_shapes(model: Any, request: Request) -> tuple[Any, ...]:
-    """What `compiled_chunk` takes for a chunk of the request on one device, as shapes; the model may be shapes, too."""
+def chunk_shapes(model: VisionLanguageModel, request: PrefillRequest) -> ChunkInputs:
+    """The inputs of a chunk of the request on one device, as shapes; the model may be shapes, too."""
     from flax import nnx
 
-    config, sizes, batch = model.config, request.sizes, request.batch
-    states = nnx.split(model)[1], nnx.split(model.layers)[1]
+    config, lengths, batch = model.config, request.lengths, request.batch
 
     def shape(*axes: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype)
 
-    x = shape(batch, sizes.chunk, config.embed_dim, dtype=model.dtype)
-    cache = shape(
-        config.num_layers, batch, sizes.capacity, config.num_kv_heads, config.head_dim, dtype=model.dtype
-    )  # fmt: skip
-    layout = jax.tree.map(lambda _: shape(batch, sizes.capacity), text_tokens(1))
-    hidden = shape(batch, 1, config.embed_dim, dtype=model.dtype)
-    return states, shape(3, batch, sizes.chunk), layout, shape(), x, cache, cache, shape(batch, 1), hidden
+    kv_axes = (config.num_layers, batch, lengths.capacity, config.num_kv_heads, config.head_dim)
+    cache = shape(*kv_axes, dtype=model.dtype)
+    return ChunkInputs(
+        state=nnx.split(model)[1],
+        layer_state=nnx.split(model.layers)[1],
+        rope_pos=shape(3, batch, lengths.chunk_tokens),
+        layout=jax.tree.map(lambda _: shape(batch, lengths.capacity), text_tokens(1)),
+        q_start=shape(),
+        x=shape(batch, lengths.chunk_tokens, config.embed_dim, dtype=model.dtype),
+        k=cache,
+        v=cache,
+        logit_places=shape(batch, 1),
+        hidden=shape(batch, 1, config.embed_dim, dtype=model.dtype),
+    )

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.engine.prefill import VisionLanguageModel
 from mmi_jax.engine.prompts import fit_prompt
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.attention import attend_sparsely
 from mmi_jax.method.dense_attention import is_plain

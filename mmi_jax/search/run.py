@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmi_jax.engine.prefill import VisionLanguageModel
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.search.activations import LayerActivations, check_answer_rows, layer_activations, num_tokens_of
 from mmi_jax.search.candidates import Candidates

@@ -14,7 +14,7 @@ from on_eight_devices import CASES, ENVIRONMENT, ONE, arrays, run
 from tiny import BLOCKS, BUCKETS, CONFIG, tiny_model
 
 from mmi_jax import prefill
-from mmi_jax.engine.settings.padded_lengths import default_buckets
+from mmi_jax.engine.settings.buckets import default_buckets
 from mmi_jax.sharding import ONE_DEVICE, Shards, make_mesh, shards_of
 from pallas_kernels.block_lists.block_sizes import Blocks
 

@@ -20,7 +20,7 @@ from mmi_jax.cli.aot.options import AotOptions
 from mmi_jax.cli.console import spinner, stdout_console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.options import DebugOption, PatternOption, PatternTableOption
-from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
+from mmi_jax.engine.settings.buckets import MAX_TOKENS, Buckets
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # no TPU is opened
@@ -34,8 +34,8 @@ DOES_NOT_FIT = 1
 GB = 10**9
 
 TOKENS_HELP = (
-    f"Tokens of the prompt. Default: 131,072, or with --longest {MOST_TOKENS:,}. Prefill itself takes prompts up to "
-    f"its largest bucket: {MOST_TOKENS:,} tokens on several devices, {Buckets.largest:,} on one, unless it is given "
+    f"Tokens of the prompt. Default: 131,072, or with --longest {MAX_TOKENS:,}. Prefill itself takes prompts up to "
+    f"its largest bucket: {MAX_TOKENS:,} tokens on several devices, {Buckets.largest:,} on one, unless it is given "
     "other buckets."
 )
 
@@ -63,7 +63,7 @@ def aot(
         options = AotOptions(
             preset=preset,
             topology=topology,
-            tokens=tokens or (MOST_TOKENS if longest else 2**17),
+            tokens=tokens or (MAX_TOKENS if longest else 2**17),
             table=None if table is None else str(table),
             pattern=pattern,
             layers=layers,

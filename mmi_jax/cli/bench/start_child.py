@@ -24,8 +24,8 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
     with compile_cache.kept_programs(Path(directory)):
         jax.block_until_ready(jax.numpy.zeros(1))  # the device is open
         start, cpu_start = time.perf_counter(), time.process_time()
-        program, shapes = prefill_program(model, table_of(table, config), tokens)
-        chunk = compiled_chunk(program, *shapes)
+        program, inputs = prefill_program(model, table_of(table, config), tokens)
+        chunk = compiled_chunk(program, inputs)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 1), "programs": len(chunk.layers)}
 

@@ -13,11 +13,10 @@ from rich.table import Table
 from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
 from mmi_jax.cli.options import chosen_patterns
 from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
-from mmi_jax.engine.memory.memory_check import Room, check_fits, describe, room_of, weight_bytes
-from mmi_jax.engine.memory.memory_plan import MemoryTask
-from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.method.tables.pattern_table import as_table
-from pallas_kernels.block_lists.block_sizes import Blocks
+from mmi_jax.engine.memory.memory_check import DeviceMemory, check_fits, describe, memory_of
+from mmi_jax.engine.memory.memory_plan import MemoryRequest, memory_request
+from mmi_jax.engine.settings.options import PrefillOptions
+from mmi_jax.engine.settings.request import request_for
 
 GPUS = {"a100": 80 * GB, "h100": 85 * GB, "h200": 150 * GB}
 """Memory as the driver reports it: A100 80 GB, H100 80 GB (79.2 GiB), H200 (139.8 GiB)."""
@@ -42,7 +41,7 @@ class PlanOptions:
     chunk_tokens: int | None
     max_new_tokens: int
 
-    def task(self) -> MemoryTask:
+    def memory_request(self) -> MemoryRequest:
         """What is to be planned.
 
         Raises:
@@ -54,20 +53,15 @@ class PlanOptions:
         if self.tokens < 1 or self.batch < 1:
             raise ValueError(f"--tokens and --batch must be at least 1, got {self.tokens} and {self.batch}")
         config = model_config(self.model)
-        table = as_table(patterns, num_layers=config.num_layers, num_heads=config.num_heads)
-        return MemoryTask(
-            config=config,
-            weight_bytes=weight_bytes(family_of(config).abstract_model(config)),
-            dtype=jnp.dtype(jnp.bfloat16),
-            layers=table.layers,
-            batch=self.batch,
-            num_tokens=self.tokens,
-            blocks=Blocks(),
-            buckets=Buckets(),
-            max_new_tokens=self.max_new_tokens,
+        options = PrefillOptions(
+            table=patterns,
             chunk_tokens=self.chunk_tokens,
-            embed_bytes=vision_bytes(config, self.batch * self.tokens),
+            max_new_tokens=self.max_new_tokens,
+            may_run_dense=False,
         )
+        prefill = request_for(config, self.tokens, options, batch=self.batch)
+        embed_bytes = vision_bytes(config, self.batch * self.tokens)
+        return memory_request(prefill, family_of(config).abstract_model(config), embed_bytes=embed_bytes)
 
 
 def vision_bytes(config: Any, num_tokens: int) -> int:
@@ -85,27 +79,27 @@ def model_config(name: str) -> Any:
     return known[name] if name in known else open_checkpoint(name).config
 
 
-def room_for(device: str | None) -> Room:
+def memory_for(device: str | None) -> DeviceMemory:
     """What JAX may use of a device.
 
     Raises:
       ValueError: the device is unknown, or the attached one does not tell its memory.
     """
     if device is None:
-        room = room_of(jax.devices()[0])
-        if room is None:
+        memory = memory_of(jax.devices()[0])
+        if memory is None:
             raise ValueError(f"{jax.devices()[0].device_kind} does not tell its memory: expected --device, got none")
-        return Room(limit=room.limit)
+        return DeviceMemory(limit=memory.limit)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB)", device):
-        return Room(limit=round(float(size[1]) * (GIB if size[2] == "GiB" else GB)))
+        return DeviceMemory(limit=round(float(size[1]) * (GIB if size[2] == "GiB" else GB)))
     if device in CHIPS:
-        return Room(limit=CHIPS[device].hbm_bytes)
+        return DeviceMemory(limit=CHIPS[device].hbm_bytes)
     if device not in GPUS:
         raise ValueError(
             f"--device must be one of {', '.join([*GPUS, *CHIPS])}, or what JAX may use of it, as in 72GiB: "
             f"got {device!r}"
         )
-    return Room(limit=round(GPUS[device] * memory_fraction()))
+    return DeviceMemory(limit=round(GPUS[device] * memory_fraction()))
 
 
 def print_plan(options: PlanOptions, out: Console) -> None:
@@ -115,15 +109,15 @@ def print_plan(options: PlanOptions, out: Console) -> None:
       DoesNotFitError: it does not; the message says what would.
       ValueError: the request cannot be planned.
     """
-    task, room = options.task(), room_for(options.device)
-    plan = check_fits(task, room)
-    table = Table("buffer", "shape", "size", "alive", title_justify="left")
+    planned, memory = options.memory_request(), memory_for(options.device)
+    plan, prefill = check_fits(planned, memory), planned.prefill
+    table = Table("buffer", "shape", "size", "live", title_justify="left")
     for row in describe(plan):
         table.add_row(*row)
     out.print(table)
     out.print(
-        f"{task.batch} x {task.num_tokens:,} tokens, padded to {task.sizes.padded:,}, hold at most "
-        f"{plan.peak / GIB:.1f} GiB (in {plan.peak_stage}) of {room.limit / GIB:.1f} GiB: it fits",
+        f"{prefill.batch} x {prefill.num_tokens:,} tokens, padded to {prefill.lengths.padded_tokens:,}, need at most "
+        f"{plan.peak / GIB:.1f} GiB (in {plan.peak_stage!s}) of {memory.limit / GIB:.1f} GiB: it fits",
         highlight=False,
         soft_wrap=True,
     )

@@ -15,7 +15,8 @@ import numpy as np
 
 from mmi_jax.engine.decoding.decode_step import Choice, Decoding, choice_of, replicated, room_for, run_block, start
 from mmi_jax.engine.kv_cache import KVCache
-from mmi_jax.engine.prefill import PrefillResult, VisionLanguageModel
+from mmi_jax.engine.prefill import PrefillResult
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.layout import PADDING, TEXT, TokenLayout
 from pallas_kernels.decode.api import Implementation
 from pallas_kernels.notation import Array, Int32

@@ -1,17 +1,18 @@
-"""Compiled programs kept on disk by what they are made of, so that a new process need not trace them.
+"""The executable cache: compiled programs on disk, keyed by what they are made of, so that none is traced twice.
 
-JAX's persistent cache is asked with the lowered program, and tracing and lowering 28 different layers takes a minute
+JAX's persistent cache is keyed by the lowered program, and tracing and lowering 28 different layers takes a minute
 or more of Python. Its keys hold the numbers that JAX 0.11.2 gives the Mosaic kernels of a process, too, so that they
 depend on what was lowered before. The keys here are made of patterns, shapes, sources, versions, device and settings.
 
-The entries lie beside JAX's own, where `jax_compilation_cache_dir` says; without one nothing is kept. As JAX says of
-serialized programs: whoever can write the directory can run code in the process that reads it.
+The entries lie in the directory of JAX's own, `jax_compilation_cache_dir`; without one nothing is stored. As JAX says
+of serialized programs: whoever can write the directory can run code in the process that reads it.
 """
 
 import os
 import pickle
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ UNREAD = ("cache", "log", "dump", "traceback")
 """Settings of JAX whose names contain one of these do not change a program."""
 
 
-def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
-    """Where a program is kept; None where nothing is, or where it cannot be told from others.
+def entry_of(kind: str, identity: Any, args: tuple, options: Mapping[str, Any] | None) -> Path | None:
+    """The file of a program; None without a cache, or where the program cannot be told from others.
 
     Args:
-      what: everything it depends on besides the arguments' shapes, with `mesh` None.
+      kind: of the program, as in `ProgramKey`.
+      identity: everything it depends on besides the arguments' shapes, with `mesh` None.
       options: of the compiler.
     """
     directory, device = jax.config.values["jax_compilation_cache_dir"], _device_of(args)
@@ -48,14 +50,14 @@ def entry_of(name: str, what: Any, args: tuple, options: Any) -> Path | None:
         sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)),
     )
     try:
-        key = digest((name, what, about), "mmi_jax", "pallas_kernels", "jax", "jaxlib", "flax")
+        key = digest((kind, identity, about), "mmi_jax", "pallas_kernels", "jax", "jaxlib", "flax")
     except NoFingerprintError:
         return None
-    return Path(directory) / f"prefill_{name}-{key}-cache"
+    return Path(directory) / f"prefill_{kind}-{key}-cache"
 
 
-def read(entry: Path, args: tuple) -> Any:
-    """The program kept there for such arguments; None, with a warning, where it cannot be read."""
+def read(entry: Path, args: tuple) -> jax.stages.Compiled | None:
+    """The program stored there for such arguments; None, with a warning, where it cannot be read."""
     in_tree = jax.tree.structure((args, {}))
     try:
         serialized, out_tree = pickle.loads(entry.read_bytes())
@@ -63,13 +65,13 @@ def read(entry: Path, args: tuple) -> Any:
             serialized, in_tree, out_tree, execution_devices=[_device_of(args)]
         )
     except Exception as error:  # whatever a killed process, a full disk or another driver leaves
-        warnings.warn(f"the kept program {entry.name[:32]} is unreadable and compiled again: {error}", stacklevel=2)
+        warnings.warn(f"the cached program {entry.name[:32]} is unreadable and compiled again: {error}", stacklevel=2)
         entry.unlink(missing_ok=True)
         return None
 
 
-def write(entry: Path | None, compiled: Any) -> None:
-    """Keeps the program; a warning where the disk does not take it."""
+def write(entry: Path | None, compiled: jax.stages.Compiled) -> None:
+    """Stores the program; a warning where the disk does not take it."""
     if entry is None:
         return
     serialized, _, out_tree = serialize_executable.serialize(compiled)
@@ -79,13 +81,13 @@ def write(entry: Path | None, compiled: Any) -> None:
             written.write_bytes(pickle.dumps((serialized, out_tree)))
             written.replace(entry)
     except OSError as error:
-        warnings.warn(f"the program {entry.name[:32]} is not kept: {error}", stacklevel=2)
+        warnings.warn(f"the program {entry.name[:32]} is not cached: {error}", stacklevel=2)
 
 
-def _device_of(args: tuple) -> Any:
+def _device_of(args: tuple) -> jax.Device | None:
     """The one device that the arguments lie on, the default one for shapes; None for several."""
-    found = set()
+    devices = set()
     for leaf in jax.tree.leaves(args):
-        found |= getattr(getattr(leaf, "sharding", None), "device_set", set())
-    devices = found or set(jax.devices()[:1])
+        devices |= getattr(getattr(leaf, "sharding", None), "device_set", set())
+    devices = devices or set(jax.devices()[:1])
     return devices.pop() if len(devices) == 1 else None

@@ -1,4 +1,4 @@
-"""A text that is the same in every process for equal values, and differs wherever a program made of them may differ."""
+"""A fingerprint: the same in every process for equal values, another wherever a program made of them may differ."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 VERSIONED = ("builtins", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "collections", "typing")
-"""Packages that are told by their version, or by Python's; all others by their sources."""
+"""Packages that are identified by their version, or by Python's; all others by their sources."""
 
 SOURCES = ("*.py", "*.json")
 """Files of a package that a program may depend on."""
@@ -28,7 +28,7 @@ def digest(value: Any, *packages: str) -> str:
     """64 hexadecimal digits of the value, and of the sources of these packages and of those its types come from.
 
     Raises:
-      NoFingerprintError: something in the value cannot be told from others by its contents.
+      NoFingerprintError: something in the value is not identified by its contents.
     """
     named = set(packages)
     text = "\n".join(_texts(value, named))
@@ -75,7 +75,7 @@ def _texts(x: Any, packages: set[str]) -> Iterator[str]:
         case _ if hasattr(x, "__wrapped__"):  # a function under jit
             yield from of(x.__wrapped__)
         case _:
-            raise NoFingerprintError(f"expected values that are told by their contents, got {type(x)}")
+            raise NoFingerprintError(f"expected values that are identified by their contents, got {type(x)}")
 
 
 def _without_addresses(text: str) -> str:
@@ -95,8 +95,8 @@ def _package(name: str) -> str:
         raise NoFingerprintError(f"expected a module with a source file, got {name}")
     path = Path(file)
     files = [path] if path.name != "__init__.py" else sorted(f for kind in SOURCES for f in path.parent.rglob(kind))
-    found = hashlib.sha256()
+    sources = hashlib.sha256()
     for source in files:
-        found.update(f"{source.relative_to(path.parent)}".encode())
-        found.update(source.read_bytes())
-    return found.hexdigest()
+        sources.update(f"{source.relative_to(path.parent)}".encode())
+        sources.update(source.read_bytes())
+    return sources.hexdigest()

@@ -1,4 +1,4 @@
-"""One chunk of tokens through all layers, a compiled program for each different layer: on one device, or on a mesh."""
+"""The programs of one chunk of tokens, one for each different layer: on one device, or on a mesh."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mmi_jax.engine.reporting.stages import Stage
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.method import estimate
 from mmi_jax.method.attention import SparseAttention, Vendor, attend_sparsely, batch_geometry
@@ -30,7 +31,8 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array
 
 NUM_RECALL_QUERIES = 64
-"""Queries, evenly spaced over the prompt, whose recall is measured against dense attention."""
+"""Queries, evenly spaced over the prompt, whose recall is measured against dense attention: enough for a mean over
+heads and prompts, and `64 / t` of dense attention's cost."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ class Program:
       graphdef, layer_graphdef: of the model, and of its `layers`.
       layers: a pattern for each layer and query head.
       implementation: see `block_sparse_attention`.
-      measures_recall: estimate the share of attention that was kept.
+      measures_recall: estimate the fraction of attention that was kept.
       starts_plain: see `attend_sparsely`.
-      mesh: cuts the chunk, which is then the whole prompt; None for one device.
+      mesh: splits the chunk, which is then the whole prompt; None for one device.
     """
 
     graphdef: Any
@@ -95,10 +97,10 @@ class Program:
     def layer(self, weights: Any, num_kv_heads: int):
         """`(weights, n, shared, layout, q_start, x, k, v) -> x, k, v, statistics` for layers of the only row.
 
-        The memory of x, k and v is given up to the result.
+        x, k and v are donated: the results lie in their memory.
 
         Args:
-          weights: state of `model.layers`, arrays or shapes; it says how the weights are cut.
+          weights: state of `model.layers`, arrays or shapes; it says how the weights are split.
         """
         (row,) = self.layers
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
@@ -112,7 +114,7 @@ class Program:
         return self._jit(prefill_layer, in_specs, (*carry_specs, P()), donate_argnums=(5, 6, 7))
 
     def end(self, num_kv_heads: int):
-        """`(x, wanted, q_start, hidden) -> hidden` with the wanted hidden states of this chunk."""
+        """`(x, logit_places, q_start, hidden) -> hidden`, with those of this chunk filled in."""
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
 
         def prefill_end(*args):
@@ -137,17 +139,31 @@ def _start(program: Program, rows, shards: Shards, state, rope_pos, layout: Toke
 
     def geometry(patterns):
         return batch_geometry(
-            layout, patterns, batch=rope_pos.shape[1], num_queries=num_queries, q_start=first_query,
+            layout,
+            patterns,
+            batch=rope_pos.shape[1],
+            num_queries=num_queries,
+            q_start=first_query,
             blocks=program.blocks,
-        )  # fmt: skip
+        )
 
     return model.rotary(rope_pos), tuple(tuple(map(geometry, shards.per_group(row))) for row in rows)
 
 
 def _layer(
-    program: Program, row: tuple[Pattern, ...], shards: Shards, cuts: tuple[int | None, ...],
-    weights, n, shared, layout: TokenLayout, q_start, x, k, v,
-):  # fmt: skip
+    program: Program,
+    row: tuple[Pattern, ...],
+    shards: Shards,
+    cuts: tuple[int | None, ...],
+    weights,
+    n,
+    shared,
+    layout: TokenLayout,
+    q_start,
+    x,
+    k,
+    v,
+):
     """Layer `n` over one chunk of tokens, or over this device's piece of the prompt.
 
     Args:
@@ -180,9 +196,7 @@ def _layer(
     return x, k, v, _join(shards, jax.tree.map(lambda a: a[None], statistics))
 
 
-def _attention(
-    program: Program, shards: Shards, row: tuple[Pattern, ...], geometries, x, layout: TokenLayout, q_start
-):  # fmt: skip
+def _attention(program: Program, shards: Shards, row: tuple[Pattern, ...], geometries, x, layout: TokenLayout, q_start):
     """`(q, k, v) -> (out, statistics)` for the queries and heads of this device."""
     first_query = shards.first_query(q_start, x.shape[1] * shards.heads)
 
@@ -191,10 +205,18 @@ def _attention(
             # Before q is permuted, so that it need not be kept until all is done.
             q, sample = jax.lax.optimization_barrier((q, _sample(program, q, k, layout, first_query)))
             result = attend_sparsely(
-                q, k, v, patterns, layout=layout, geometry=geometry, q_start=first_query,
-                blocks=program.blocks, implementation=program.implementation, starts_plain=program.starts_plain,
+                q,
+                k,
+                v,
+                patterns,
+                layout=layout,
+                geometry=geometry,
+                q_start=first_query,
+                blocks=program.blocks,
+                implementation=program.implementation,
+                starts_plain=program.starts_plain,
                 padding_is_finite=True,  # prefill pads with a token of its own
-            )  # fmt: skip
+            )
             return result.out, _statistics(program, result, sample)
 
         return attend
@@ -203,9 +225,9 @@ def _attention(
     return lambda q, k, v: shards.in_group(branches, q, k, v)
 
 
-def _hidden_at(shards: Shards, x, wanted, q_start, hidden):
-    """The hidden states of the wanted tokens: those that stand in this chunk, and the others as they were."""
-    place = wanted - shards.first_token(q_start, x.shape[1])
+def _hidden_at(shards: Shards, x, logit_places, q_start, hidden):
+    """The hidden states at these places: those that lie in this chunk, and the others as they were."""
+    place = logit_places - shards.first_token(q_start, x.shape[1])
     is_here = ((place >= 0) & (place < x.shape[1]))[..., None]
     rows = jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1)[..., None], axis=1)
     if shards.num_devices == 1:
@@ -222,7 +244,7 @@ def _join(shards: Shards, statistics):
 
 
 def _sample(program: Program, q, k, layout: TokenLayout, q_start) -> dict[str, Array]:
-    """What is asked of all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
+    """What is read from all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
 
     Of the queries: their rows `[b, n]`, whether they are real, and each head's log-sum-exp over all keys `[b, h, n]`.
     """
@@ -236,7 +258,7 @@ def _sample(program: Program, q, k, layout: TokenLayout, q_start) -> dict[str, A
     sample = {"num_queries": queries.is_real.sum(axis=1), "is_finite": is_finite}
     if not program.measures_recall:
         return sample
-    with jax.named_scope("mmi.recall"):
+    with jax.named_scope(Stage.RECALL.scope):
         rows, is_real, lse = jax.vmap(_dense_lse)(q, k, queries, layout)
     return sample | {"rows": rows, "is_real": is_real, "lse": lse}
 
@@ -259,7 +281,7 @@ def _dense_lse(q, k, queries: TokenLayout, keys: TokenLayout):
 def _statistics(program: Program, result: SparseAttention, sample: dict[str, Array]):
     """Density and recall of each head, `[b, h]`, the queries behind the recall `[b]`, and whether q, k are finite.
 
-    Recall is the mean over the sampled queries of the share of attention that was kept.
+    Recall is the mean over the sampled queries of the fraction of attention that was kept.
     """
     density = result.density()
     if not program.measures_recall:

@@ -1,8 +1,12 @@
 """Buckets: the few padded lengths for which programs are compiled."""
 
 import dataclasses
+import math
 
-MOST_TOKENS = 2**22
+from mmi_jax.sharding import Shards
+from pallas_kernels.block_lists.block_sizes import Blocks
+
+MAX_TOKENS = 2**22
 """Longest prompt that a mesh takes without buckets of its own, and where `mmi aot --longest` begins; one device takes
 `Buckets.largest`. `mmi aot --tokens` compiles longer ones, which need `prefill(buckets=...)` to run."""
 
@@ -48,3 +52,14 @@ class Buckets:
         while lengths[-1] < self.largest:
             lengths.append(self.length_for(lengths[-1] + 1))
         return lengths
+
+
+def default_buckets(blocks: Blocks, shards: Shards) -> Buckets:
+    """Padded lengths that every device's piece fills with whole blocks.
+
+    A mesh takes prompts of up to `MAX_TOKENS`, as many as `mmi aot --longest` tries; one device those of `Buckets()`.
+    """
+    if shards.num_devices == 1:
+        return Buckets()
+    multiple = math.lcm(blocks.q, blocks.kv) * shards.num_devices
+    return Buckets(smallest=multiple, largest=-(-MAX_TOKENS // multiple) * multiple, multiple=multiple)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.engine.programs.compilation import compile_options
+from mmi_jax.engine.programs.program_cache import PROGRAMS, ProgramKey
 from mmi_jax.layout import TokenLayout
 from mmi_jax.method.attention import attend_sparsely
 from mmi_jax.method.patterns import Pattern
@@ -40,10 +41,8 @@ class TrialMetrics:
 METRICS = tuple(field.name for field in dataclasses.fields(TrialMetrics))
 """Names of the metrics, as journals have them."""
 
-type ProgramKey = tuple["Meter", Trial, tuple[tuple[tuple[int, ...], str], ...]]
-"""What a compiled trial depends on: modalities and tile sizes, the trial, shapes and dtypes of the activations."""
-
-_COMPILED: dict[ProgramKey, jax.stages.Compiled] = {}
+TRIAL = "trial"
+"""Kind of the programs of trials, see `ProgramCache`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +54,18 @@ class Meter:
 
     def prepare(self, trials: Iterable[Trial], activations: LayerActivations) -> None:
         """Compiles the trials side by side: compiling, not running, is most of a search's time on an accelerator."""
-        missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, activations) not in _COMPILED]
+        missing = [trial for trial in dict.fromkeys(trials) if self._key(trial, activations) not in PROGRAMS]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # lowering holds Python's lock, compiling does not
             programs = [pool.submit(self._lowered(t, activations).compile, compile_options()) for t in missing]
-        _COMPILED.update({self._key(t, activations): p.result() for t, p in zip(missing, programs, strict=True)})
+        PROGRAMS.add({self._key(t, activations): p.result() for t, p in zip(missing, programs, strict=True)})
 
     def __call__(self, trial: Trial, activations: LayerActivations) -> TrialMetrics:
         """The trial's metrics on one layer, on the host."""
         self.prepare([trial], activations)
-        return jax.device_get(_COMPILED[self._key(trial, activations)](activations))
+        return jax.device_get(PROGRAMS[self._key(trial, activations)](activations))
 
     def _key(self, trial: Trial, activations: LayerActivations) -> ProgramKey:
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(activations))
-        return self, trial, shapes
+        return ProgramKey.of(TRIAL, (self, trial), activations)
 
     def _lowered(self, trial: Trial, activations: LayerActivations) -> jax.stages.Lowered:
         pattern = trial.pattern(self.modalities)

@@ -12,9 +12,8 @@ from tiny import CONFIG
 
 from mmi_jax import AShape, Blocks, Dense, Grid
 from mmi_jax.aot import compile_ahead
-from mmi_jax.aot.compile_ahead import Memory, Target, kernel_inputs, longest_that_fits, prefill_shapes
-from mmi_jax.engine.settings.buckets import MOST_TOKENS, Buckets
-from mmi_jax.engine.settings.padded_lengths import default_buckets
+from mmi_jax.aot.compile_ahead import Memory, Target, kernel_inputs, longest_that_fits, prefill_inputs
+from mmi_jax.engine.settings.buckets import MAX_TOKENS, Buckets, default_buckets
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import BOTH, Shards, make_mesh
 from models.qwen2_5_vl import Qwen2_5_VL
@@ -41,9 +40,9 @@ def test_bucket_lengths_are_whole_blocks_of_every_device():
 @pytest.mark.parametrize("shards", [Shards(sequence=4, heads=4), Shards(sequence=3)])
 def test_prefill_on_a_mesh_takes_every_length_that_the_search_tries(shards):
     buckets = default_buckets(Blocks(q=512), shards)
-    assert MOST_TOKENS <= buckets.length_for(MOST_TOKENS) == buckets.largest < MOST_TOKENS + buckets.multiple
-    tried = target().buckets(MOST_TOKENS).lengths()
-    assert tried[-1] == MOST_TOKENS and default_buckets(Blocks(), Shards()).largest == 2**20
+    assert MAX_TOKENS <= buckets.length_for(MAX_TOKENS) == buckets.largest < MAX_TOKENS + buckets.multiple
+    tried = target().buckets(MAX_TOKENS).lengths()
+    assert tried[-1] == MAX_TOKENS and default_buckets(Blocks(), Shards()).largest == 2**20
 
 
 @pytest.mark.parametrize("fixed", [0, 10**9])
@@ -79,11 +78,12 @@ def test_kernel_inputs_are_those_of_one_device():
 
 
 def test_shapes_say_where_weights_cache_and_tokens_lie():
-    (weights, _), rope_pos, layout, _, x, k, _ = prefill_shapes(target(one_device()), 4096)
+    inputs = prefill_inputs(target(one_device()), 4096)
+    weights, x, k = inputs.state, inputs.x, inputs.k
     assert weights["layers"]["mlp"]["up"]["kernel"].get_value().sharding.spec == P(None, BOTH)
     assert x.shape == (1, 4096, 16) and x.sharding.spec == P(None, BOTH, None)
     assert k.shape == (3, 1, 4096, 2, 8) and k.dtype == jnp.bfloat16
-    assert rope_pos.shape == (3, 1, 4096) and layout.frame.shape == (1, 4096)
+    assert inputs.rope_pos.shape == (3, 1, 4096) and inputs.layout.frame.shape == (1, 4096)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights))
 
 

@@ -131,7 +131,7 @@ def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
     arguments = ["--plan", "7b", "--tokens", "1000000", "--device", "h200", "--pattern", "AShape"]
     assert main(["doctor", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "padded to 1,048,576, hold at most" in printed and "of 132.7 GiB: it fits" in printed
+    assert "padded to 1,048,576, need at most" in printed and "of 132.7 GiB: it fits" in printed
     (tower,) = [line for line in printed.splitlines() if "vision tower's batches" in line]
     assert "0.6 GiB" in tower and "embed" in tower
     (cache,) = [line for line in printed.splitlines() if "cache: keys and values" in line]
@@ -141,7 +141,7 @@ def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "1048576", "--device", "72GiB"], "1 x 1,048,576 tokens must fit the device: it needs"),
+        (["--tokens", "1048576", "--device", "72GiB"], "1 x 1,048,576 tokens must fit the device's memory: it needs"),
         (["--tokens", "1048576", "--device", "72GiB"], "the device has 72.0 GiB. What would fit: at most"),
         (["--tokens", "2000000", "--device", "h200"], "a prompt must have 1 to 1048576 tokens"),
         (["--tokens", "0", "--device", "h100"], "--tokens and --batch must be at least 1, got 0 and 1"),

@@ -1,6 +1,7 @@
 """A prefill that goes on from a cache, against the whole prompt in one piece."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, batch, forward, join, pad, pro
 
 from mmi_jax import Buckets, Grid, PrefillResult, VerticalSlash, decode
 from mmi_jax import prefill as run_prefill
-from mmi_jax.engine.settings.padded_lengths import Sizes, sizes_for
+from mmi_jax.engine.settings.options import PrefillOptions
+from mmi_jax.engine.settings.padded_lengths import PaddedLengths, PriorCache, padded_lengths
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import ONE_DEVICE, Shards
 
@@ -24,14 +26,15 @@ QUESTION, OTHER = prompt(2, 11), prompt(3, 7)
 
 
 TWO = Buckets(smallest=64, largest=256, multiple=32)
+FINE = Buckets(smallest=64, largest=256, multiple=16)
 SPARSE = (Grid(local=8, sink=0, tail=4, last_q=8), VerticalSlash(4, 4, local=4, last_q=8))
 
 
 def prefill(prompt, **kwargs) -> PrefillResult:
     """One bucket of 64 tokens in a cache of 128, unless told otherwise: few programs serve all tests."""
-    before = kwargs.get("cache")
-    held = 0 if before is None else int(np.max(getattr(before, "cache", before).lengths))
-    room = 128 - held - prompt.tokens.shape[1]
+    prior = kwargs.get("cache")
+    prior_tokens = 0 if prior is None else int(np.max(getattr(prior, "cache", prior).lengths))
+    room = 128 - prior_tokens - prompt.tokens.shape[1]
     settings: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=room) | kwargs
     return run_prefill(tiny_model(), prompt, **settings)
 
@@ -82,7 +85,7 @@ def test_one_video_serves_several_questions():
 
 
 @pytest.mark.parametrize("room", [0, 36])
-def test_a_cache_that_is_given_up_can_be_reclaimed(room):
+def test_a_donated_cache_can_be_reclaimed(room):
     """Its memory is taken over, or given back where it was too small."""
     video = prefill(VIDEO, max_new_tokens=room)
     first = prefill(QUESTION, cache=video, donates_cache=True)
@@ -123,21 +126,28 @@ def test_what_cannot_be_continued_is_refused():
         prefill(batch(QUESTION, QUESTION), cache=uneven)
     with pytest.raises(ValueError, match=r"as many prompts: expected float32 \(3, 2, 128, 2, 8\), got float32 \(3, 1,"):
         prefill(batch(QUESTION, QUESTION), cache=prefill(VIDEO))
-    with pytest.raises(ValueError, match=r"fit the largest bucket.*held=31, num_tokens=11, max_new_tokens=220"):
+    with pytest.raises(ValueError, match=r"fit the largest bucket.*prior_tokens=31, num_tokens=11, max_new_tokens=220"):
         prefill(QUESTION, cache=prefill(VIDEO), max_new_tokens=220)
 
 
-def test_sizes_leave_room_for_every_chunk():
-    kwargs: dict[str, Any] = dict(
-        max_new_tokens=0, buckets=Buckets(smallest=64, largest=256, multiple=16), blocks=BLOCKS, shards=ONE_DEVICE
-    )
-    assert sizes_for(40, chunk_tokens=None, **kwargs) == Sizes(held=0, padded=64, chunk=64, capacity=64)
-    assert sizes_for(40, chunk_tokens=48, **kwargs) == Sizes(held=0, padded=96, chunk=48, capacity=96)
-    kept = sizes_for(40, chunk_tokens=None, held=30, capacity=96, **kwargs)
-    assert kept == Sizes(held=30, padded=64, chunk=64, capacity=96) and list(kept.starts) == [30]
-    assert sizes_for(40, chunk_tokens=None, held=33, capacity=96, **kwargs).capacity == 112
-    last = sizes_for(40, chunk_tokens=48, held=216, capacity=240, **kwargs)
+def lengths_of(
+    num_tokens: int, *, chunk_tokens: int | None = None, prior: tuple[int, int] = (0, 0), buckets: Buckets = FINE
+) -> PaddedLengths:
+    """Padded lengths on one device; `prior` are tokens and capacity of a cache that is continued."""
+    options = PrefillOptions(chunk_tokens=chunk_tokens, buckets=buckets, blocks=BLOCKS)
+    return padded_lengths(num_tokens, options, ONE_DEVICE, PriorCache(tokens=prior[0], capacity=prior[1]))
+
+
+def test_lengths_leave_room_for_every_chunk():
+    lengths = functools.partial(PaddedLengths, prior_tokens=0)
+    assert lengths_of(40) == lengths(padded_tokens=64, chunk_tokens=64, capacity=64)
+    assert lengths_of(40, chunk_tokens=48) == lengths(padded_tokens=96, chunk_tokens=48, capacity=96)
+    kept = lengths_of(40, prior=(30, 96))
+    assert kept == PaddedLengths(prior_tokens=30, padded_tokens=64, chunk_tokens=64, capacity=96)
+    assert list(kept.starts) == [30]
+    assert lengths_of(40, prior=(33, 96)).capacity == 112
+    last = lengths_of(40, chunk_tokens=48, prior=(216, 240))
     assert last.starts == range(216, 312, 48) and last.capacity == 312 + 8  # past the largest bucket, with padding only
-    cut: dict[str, Any] = kwargs | {"shards": Shards(sequence=2), "buckets": TWO}
+    options, prior = PrefillOptions(buckets=TWO, blocks=BLOCKS), PriorCache(tokens=30, capacity=96)
     with pytest.raises(ValueError, match="expected no chunk_tokens, got None, and no cache, got one of 30 tokens"):
-        sizes_for(40, chunk_tokens=None, held=30, **cut)
+        padded_lengths(40, options, Shards(sequence=2), prior)

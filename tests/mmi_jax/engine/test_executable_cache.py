@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, and what tells them from each other."""
+"""The executable cache: compiled programs on disk, and what identifies them."""
 
 import functools
 import json
@@ -16,9 +16,10 @@ from tiny import CONFIG, STATIC, pad, tiny_model
 
 from mmi_jax import AShape, Dense, PatternTable
 from mmi_jax.cli.compile_cache import cache_contents, kept_programs
-from mmi_jax.engine.programs import compilation, layer_program
+from mmi_jax.engine.programs import layer_program
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
+from mmi_jax.engine.programs.program_cache import PROGRAMS
 
 TERMS = model_terms(CONFIG, num_keys=64)
 """Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 def test_layers_that_all_differ_are_a_program_each_and_equal_masked_dense_attention():
-    compilation._COMPILED.clear()
+    PROGRAMS.clear()
     result = prefill(ONE, table=DIFFERENT)
     expected = masked_forward(tiny_model(), pad(ONE, 64), DIFFERENT.layers)[:, ONE.tokens.shape[1] - 1]
     assert_same_up_to_order(result.logits, expected, terms=TERMS)
@@ -41,12 +42,12 @@ def test_layers_that_all_differ_are_a_program_each_and_equal_masked_dense_attent
     assert np.abs(shared.logits - result.logits).max() > 1e-3
 
 
-def test_a_kept_program_is_neither_traced_nor_compiled_and_gives_the_same_bits(tmp_path, monkeypatch):
+def test_a_cached_program_is_neither_traced_nor_compiled_and_gives_the_same_bits(tmp_path, monkeypatch):
     with kept_programs(tmp_path):
-        compilation._COMPILED.clear()
+        PROGRAMS.clear()
         first = prefill(ONE, table=STATIC)
-        compilation._COMPILED.clear()
-        monkeypatch.setattr(layer_program, "_layer", lambda *_: pytest.fail("a kept layer was traced"))
+        PROGRAMS.clear()
+        monkeypatch.setattr(layer_program, "_layer", lambda *_: pytest.fail("a cached layer was traced"))
         second = prefill(ONE, table=STATIC)
         assert num_compiled_programs() == 1
     for a, b in zip(jax.tree.leaves(first.cache), jax.tree.leaves(second.cache), strict=True):
@@ -54,21 +55,21 @@ def test_a_kept_program_is_neither_traced_nor_compiled_and_gives_the_same_bits(t
     np.testing.assert_array_equal(first.logits, second.logits)
 
 
-def test_an_unreadable_kept_program_is_replaced(tmp_path):
+def test_an_unreadable_cached_program_is_replaced(tmp_path):
     with kept_programs(tmp_path):
-        compilation._COMPILED.clear()
+        PROGRAMS.clear()
         first = prefill(ONE, table=STATIC)
         (entry,) = tmp_path.glob("prefill_layer-*-cache")
         whole = entry.read_bytes()
         entry.write_bytes(whole[:100])
-        compilation._COMPILED.clear()
-        with pytest.warns(UserWarning, match="kept program prefill_layer.* is unreadable and compiled again"):
+        PROGRAMS.clear()
+        with pytest.warns(UserWarning, match="cached program prefill_layer.* is unreadable and compiled again"):
             second = prefill(ONE, table=STATIC)
         assert len(entry.read_bytes()) > 1000 and cache_contents(tmp_path).num_programs >= 3
     np.testing.assert_array_equal(first.logits, second.logits)
 
 
-def test_without_a_directory_nothing_is_kept():
+def test_without_a_directory_nothing_is_cached():
     from mmi_jax.engine.programs import executable_cache
 
     assert jax.config.values["jax_compilation_cache_dir"] is None
@@ -97,7 +98,7 @@ def test_different_values_have_different_digests(one, other):
 
 
 def test_what_has_no_contents_to_tell_it_by_is_refused():
-    with pytest.raises(NoFingerprintError, match="told by their contents, got <class 'object'>"):
+    with pytest.raises(NoFingerprintError, match="identified by their contents, got <class 'object'>"):
         digest((STATIC, object()))
 
 

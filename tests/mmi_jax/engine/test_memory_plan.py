@@ -17,81 +17,81 @@ from mmi_jax.engine import prefill as engine_prefill
 from mmi_jax.engine.memory import memory_check
 from mmi_jax.engine.memory.chips import GIB
 from mmi_jax.engine.memory.memory_check import (
+    DeviceMemory,
     DoesNotFitError,
-    Room,
     check_fits,
     longest_that_fits,
-    weight_bytes,
     what_fits,
 )
-from mmi_jax.engine.memory.memory_plan import STAGES, MemoryTask, bytes_of, plan_memory
+from mmi_jax.engine.memory.memory_plan import MemoryRequest, bytes_of, plan_memory, weight_bytes
+from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import layer_arguments
 from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.protocols import ModelConfig
+from mmi_jax.engine.reporting.stages import MEMORY_STAGES
+from mmi_jax.engine.settings.options import PrefillOptions
+from mmi_jax.engine.settings.request import request_for
 from mmi_jax.method.patterns import Pattern
 from models.qwen2_5_vl.presets import PRESETS
 from models.qwen2_5_vl.weights import abstract_model
 
 ONE = prompt(0, 9, (3, 2, 5), 17)
+DENSE = Dense()
+SEVEN_B = PRESETS["7b"]
 
 
-def task(pattern: Pattern = Dense(), **changes: Any) -> MemoryTask:  # noqa: B008
-    """A 7B prefill."""
-    config = PRESETS["7b"]
-    settings: dict[str, Any] = dict(
-        config=config,
-        weight_bytes=weight_bytes(abstract_model(config)),
-        dtype=jnp.bfloat16,
-        layers=((pattern,) * config.num_heads,) * config.num_layers,
-        batch=1,
-        num_tokens=2**17,
-        blocks=Blocks(),
-        buckets=Buckets(),
-    )
-    return MemoryTask(**settings | changes)
+def request(
+    pattern: Pattern = DENSE,
+    *,
+    config: ModelConfig = SEVEN_B,
+    model_bytes: int | None = None,
+    dtype: Any = jnp.bfloat16,
+    batch: int = 1,
+    num_tokens: int = 2**17,
+    embed_bytes: int = 0,
+    **settings: Any,
+) -> MemoryRequest:
+    """A 7B prefill, unless told otherwise."""
+    prefill = request_for(config, num_tokens, PrefillOptions(table=pattern, **settings), batch=batch)
+    model_bytes = weight_bytes(abstract_model(SEVEN_B)) if model_bytes is None else model_bytes
+    return MemoryRequest(prefill=prefill, weight_bytes=model_bytes, dtype=dtype, embed_bytes=embed_bytes)
 
 
 def test_weights_cache_and_embeddings_are_counted_to_the_byte():
-    plan = plan_memory(task())
+    plan = plan_memory(request())
     sizes = {buffer.name: buffer.num_bytes for buffer in plan.buffers}
     assert sizes["weights"] == 2 * 8_292_166_656
     assert sizes["cache: keys and values"] == 2 * 2 * 28 * 2**17 * 4 * 128
     assert sizes["x, embeddings and then every layer's output"] == 2 * 2**17 * 3584
-    assert plan.peak == max(plan.at(stage) for stage in STAGES) == plan.at(plan.peak_stage)
+    assert plan.peak == max(plan.bytes_in(stage) for stage in MEMORY_STAGES) == plan.bytes_in(plan.peak_stage)
 
 
 def test_a_cache_of_the_engine_is_the_cache_of_the_plan():
     result = run_prefill(tiny_model(), ONE, buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=30)
-    plan = plan_memory(tiny_task(max_new_tokens=30))
+    plan = plan_memory(tiny_request(max_new_tokens=30))
     planned = next(b for b in plan.buffers if b.name.startswith("cache"))
     assert planned.num_bytes == result.cache.k.nbytes + result.cache.v.nbytes
     assert planned.shape == (2, *result.cache.k.shape)
 
 
-def test_the_vision_tower_may_be_the_peak_of_a_short_prompt_and_is_nothing_beside_a_long_one():
-    short, long = (task(num_tokens=n, embed_bytes=1_500_000_000) for n in (2048, 2**20))
+def test_the_vision_tower_may_be_the_peak_of_a_short_prompt_but_not_of_a_long_one():
+    short, long = (request(num_tokens=n, embed_bytes=1_500_000_000) for n in (2048, 2**20))
     plan = plan_memory(short)
-    assert plan.peak_stage == "embed" and plan.peak == plan.held_before + 1_500_000_000 + 2 * 2048 * 3584
+    assert plan.peak_stage == "embed" and plan.peak == plan.weight_bytes + 1_500_000_000 + 2 * 2048 * 3584
     assert plan_memory(long).peak == plan_memory(dataclasses.replace(long, embed_bytes=0)).peak
 
 
 def test_the_plan_counts_the_tower_of_the_prompt(monkeypatch):
     model, planned = tiny_model(), []
-    monkeypatch.setattr(engine_prefill, "check_room", lambda memory, _: planned.append(memory.embed_bytes))
+    monkeypatch.setattr(engine_prefill, "check_memory", lambda memory, _: planned.append(memory.embed_bytes))
     prefill(measures_recall=False)
     assert planned == [model.embed_bytes(ONE)] and planned[0] > 0 and model.embed_bytes(prompt(0, 9)) == 0
 
 
-def tiny_task(**changes: Any) -> MemoryTask:
-    settings: dict[str, Any] = dict(
-        config=CONFIG,
-        weight_bytes=weight_bytes(tiny_model()),
-        dtype=jnp.float32,
-        layers=((Dense(),) * 4,) * 3,
-        num_tokens=58,
-        blocks=BLOCKS,
-        buckets=BUCKETS,
-    )
-    return task(**settings | changes)
+def tiny_request(**settings: Any) -> MemoryRequest:
+    model_bytes = weight_bytes(tiny_model())
+    tiny: dict[str, Any] = dict(config=CONFIG, dtype=jnp.float32, num_tokens=58, blocks=BLOCKS, buckets=BUCKETS)
+    return request(model_bytes=model_bytes, **tiny | settings)
 
 
 @pytest.mark.parametrize(("pattern", "num_tokens"), [(Dense(), 32768), (STATIC, 16384)])
@@ -106,7 +106,7 @@ def test_the_plan_is_what_the_compiler_allocates(pattern, num_tokens):
         vision=dataclasses.replace(PRESETS["3b"].vision, out_dim=64),
     )
     row = (pattern,) * 4
-    plan = plan_memory(task(config=config, dtype=jnp.float32, layers=(row, row), num_tokens=num_tokens))
+    plan = plan_memory(request(pattern, config=config, dtype=jnp.float32, num_tokens=num_tokens))
     arguments = ("weights", "cache: keys and values", "x, embeddings and then every layer's output")
     planned = plan.peak - sum(b.num_bytes for b in plan.buffers if b.name in arguments)
     assert temporary_bytes(config, row, num_tokens) == pytest.approx(planned, rel=0.2)
@@ -121,8 +121,19 @@ def temporary_bytes(config, row, num_tokens: int) -> int:
     shape = lambda *axes, dtype=jnp.int32: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
     cache = shape(2, 1, num_tokens, config.num_kv_heads, config.head_dim, dtype=jnp.float32)
     x = shape(1, num_tokens, config.embed_dim, dtype=jnp.float32)
-    places = shape(3, 1, num_tokens), layout_shape(shape(1, num_tokens)), shape()
-    args = layer_arguments(program, (state, weights), *places, x, cache, cache)[row]
+    inputs = ChunkInputs(
+        state=state,
+        layer_state=weights,
+        rope_pos=shape(3, 1, num_tokens),
+        layout=layout_shape(shape(1, num_tokens)),
+        q_start=shape(),
+        x=x,
+        k=cache,
+        v=cache,
+        logit_places=shape(1, 1),
+        hidden=shape(1, 1, config.embed_dim, dtype=jnp.float32),
+    )
+    args = layer_arguments(program, inputs)[row]
     compiled = program.layer(weights, config.num_kv_heads).lower(*args).compile()
     memory, rotary = compiled.memory_analysis(), args[2][0]
     assert memory is not None
@@ -131,10 +142,12 @@ def temporary_bytes(config, row, num_tokens: int) -> int:
 
 def test_a_prompt_that_does_not_fit_is_told_what_would():
     with pytest.raises(DoesNotFitError) as refusal:
-        check_fits(task(num_tokens=2**20, batch=2), Room(limit=120 * GIB, used=3 * GIB))
+        check_fits(request(num_tokens=2**20, batch=2), DeviceMemory(limit=120 * GIB, used=3 * GIB))
     message = str(refusal.value)
     assert re.search(
-        r"2 x 1,048,576 tokens must fit the device: it needs \d+\.\d GiB \(cache: keys and values 112", message
+        r"2 x 1,048,576 tokens must fit the device's memory: it needs "
+        r"\d+\.\d GiB at its peak, stage \w+ \(cache: keys and values 112",
+        message,
     )
     assert "the device has 120.0 GiB less 3.0 GiB that other arrays take" in message
     assert "1 prompt at a time" in message and "at most 655,360 tokens in the same way" in message
@@ -142,15 +155,15 @@ def test_a_prompt_that_does_not_fit_is_told_what_would():
 
 @pytest.mark.slow
 def test_what_is_said_to_fit_fits_and_what_is_longer_does_not():
-    limit, one = 54 * GIB, task(Grid(), num_tokens=2**19)
+    limit, one = 54 * GIB, request(Grid(), num_tokens=2**19)
     assert plan_memory(one).peak > limit
     chunk = next(text for text in what_fits(one, limit) if text.startswith("chunk_tokens="))
     size = int(re.findall(r"\d+", chunk)[0])
-    assert plan_memory(dataclasses.replace(one, chunk_tokens=size)).peak <= limit
-    assert plan_memory(dataclasses.replace(one, chunk_tokens=2 * size)).peak > limit
+    assert plan_memory(one.with_options(chunk_tokens=size)).peak <= limit
+    assert plan_memory(one.with_options(chunk_tokens=2 * size)).peak > limit
     longest = longest_that_fits(one, limit)
-    assert longest is not None and plan_memory(dataclasses.replace(one, num_tokens=longest)).peak <= limit
-    assert plan_memory(dataclasses.replace(one, num_tokens=Buckets().length_for(longest + 1))).peak > limit
+    assert longest is not None and plan_memory(one.with_prompts(num_tokens=longest)).peak <= limit
+    assert plan_memory(one.with_prompts(num_tokens=Buckets().length_for(longest + 1))).peak > limit
     assert list(what_fits(one, 10 * GIB)) == []
 
 
@@ -159,9 +172,9 @@ def prefill(**kwargs) -> PrefillResult:
 
 
 def test_prefill_refuses_before_it_allocates(monkeypatch):
-    monkeypatch.setattr(memory_check, "room_of", lambda device: Room(limit=10_000))
+    monkeypatch.setattr(memory_check, "memory_of", lambda device: DeviceMemory(limit=10_000))
     monkeypatch.setattr(type(tiny_model()), "embed", lambda *_: pytest.fail("allocated embeddings"))
-    with pytest.raises(DoesNotFitError, match="1 x 58 tokens must fit the device.*What would fit: nothing"):
+    with pytest.raises(DoesNotFitError, match="1 x 58 tokens must fit the device's memory.*What would fit: nothing"):
         prefill()
 
 

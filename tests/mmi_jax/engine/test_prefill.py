@@ -27,8 +27,8 @@ from mmi_jax import (
     VerticalSlash,
 )
 from mmi_jax import prefill as run_prefill
-from mmi_jax.engine.prefill import ModelConfig, VisionLanguageModel
 from mmi_jax.engine.programs.compilation import num_compiled_programs
+from mmi_jax.engine.protocols import ModelConfig, Prompt, VisionLanguageModel
 from mmi_jax.layout import VISION
 from mmi_jax.method.attention import attend_sparsely
 
@@ -89,6 +89,7 @@ def assert_same(result, other, row=slice(None)):
 def test_the_model_fits_the_protocols():
     assert isinstance(tiny_model(), VisionLanguageModel)
     assert isinstance(CONFIG, ModelConfig)
+    assert isinstance(ONE, Prompt)
 
 
 def test_dense_logits_equal_the_forward_pass():

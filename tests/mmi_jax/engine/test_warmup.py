@@ -1,7 +1,7 @@
 """prepare: after it a prefill of a prepared length compiles nothing."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -11,10 +11,12 @@ from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 from mmi_jax import prefill, prepare
 from mmi_jax.bench.soak import counted_compilations
 from mmi_jax.engine.memory import memory_check
-from mmi_jax.engine.memory.memory_check import DoesNotFitError, Room
+from mmi_jax.engine.memory.memory_check import DeviceMemory, DoesNotFitError
 from mmi_jax.engine.programs import compilation
 from mmi_jax.engine.programs.compilation import num_compiled_programs
+from mmi_jax.engine.programs.program_cache import ProgramCache
 from mmi_jax.engine.prompts import fit_prompt
+from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import _of_bucket
 
@@ -51,18 +53,20 @@ def test_chunks_and_batches_are_prepared_too():
 
 @pytest.mark.parametrize(("max_new_tokens", "chunk_tokens"), [(0, None), (20, None), (16, 32), (150, None)])
 def test_all_sizes_of_a_bucket_are_found(max_new_tokens, chunk_tokens):
-    def request(num_tokens):
-        return request_for(CONFIG, num_tokens, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens, **SIZES)
+    options = PrefillOptions(max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens, **SIZES)
 
-    found = {one.sizes for one in _of_bucket(request(90))}
-    assert found == {request(n).sizes for n in range(81, 97)}
+    def request(num_tokens):
+        return request_for(CONFIG, num_tokens, options)
+
+    lengths = {each.lengths for each in _of_bucket(request(90))}
+    assert lengths == {request(n).lengths for n in range(81, 97)}
 
 
 def test_what_prefill_refuses_is_refused(monkeypatch):
     assert prepare(tiny_model(), [], **SIZES) == []
     with pytest.raises(ValueError, match="a prompt must have 1 to 256 tokens .the largest bucket., got 257"):
         prepare(tiny_model(), [64, 257], **SIZES)
-    monkeypatch.setattr(memory_check, "room_of", lambda device: Room(limit=10_000))
+    monkeypatch.setattr(memory_check, "memory_of", lambda device: DeviceMemory(limit=10_000))
     with pytest.raises(DoesNotFitError, match="1 x 80 tokens must fit the device"):
         prepare(tiny_model(), [64, 75], **SIZES)
 
@@ -91,18 +95,21 @@ def test_what_is_no_length_or_setting_is_refused_before_anything_is_compiled(len
 
 @pytest.mark.usefixtures("no_shape_checks")
 def test_lengths_and_settings_may_be_of_numpy():
-    settings: dict[str, Any] = dict(batch=np.int32(2), max_new_tokens=np.int64(3), chunk_tokens=np.int64(32))
-    ours: Any = np.int64(90)
-    assert request_for(CONFIG, ours, **SIZES, **settings) == request_for(
-        CONFIG, 90, batch=2, max_new_tokens=3, chunk_tokens=32, **SIZES
-    )
+    settings: dict[str, Any] = dict(max_new_tokens=np.int64(3), chunk_tokens=np.int64(32))
+    length, batch = cast(Any, (np.int64(90), np.int32(2)))
+    ours = request_for(CONFIG, length, PrefillOptions(**SIZES, **settings), batch=batch)
+    assert ours == request_for(CONFIG, 90, PrefillOptions(**SIZES, max_new_tokens=3, chunk_tokens=32), batch=2)
+    assert type(ours.options.chunk_tokens) is type(ours.num_tokens) is type(ours.batch) is int
 
 
-def test_what_is_compiled_beside_a_program_that_fails_is_kept(monkeypatch):
-    monkeypatch.setattr(compilation, "_COMPILED", {})
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_program_is_kept_although_another_fails(monkeypatch):
+    programs = ProgramCache()
+    monkeypatch.setattr(compilation, "PROGRAMS", programs)
     with ThreadPoolExecutor() as pool:
-        parts = compilation._Parts(pool=pool)
-        parts.futures = {"fails": pool.submit(divmod, 1, 0), "compiles": pool.submit(divmod, 7, 2)}
+        compilations = compilation._Compilations(pool=pool)
+        futures: Any = {"fails": pool.submit(divmod, 1, 0), "compiles": pool.submit(divmod, 7, 2)}
+        compilations.futures = futures
         with pytest.raises(ZeroDivisionError):
-            parts.finish()
-    assert compilation._COMPILED == {"compiles": (3, 1)}
+            compilations.finish()
+    assert programs["compiles"] == (3, 1) and "fails" not in programs

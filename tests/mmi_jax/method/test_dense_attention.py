@@ -13,6 +13,7 @@ from tiny import BLOCKS, BUCKETS, CONFIG, prompt, tiny_model
 
 from mmi_jax.engine import prefill
 from mmi_jax.engine.programs import compilation
+from mmi_jax.engine.programs.program_cache import ProgramCache
 from mmi_jax.engine.settings import request
 from mmi_jax.layout import PADDING, concatenate, stack, text_tokens, vision_tokens
 from mmi_jax.method import attention, dense_attention
@@ -129,7 +130,7 @@ def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_
     run = functools.partial(prefill.prefill, tiny_model(), prompt(0, 9, (3, 2, 5), 17), buckets=BUCKETS, blocks=BLOCKS)
     expected = run(table=Dense(), implementation="xla")
     monkeypatch.setattr(request, "costs_of_device", lambda: DENSE_IS_FREE)
-    monkeypatch.setattr(compilation, "_COMPILED", {})  # programs of other tests know nothing of this kernel
+    monkeypatch.setattr(compilation, "PROGRAMS", ProgramCache())  # programs of other tests know nothing of this kernel
     got = run(table=AShape(sink=1, local=2))
     assert cudnn_by_xla, "dense layers of a plain prompt went to the vendor's kernel"
     assert (got.report.density == 1).all() and (got.report.recall == 1).all()

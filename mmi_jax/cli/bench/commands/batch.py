@@ -31,7 +31,8 @@ from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
 from mmi_jax.engine.batching import BATCH_TOKENS, batches, prefill_many
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.engine.settings.request import Request, request_for
+from mmi_jax.engine.settings.options import PrefillOptions
+from mmi_jax.engine.settings.request import PrefillRequest, request_for
 from mmi_jax.engine.warmup import prepare_requests
 
 ON_GPU = (2000, 2010, 2030, 2048, 8000, 8192, 32000, 32768)
@@ -69,9 +70,9 @@ def batch(
         def measure(_: Any) -> dict[str, Any]:
             model = random_weights(config, dtype)
             prompts = [video_prompt(config, n) for n in lengths]
-            settings = dict(table=chosen, measures_recall=False)
-            prepare_requests(model, requests_of(config, lengths, settings))
-            return compare_ways(functools.partial(logits_of, model, prompts, settings), lengths, repeats) | {
+            options = PrefillOptions(table=chosen, measures_recall=False)
+            prepare_requests(model, requests_of(config, lengths, options))
+            return compare_ways(functools.partial(logits_of, model, prompts, options), lengths, repeats) | {
                 "case": f"{preset}, {chosen.model}",
                 "layers": config.num_layers,
             }
@@ -80,23 +81,23 @@ def batch(
         run_cases([Case(preset, None)], measure, view, json_file, stops_at_error=debug, times_matmul=False)
 
 
-def requests_of(config: Any, lengths: Sequence[int], settings: dict[str, Any]) -> list[Request]:
+def requests_of(config: Any, lengths: Sequence[int], options: PrefillOptions) -> list[PrefillRequest]:
     """What the three ways prefill: their programs are compiled side by side."""
     together = [(lengths[members[0]], len(members)) for members in batches(lengths, BATCH_TOKENS, Buckets())]
     sizes = [*together, (max(lengths), len(lengths)), *((length, 1) for length in lengths)]
     padded = {(Buckets().length_for(length), batch) for length, batch in sizes}
-    return [request_for(config, length, batch=batch, **settings) for length, batch in sorted(padded)]
+    return [request_for(config, length, options, batch=batch) for length, batch in sorted(padded)]
 
 
-def logits_of(model: Any, prompts: Sequence[Any], settings: dict[str, Any], way: str) -> np.ndarray:
+def logits_of(model: Any, prompts: Sequence[Any], options: PrefillOptions, way: str) -> np.ndarray:
     """Logits of every prompt, by one of the three ways."""
     match way:
         case "many":
-            return np.concatenate([result.logits for result in prefill_many(model, prompts, **settings)])
+            return np.concatenate([result.logits for result in prefill_many(model, prompts, options=options)])
         case "padded":
-            return np.asarray(prefill(model, type(prompts[0]).batch(prompts), **settings).logits)
+            return np.asarray(prefill(model, type(prompts[0]).batch(prompts), options=options).logits)
         case "alone":
-            return np.concatenate([np.asarray(prefill(model, prompt, **settings).logits) for prompt in prompts])
+            return np.concatenate([np.asarray(prefill(model, prompt, options=options).logits) for prompt in prompts])
     raise ValueError(f"expected many, padded or alone, got {way}")
 
 
