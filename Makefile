@@ -7,24 +7,39 @@ STAMP := $(VENV)/.installed
 TPU_STAMP := $(VENV)/.installed-tpu
 DOCS_STAMP := $(VENV)/.installed-docs
 AOT_TESTS := tests/mmi_jax/cli/test_cli_aot.py tests/pallas_kernels/test_top_k.py tests/mmi_jax/method/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
+# The meaning in small: masks by hand, patterns, block lists, kernels against references.
+QUICK_TESTS := tests/test_imports.py tests/mmi_jax/test_layout.py tests/mmi_jax/method/test_patterns.py tests/mmi_jax/method/test_permutation.py tests/mmi_jax/method/test_kv_views.py tests/mmi_jax/method/test_token_groups.py tests/mmi_jax/method/test_estimate.py tests/pallas_kernels/test_block_sparse_attention.py
+# The tests that compare numbers of two programs.
+NUMERIC_TESTS := tests/mmi_jax/engine/test_continue.py tests/mmi_jax/engine/test_batching.py tests/mmi_jax/engine/test_prefill.py tests/mmi_jax/engine/test_decode.py tests/mmi_jax/method/test_attention.py tests/mmi_jax/method/test_dense_attention.py tests/mmi_jax/test_flax.py tests/mmi_jax/search/test_importance.py tests/pallas_kernels/test_block_sparse_attention.py tests/pallas_kernels/test_decode_attention.py tests/pallas_kernels/test_column_mass.py tests/models/test_qwen2_5_vl_parity.py tests/models/test_qwen2_5_vl_vision.py
+OPTIMIZED := --xla_backend_optimization_level=3
+ISA ?= AVX2
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && command -v "$$p" && break; done)
 
-.PHONY: demo test slow-test aot-test lint format docs clean
+.PHONY: demo test quick slow-test isa-test aot-test lint format docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/mmi prefill --demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow" --durations=25
 
-# Eight devices in one process, several hosts, whole scripts.
+quick: $(STAMP)
+	$(BIN)/pytest -n 2 -m "not slow" $(QUICK_TESTS)
+
+# Eight devices in one process, several hosts, whole scripts and whole programs.
 slow-test: $(STAMP)
-	$(BIN)/pytest -n 2 -m slow -k "not aot"
+	$(BIN)/pytest -n 2 -m slow -k "not aot" --durations=25
+
+# The tests that compare numbers, with the compiler's optimizations: sums are then taken in an order that depends on the
+# processor's vector instructions. Once as the processor has them, once with those of ISA (AVX, AVX2 or AVX512).
+isa-test: $(STAMP)
+	XLA_FLAGS="$(OPTIMIZED)" $(BIN)/pytest -n 2 -m "not slow" $(NUMERIC_TESTS)
+	XLA_FLAGS="$(OPTIMIZED) --xla_cpu_max_isa=$(ISA)" $(BIN)/pytest -n 2 -m "not slow" $(NUMERIC_TESTS)
 
 # The tests that compile for TPUs; no TPU is needed, only its compiler, which `make test` does without.
 aot-test: $(TPU_STAMP)
-	$(BIN)/pytest -n 2 $(AOT_TESTS)
+	XLA_FLAGS="$(OPTIMIZED)" $(BIN)/pytest -n 2 $(AOT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,6 +53,14 @@ format: $(STAMP)
 # The site in out/site; a warning is an error. NO_MKDOCS_2_WARNING: the theme announces the future of its build tool.
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Source distribution and wheel; the wheel's demo runs in an environment of its own, away from the checkout.
+wheel: $(STAMP)
+	rm -rf out/dist out/wheel
+	$(BIN)/python -m build --outdir out/dist
+	$(PYTHON) -m venv out/wheel
+	out/wheel/bin/python -m pip install --quiet -c constraints.txt out/dist/*.whl
+	cd out/wheel && bin/mmi prefill --demo
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmi-jax needs Python >= 3.12 and none was found on PATH; install one or run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
