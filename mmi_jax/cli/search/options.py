@@ -1,10 +1,11 @@
 """What `mmi search` is asked to do; everything that can be refused is refused before anything is loaded."""
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
 from mmi_jax.method.tables import pattern_json
+from mmi_jax.method.tables.strict_json import check_type, read_json
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.choice import Target, TargetDensity, TargetSpeedup
 from mmi_jax.search.costs import cost_models
@@ -118,11 +119,10 @@ class SearchOptions:
         path = Path(self.candidates)
         if not path.is_file():
             raise ValueError(f"--candidates must be {', '.join(SETS)} or a JSON file, got {self.candidates!r}")
+        value: Any = read_json(path, "a list of patterns")
         try:
-            value = json.loads(path.read_text())
-            if not isinstance(value, list):
-                raise ValueError(f"expected a list of patterns, got {type(value).__name__}")
+            check_type(value, list[dict], "a list of patterns")
             patterns = tuple(map(pattern_json.from_json, value))
-        except ValueError as error:  # json.JSONDecodeError is one
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return Candidates(within=patterns, across=patterns).scaled(self.scale)

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 from mmi_jax.method import patterns, token_groups
 from mmi_jax.method.patterns.base import Pattern
+from mmi_jax.method.tables.strict_json import check_keys
 
 _PATTERNS = {
     cls.__name__: cls
@@ -92,16 +93,13 @@ def _encode(value: Any) -> Any:
 
 
 def _build(value: dict[str, Any], tag: str, known: dict[str, type]) -> Any:
-    fields = {name: field for name, field in value.items() if name != tag}
     if not isinstance(value.get(tag), str) or value[tag] not in known:
         raise ValueError(f"unknown {tag} {value.get(tag)!r}: expected one of {', '.join(sorted(known))}")
     cls = known[value[tag]]
     allowed = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - set(allowed)):
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: known fields are {', '.join(allowed)}")
-    missing = [name for name, field in allowed.items() if name not in fields and field.default is dataclasses.MISSING]
-    if missing:
-        raise ValueError(f"{cls.__name__} needs the fields {', '.join(missing)}")
+    needed = [name for name, field in allowed.items() if field.default is dataclasses.MISSING]
+    fields = {name: field for name, field in value.items() if name != tag}
+    check_keys(fields, cls.__name__, needed, [name for name in allowed if name not in needed])
     decoded = {name: _decode(field, allowed[name].type) for name, field in fields.items()}
     for name, field in decoded.items():
         kind: Any = allowed[name].type

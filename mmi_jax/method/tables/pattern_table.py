@@ -1,4 +1,4 @@
-"""PatternTable: which pattern each head of each layer has, and how that was found."""
+"""Pattern tables: a pattern for each head of each layer, its provenance and scores; saved and loaded as JSON."""
 
 import dataclasses
 import json
@@ -7,14 +7,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables import pattern_json
+from mmi_jax.method.tables.strict_json import check_keys, check_type, read_json
 
 VERSION = 1
-_NEEDED = ("version", "model", "provenance", "patterns", "layers")
-_KNOWN = (*_NEEDED, "scores")
+_TYPES = {"model": str, "provenance": dict[str, str], "patterns": dict, "layers": list[list[str]]}
+"""Keys of a table that every file has besides the version, and their types."""
 
 type PerHead = tuple[tuple[float, ...], ...]
 """A number for each layer and query head."""
@@ -22,13 +22,13 @@ type PerHead = tuple[tuple[float, ...], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadScores:
-    """What a search found of each head's pattern.
+    """Scores of each head's pattern, by a search.
 
     Args:
       error: relative squared error of the attention output against dense attention, the mean over calibration prompts.
-      density: visited tiles over those of a dense head, on the dearest calibration prompt.
-      cost: what the head adds to its layer's attention call, on the dearest calibration prompt, in the unit of the cost
-        model that `provenance` names.
+      density: visited tiles over those of a dense head, on the most expensive calibration prompt.
+      cost: what the head adds to its layer's attention call, on the most expensive calibration prompt, in the unit of
+        the cost model that `provenance` names.
       dense_cost: of a dense head, on that prompt.
       weight: how much an error of the head counted, 1 on average; None where all counted the same.
     """
@@ -62,8 +62,8 @@ class PatternTable:
     Args:
       layers: `layers[n][h]` is the pattern of query head `h` in layer `n`; every layer has as many heads.
       model: name of the model the table was made for.
-      provenance: how it was found: dtype, calibration data, device, date, commit; free text by name.
-      scores: of each head, where a search found them.
+      provenance: of its making: dtype, calibration data, device, date, commit; free text by name.
+      scores: of each head, if it is from a search.
     """
 
     layers: tuple[tuple[Pattern, ...], ...]
@@ -100,7 +100,7 @@ class PatternTable:
                 f"got {self.num_layers} layers of {self.num_heads} heads (table for {self.model or 'an unnamed model'})"
             )
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table as JSON, through a temporary file: a failed run leaves no half-written one."""
         names = {pattern: _name(n, pattern) for n, pattern in enumerate(dict.fromkeys(sum(self.layers, ())))}
         value = {
@@ -138,73 +138,50 @@ def as_table(table: PatternTable | Pattern | None, *, num_layers: int, num_heads
     return table
 
 
-def load_table(path: str | os.PathLike) -> PatternTable:
+def load_table(path: str | os.PathLike[str]) -> PatternTable:
     """The table that `save` wrote.
 
     Raises:
       ValueError: no JSON, another version, unknown or missing keys, an unknown pattern; the message names the file.
     """
-    try:
-        value = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot read a pattern table: {error}") from error
+    value = read_json(path, "a pattern table")
     try:
         return _table(value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _table(value: Any) -> PatternTable:
+def _table(value: object) -> PatternTable:
     if not isinstance(value, dict) or value.get("version") != VERSION:
         got = value.get("version") if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"a pattern table must be an object with version {VERSION}, got {got!r}")
-    if unknown := sorted(set(value) - set(_KNOWN)):
-        raise ValueError(f"unknown keys {', '.join(unknown)}: known keys are {', '.join(_KNOWN)}")
-    if missing := sorted(set(_NEEDED) - set(value)):
-        raise ValueError(f"missing keys {', '.join(missing)}")
-    _check_types(value)
-    palette = {name: pattern_json.from_json(pattern) for name, pattern in value["patterns"].items()}
-    used = {name for heads in value["layers"] for name in heads}
+    fields = check_keys(value, "a pattern table", ("version", *_TYPES), ("scores",))
+    for name, kind in _TYPES.items():
+        check_type(fields[name], kind, name)
+    palette = {name: pattern_json.from_json(pattern) for name, pattern in fields["patterns"].items()}
+    used = {name for heads in fields["layers"] for name in heads}
     if undefined := sorted(used - set(palette)):
         raise ValueError(f"layers name undefined patterns {', '.join(undefined)}: defined are {', '.join(palette)}")
-    layers = tuple(tuple(palette[name] for name in heads) for heads in value["layers"])
-    scores = _scores(value["scores"]) if "scores" in value else None
-    return PatternTable(layers=layers, model=value["model"], provenance=value["provenance"], scores=scores)
+    layers = tuple(tuple(palette[name] for name in heads) for heads in fields["layers"])
+    scores = _scores(fields["scores"]) if "scores" in fields else None
+    return PatternTable(layers=layers, model=fields["model"], provenance=fields["provenance"], scores=scores)
 
 
-def _scores(value: Any) -> HeadScores:
-    needed = ("error", "density", "cost", "dense_cost")
-    if not isinstance(value, dict) or set(value) - {"weight"} != set(needed):
-        got = ", ".join(value) if isinstance(value, dict) else repr(value)
-        raise ValueError(f"scores must be an object with the keys {', '.join(needed)} and maybe weight: got {got}")
-    names = [name for name in value if name != "dense_cost"]
-    for name in names:
-        if not isinstance(value[name], list) or not all(isinstance(row, list) for row in value[name]):
-            raise ValueError(f"scores.{name} must be a list of lists, by layer and head")
-    rows = {name: tuple(tuple(_number(x) for x in row) for row in value[name]) for name in names}
-    return HeadScores(**rows, dense_cost=_number(value["dense_cost"]))
+def _scores(value: object) -> HeadScores:
+    fields = check_keys(value, "scores", ("error", "density", "cost", "dense_cost"), ("weight",))
+    check_type(fields["dense_cost"], float, "scores.dense_cost")
+    per_head = {name: numbers for name, numbers in fields.items() if name != "dense_cost"}
+    for name, numbers in per_head.items():
+        check_type(numbers, list[list[float]], f"scores.{name}")
+    grids = {name: tuple(tuple(map(_float, heads)) for heads in numbers) for name, numbers in per_head.items()}
+    return HeadScores(**grids, dense_cost=_float(fields["dense_cost"]))
 
 
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"scores must hold numbers, got {value!r}")
+def _float(value: int | float) -> float:
     try:
         return float(value)
     except OverflowError as error:
         raise ValueError(f"scores must hold numbers of a float's range, got {str(value)[:20]}...") from error
-
-
-def _check_types(value: dict[str, Any]) -> None:
-    """Raises ValueError for a value of another type than `save` writes, naming its key."""
-    for key, kind in (("model", str), ("provenance", dict), ("patterns", dict), ("layers", list)):
-        if not isinstance(value[key], kind):
-            raise ValueError(f"{key} must be of type {kind.__name__}, got {value[key]!r}")
-    if others := [heads for heads in value["layers"] if not isinstance(heads, list)]:
-        raise ValueError(f"every layer must be a list of pattern names, got {others[0]!r}")
-    if others := [name for heads in value["layers"] for name in heads if not isinstance(name, str)]:
-        raise ValueError(f"a layer must name its patterns, got {others[0]!r}")
-    if others := {name: text for name, text in value["provenance"].items() if not isinstance(text, str)}:
-        raise ValueError(f"provenance must map names to text, got {others}")
 
 
 def _name(number: int, pattern: Pattern) -> str:

@@ -11,13 +11,13 @@ query head's number to `[pattern, a, b, score]`. The names meant to its kernels:
 The fourth number is the score of MInference's own search, the fraction of attention kept, in its units; it is not ours.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from mmi_jax.method.patterns import AShape, BlockTopK, Pattern, VerticalSlash
 from mmi_jax.method.tables.pattern_table import PatternTable
+from mmi_jax.method.tables.strict_json import read_json
 
 MIN_VERTICAL, MIN_SLASH, FORCED_SLASH = 30, 50, 100
 """At least, whatever a head names; microsoft/MInference, `minference/modules/minference_forward.py`."""
@@ -33,10 +33,7 @@ def load_minference(path: str | os.PathLike[str]) -> PatternTable:
       ValueError: no JSON, another form, or an unknown pattern; the message names the file, layer and head.
     """
     path = Path(path)
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot read a table of MInference: {error}") from error
+    value = read_json(path, "a table of MInference")
     if not is_minference(value):
         raise ValueError(f'{path}: a table of MInference is a list over layers of {{"head": [pattern, a, b, score]}}')
     layers = tuple(_layer(heads, f"{path}: layer {n}") for n, heads in enumerate(value))

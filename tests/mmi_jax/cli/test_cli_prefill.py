@@ -235,7 +235,10 @@ REFUSED = {
         ["--model", "MODEL", "--pattern", "Spiral"],
         "unknown pattern 'Spiral': expected one of AShape,",
     ),
-    "unknown field": (["--model", "MODEL", "--pattern", "AShape:locl=3"], "AShape has no field locl: known fields are"),
+    "unknown field": (
+        ["--model", "MODEL", "--pattern", "AShape:locl=3"],
+        "AShape has unknown keys locl: known keys are",
+    ),
     "two patterns": (
         ["--model", "MODEL", "--pattern", "Grid", "--table", "t"],
         "--table and --pattern exclude each other",
