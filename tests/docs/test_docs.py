@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import doc_pages as pages
-import jax
 import matplotlib
 import pytest
 import typer
@@ -34,15 +33,12 @@ def pages_with(*languages: str):
 
 
 @pytest.fixture
-def reader_directory(tmp_path, monkeypatch):
+def reader_directory(tmp_path, monkeypatch, no_shape_checks):
     """A directory in which the repository's files are found and examples may write."""
     for name in ("models", "docs", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
-    jax.config.update("jax_disable_most_optimizations", True)  # examples are compiled for one run
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("page", pages_with("python", "sh"))
