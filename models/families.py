@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from models.huggingface.hub import locate
-from models.huggingface.tokenizer import read_json
+from models.huggingface.json_files import read_json
 from models.interface import Family, Model, ModelConfig, OnTensor, Processor
 
 FAMILIES = {"qwen2_5_vl": "models.qwen2_5_vl.family"}

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from mmi_jax.engine.protocols import VisionLanguageModel
-from models.chat import Chat, Medium, Part
+from models.huggingface.chat import Chat, Medium, Part
 from models.huggingface.tokenizer import Tokenizer
 from models.media.video import Video
 from models.media.video_stream import VideoStream
@@ -248,8 +248,18 @@ class Family[C, M: nnx.Module](abc.ABC):
         """
 
     @abc.abstractmethod
-    def save_model(self, model: M, directory: Path, *, max_shard_bytes: int | None = None) -> None:
-        """Writes config.json and weights, in files of at most `max_shard_bytes`, to a new or empty directory."""
+    def save_checkpoint(self, model: M, processor: Any, directory: Path, *, max_shard_bytes: int | None = None) -> None:
+        """Writes model and processor to a new or empty directory; a failed save leaves nothing.
+
+        Args:
+            model: in the dtype to write.
+            processor: that `read_processor` gives back.
+            directory: becomes a Hugging Face checkpoint.
+            max_shard_bytes: the weights are written in files of at most so many bytes of tensors.
+
+        Raises:
+            ValueError: `directory` exists and is not empty.
+        """
 
     @abc.abstractmethod
     def new_model(self, config: C, *, dtype: DTypeLike, rngs: nnx.Rngs) -> M:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import open_checkpoint
-from models.demo import DEMO_MODEL
+from models.assets.demo import DEMO_MODEL
 from models.small.evaluate import Cell, evaluate
 from models.small.forward import Compute
 from models.tasks import TASKS

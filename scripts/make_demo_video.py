@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from models.demo import DEMO_ANSWERS, DEMO_FPS
+from models.assets.demo import DEMO_ANSWERS, DEMO_FPS
 from models.tasks.digits import SIDE, digit_images, digit_masks, handwriting
 from models.tasks.pictures import COLOURS, paint
 

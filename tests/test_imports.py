@@ -74,7 +74,9 @@ def test_there_are_few_floors_and_no_circles():
 def test_nobody_imports_the_integrations():
     inside = "mmi_jax.integrations"
     graph = import_graph(ROOT)
-    assert not {m for m, found in graph.items() if not m.startswith(inside) and any(d.startswith(inside) for d in found)}
+    assert not {
+        m for m, found in graph.items() if not m.startswith(inside) and any(d.startswith(inside) for d in found)
+    }
 
 
 def test_folders_are_small():

@@ -1,21 +1,18 @@
 """Text to token ids and chats to text, from the files of a Hugging Face directory."""
 
 import dataclasses
-import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-"""Where a chat template is looked for, in this order; the last two hold it under the key `chat_template`."""
+from models.huggingface.chat_template import compiled_template, read_chat_template
+from models.huggingface.json_files import existing, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +36,14 @@ class Tokenizer:
         Raises:
             ValueError: a file is missing or cannot be read.
         """
-        path = _existing(Path(directory) / "tokenizer.json")
+        path = existing(Path(directory) / "tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"tokenizer.json must be in the format of `tokenizers`, got {path}: {error}") from error
         return cls(
             backend=backend,
-            chat_template=_read_chat_template(Path(directory)),
+            chat_template=read_chat_template(Path(directory)),
             special_tokens=_read_special_tokens(Path(directory) / "tokenizer_config.json"),
         )
 
@@ -85,41 +82,12 @@ class Tokenizer:
         The template runs in Jinja's sandbox: it comes with a checkpoint and is not trusted.
         """
         try:
-            template = _compiled_template(self.chat_template)
+            template = compiled_template(self.chat_template)
             return template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **dict(self.special_tokens)
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the checkpoint's chat template must render the messages, got: {error}") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_template(source: str) -> jinja2.Template:
-    """The template compiled: that takes longer than to render a short chat."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_template_error
-    return environment.from_string(source)
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _read_chat_template(directory: Path) -> str:
-    for name in CHAT_TEMPLATE_FILES:
-        path = directory / name
-        if not path.is_file():
-            continue
-        template = path.read_text(encoding="utf-8") if path.suffix == ".jinja" else read_json(path).get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template:
-            return template
-    raise ValueError(
-        f"a checkpoint must bring a chat template in one of {CHAT_TEMPLATE_FILES}, got none in {directory}"
-    )
 
 
 def _read_special_tokens(path: Path) -> dict[str, str]:
@@ -136,24 +104,3 @@ def read_end_tokens(directory: str | os.PathLike, tokenizer: Tokenizer) -> tuple
     if ids is None:
         ids = tokenizer.special_id("eos_token")
     return tuple(sorted({token for token in (ids if isinstance(ids, list) else [ids]) if token is not None}))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: the file is missing, no JSON, or not an object.
-    """
-    try:
-        content = json.loads(_existing(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"a checkpoint must have the file {path.name}, got none in {path.parent}")
-    return path

@@ -5,12 +5,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from models.media.video import MAX_FRAMES, FrameResize, Sampling, Video, sample_file, sampled_frames
+from models.media.decoding import FrameResize, OnFrame, sampled_frames
+from models.media.sampling import MAX_FRAMES, Sampling, sample_file
+from models.media.video import Video
 
 
 class VideoStream:
@@ -29,7 +30,7 @@ class VideoStream:
         fps: float,
         max_frames: int = MAX_FRAMES,
         resize: FrameResize | None = None,
-        on_frame: Callable[[int, int], None] | None = None,
+        on_frame: OnFrame | None = None,
     ):
         """Returns when the first frame is decoded; arguments and errors as of `read_video`.
 
@@ -104,7 +105,7 @@ class _Arrival:
         self.is_wanted = False
 
 
-def _decode(arrival: _Arrival, sampling: Sampling, resize: FrameResize | None, on_frame) -> None:
+def _decode(arrival: _Arrival, sampling: Sampling, resize: FrameResize | None, on_frame: OnFrame | None) -> None:
     """The thread: it knows the arrival alone, so that a stream nobody refers to is noticed."""
     try:
         for frame in sampled_frames(sampling, resize, on_frame):

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int32
 from models.interface import HeadShape
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.decoder_layer import Rotary
 from models.qwen2_5_vl.model import Qwen2_5_VL, next_logits
 from models.qwen2_5_vl.rope import text_rotary
-from models.qwen2_5_vl.text import Rotary
 
 KEY_BIAS = 3.0
 """Size of the key bias at every frequency; the kernels add noise of size 1."""

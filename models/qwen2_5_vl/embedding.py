@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from mmi_jax.layout import VISION
 from models.prompt import LazyPatches, Prompt
-from models.qwen2_5_vl import vision
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.placeholders import Grid, num_tokens
+from models.qwen2_5_vl.processing.placeholders import Grid, num_tokens
+from models.qwen2_5_vl.vision.tower import tower as vision
 from pallas_kernels.notation import AnyArray
 
 

@@ -11,22 +11,24 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 
+from mmi_jax.files import new_directory
 from models.interface import Family, HeadShape, MediumSize, OnTensor
 from models.media.video import Video
 from models.media.video_stream import VideoStream
 from models.prompt import TokenizedPrompt
+from models.qwen2_5_vl.checkpoints.dialects import read_config
+from models.qwen2_5_vl.checkpoints.weights import load, save_huggingface
 from models.qwen2_5_vl.config import MODEL_TYPE, Qwen2_5_VLConfig
 from models.qwen2_5_vl.decoder import Decoder, shape_heads
-from models.qwen2_5_vl.dialects import read_config
 from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.pixels import PixelPatches, pixel_source
-from models.qwen2_5_vl.placeholders import num_tokens, token_layout
-from models.qwen2_5_vl.preprocess import VIDEO
 from models.qwen2_5_vl.presets import PRESETS
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.rope import mrope_positions
-from models.qwen2_5_vl.vision_memory import full_batch_bytes
-from models.qwen2_5_vl.weights import load, save_huggingface
+from models.qwen2_5_vl.processing.pixels import PixelPatches, pixel_source
+from models.qwen2_5_vl.processing.placeholders import num_tokens, token_layout
+from models.qwen2_5_vl.processing.positions import mrope_positions
+from models.qwen2_5_vl.processing.preprocess import VIDEO
+from models.qwen2_5_vl.processing.processor import Processor
+from models.qwen2_5_vl.processing.processor_files import save_processor
+from models.qwen2_5_vl.vision.memory import full_batch_bytes
 
 WORDS = 0.9
 """Fraction of the ids below the placeholders that are words: the published tokenizers put special tokens last."""
@@ -52,9 +54,13 @@ class Qwen2_5_VLFamily(Family[Qwen2_5_VLConfig, Qwen2_5_VL]):
         """As of `Family`; the options are `rule` and `cap_pixels_per_frame`."""
         return Processor.from_directory(directory, **options)
 
-    def save_model(self, model: Qwen2_5_VL, directory: Path, *, max_shard_bytes: int | None = None) -> None:
+    def save_checkpoint(
+        self, model: Qwen2_5_VL, processor: Processor, directory: Path, *, max_shard_bytes: int | None = None
+    ) -> None:
         """As of `Family`."""
-        save_huggingface(model, directory, max_shard_bytes=max_shard_bytes)
+        with new_directory(directory) as temporary:
+            save_huggingface(model, temporary, max_shard_bytes=max_shard_bytes)
+            save_processor(processor, temporary)
 
     def new_model(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Qwen2_5_VL:
         """As of `Family`."""

@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Int32
 from mmi_jax.layout import PADDING, TokenLayout
 from models.prompt import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.decoder_layer import Attend, DecoderLayer, Rotary
 from models.qwen2_5_vl.embedding import frame_batches, put_rows, vision_places
 from models.qwen2_5_vl.layers import linear, rms_norm, stack_layers
-from models.qwen2_5_vl.placeholders import num_tokens
+from models.qwen2_5_vl.processing.placeholders import num_tokens
 from models.qwen2_5_vl.rope import text_rotary
-from models.qwen2_5_vl.text import Attend, DecoderLayer, Rotary
-from models.qwen2_5_vl.vision import VisionTower
-from models.qwen2_5_vl.vision_memory import batch_patches, encoding_bytes
+from models.qwen2_5_vl.vision.memory import batch_patches, encoding_bytes
+from models.qwen2_5_vl.vision.tower import VisionTower
 
 
 class Qwen2_5_VL(nnx.Module):

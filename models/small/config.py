@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 
-from models.demo import CHAT_TEMPLATE, DEMO_TEXT, SPECIAL_TOKENS, train_tokenizer
+from models.assets.demo import CHAT_TEMPLATE, DEMO_TEXT
 from models.huggingface.tokenizer import Tokenizer
+from models.huggingface.train_tokenizer import SPECIAL_TOKENS, train_tokenizer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
-from models.qwen2_5_vl.preprocess import Preprocess
-from models.qwen2_5_vl.processor import Processor
+from models.qwen2_5_vl.processing.preprocess import Preprocess
+from models.qwen2_5_vl.processing.processor import Processor
 from models.tasks.digits import SIDE
 from models.tasks.haystack import GeneratedHaystack
 from models.tasks.measure import Measure

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float32, Int32
 from mmi_jax.layout import VISION, concatenate, text_tokens
 from models.huggingface.tokenizer import Tokenizer
 from models.interface import Processor
-from models.media.video import Image, Video
+from models.media.image import Image
+from models.media.video import Video
 from models.prompt import TokenizedPrompt
 from models.small.config import GRID_TOKENS, colour_tokens
 from models.tasks.digits import SIDE, digit_labels

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from models.media.video import Frame, read_video
+from models.media.image import Frame
+from models.media.video import read_video
 from models.tasks.digits import SIDE
 from models.tasks.pictures import PERMUTATIONS, atlas, photo_shapes
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from models.interface import Processor
-from models.media.video import Image, Video
+from models.media.image import Image
+from models.media.video import Video
 from models.tasks.haystack import Haystack
 from models.tasks.script import Clip, ScriptPart
 

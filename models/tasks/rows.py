@@ -7,7 +7,8 @@ from jaxtyping import Int32
 
 from models.huggingface.tokenizer import Tokenizer
 from models.interface import Processor
-from models.media.video import Image, Video
+from models.media.image import Image
+from models.media.video import Video
 from models.tasks.sample import Question, Sample
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from models.media.video import Image, Video
+from models.media.image import Image
+from models.media.video import Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

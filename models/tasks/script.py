@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int32
 
-from models.media.video import Image, Video
+from models.media.image import Image
+from models.media.video import Video
 from models.tasks.digits import digit_masks, handwriting
 from models.tasks.haystack import Haystack
 from models.tasks.pictures import paint

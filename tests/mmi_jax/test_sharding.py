@@ -11,14 +11,14 @@ import pytest
 from closeness import assert_same_up_to_order, model_terms
 from jax.sharding import Mesh
 from on_eight_devices import CASES, ENVIRONMENT, ONE, arrays, run
-from tiny import BLOCKS, BUCKETS, CONFIG, tiny_model
 
 from mmi_jax import prefill
 from mmi_jax.engine.settings.buckets import default_buckets
 from mmi_jax.sharding import ONE_DEVICE, Shards, make_mesh, shards_of
+from models.testing import BLOCKS, BUCKETS, TINY_CONFIG, tiny_model
 from pallas_kernels.block_lists.block_sizes import Blocks
 
-TERMS = model_terms(CONFIG, num_keys=128)
+TERMS = model_terms(TINY_CONFIG, num_keys=128)
 """Numbers added up for one logit of the tiny model in a bucket of 128 tokens."""
 
 EQUAL = [name for name in CASES if name != "own last queries"]

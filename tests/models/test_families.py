@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import models
-from models.demo import DEMO_MODEL
+from models.assets.demo import DEMO_MODEL
 from models.families import FAMILIES, family
 from models.interface import Model, ModelConfig, Processor, VisionTower
 
@@ -16,7 +16,6 @@ NAMED_IN = (
     "models/qwen2_5_vl/",
     "models/families.py",
     "models/testing",  # tiny models
-    "models/demo.py",
     "models/small/config.py",  # the sizes of a model of that family
     "scripts/make_golden",
     "tests/",

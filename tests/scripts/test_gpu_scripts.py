@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_preset import TINY
 
 from mmi_jax.bench.checks.kernel_rules import RULE_CASES
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.start_child import ready
 from models.qwen2_5_vl import presets
+from models.testing import TINY_PRESET
 from pallas_kernels.attention.cases import CASES
 from pallas_kernels.attention.hopper import gpu_tuned
 
@@ -192,7 +192,7 @@ def test_the_status_is_0_where_all_jobs_are_done(tmp_path, interpreter):
 
 @pytest.mark.slow
 def test_a_start_s_programs_are_read_back_by_the_prefill_that_is_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
     time_starts = runpy.run_path(str(ROOT / "gpu_scripts/time_starts.py"))
     ready(preset="tiny", layers=None, table="mix", dtype="float32", tokens=1024, directory=str(tmp_path))
     kept = sorted(tmp_path.glob("prefill_layer-*"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmi_jax import AShape, Dense, PatternTable
-from models.demo import build_demo_model
+from models.testing.random_checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -37,7 +37,7 @@ def test_recall_is_measured_again_for_another_length_or_table_and_else_kept(tmp_
 
 @pytest.mark.slow
 def test_the_whole_script_writes_the_page_and_again_from_results_alone(tmp_path):
-    build_demo_model(tmp_path / "model")
+    write_random_checkpoint(tmp_path / "model")
     candidates = tmp_path / "candidates.json"
     candidates.write_text(json.dumps([{"pattern": "AShape", "sink": 128, "local": 64}]))
     options = [

@@ -14,7 +14,8 @@ import typer.main
 from mmi_jax.bench.checks.kernel_rules import RULE_CASES
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.cli import app
-from models.demo import DEMO_VIDEO, build_demo_model
+from models.assets.demo import DEMO_VIDEO
+from models.testing.random_checkpoint import write_random_checkpoint
 from pallas_kernels.attention.cases import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +122,7 @@ def test_the_small_parts_run_on_a_cpu(tmp_path):
 @pytest.mark.slow
 def test_the_prefill_runs_on_cpu_devices(tmp_path):
     model = tmp_path / "model"
-    build_demo_model(model)
+    write_random_checkpoint(model)
     results = tmp_path / "results"
     flags = "--xla_force_host_platform_device_count=2"
     options = ["--max-frames", "4", "--dtype", "float32", "--max-new-tokens", "2"]

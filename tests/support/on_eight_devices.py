@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tiny import BLOCKS, CONFIG, STATIC, batch, prompt, tiny_model
 
 from mmi_jax import Buckets, Dense, PatternTable, TriShape, VerticalSlash, decode, prefill
 from mmi_jax.sharding import make_mesh, shard_model
+from models.testing import BLOCKS, STATIC, TINY_CONFIG, batch, prompt, tiny_model
 
 NUM_DEVICES = 8
 ENVIRONMENT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}", "JAX_PLATFORMS": "cpu"}
@@ -49,7 +49,7 @@ def run(name: str, mesh=None):
 def mesh_of(name: str):
     """The case's mesh: as `make_mesh` chooses it for the model, or with the heads axis that the case names."""
     devices = jax.devices()[: CASES[name].get("devices", NUM_DEVICES)]
-    return make_mesh(devices, num_kv_heads=CASES[name].get("heads", CONFIG.num_kv_heads))
+    return make_mesh(devices, num_kv_heads=CASES[name].get("heads", TINY_CONFIG.num_kv_heads))
 
 
 def arrays(result, tokens) -> dict[str, np.ndarray]:

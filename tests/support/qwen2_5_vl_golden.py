@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 from mmi_jax.layout import stack
 from models.prompt import Prompt
 from models.qwen2_5_vl import Qwen2_5_VL
-from models.qwen2_5_vl.placeholders import num_tokens
-from models.qwen2_5_vl.rope import TRANSFORMERS_5_23, mrope_positions, token_layout
-from models.qwen2_5_vl.weights import load
+from models.qwen2_5_vl.checkpoints.weights import load
+from models.qwen2_5_vl.processing.placeholders import num_tokens, token_layout
+from models.qwen2_5_vl.processing.positions import TRANSFORMERS_5_23, mrope_positions
 
 GOLDEN = Path(__file__).parents[1] / "models/golden"
 CASES = ("gqa7", "wide_heads")

@@ -70,8 +70,8 @@ def prefill(
     # Imported late: the other commands start without the packages of models, media and pictures.
     from mmi_jax.cli.prefill import demo
     from mmi_jax.cli.prefill.run import run_prefill
-    from models.demo import DEMO_FPS, DEMO_MODEL, DEMO_VIDEO
-    from models.media.video import MAX_FRAMES
+    from models.assets.demo import DEMO_FPS, DEMO_MODEL, DEMO_VIDEO
+    from models.media.sampling import MAX_FRAMES
 
     with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
         take_memory(NEARLY_ALL)

@@ -2,7 +2,7 @@
 
 from mmi_jax import Blocks, Grid, PatternTable, TriShape, VerticalSlash
 from mmi_jax.method.token_groups import FramePlace
-from models.demo import DEMO_ANSWERS, demo_question
+from models.assets.demo import DEMO_ANSWERS, demo_question
 
 PROMPT = demo_question("red")
 MAX_NEW_TOKENS = 4

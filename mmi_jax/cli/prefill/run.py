@@ -27,7 +27,7 @@ from mmi_jax.engine.reporting.report import PrefillReport, agreement
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.sharding import make_mesh
 from models import Processor, Prompt, open_checkpoint
-from models.media.video import read_image
+from models.media.image import read_image
 from models.media.video_stream import VideoStream
 
 

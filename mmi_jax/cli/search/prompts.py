@@ -8,7 +8,8 @@ from mmi_jax.cli.digest import prompt_digest
 from mmi_jax.cli.samples import SampleSource, haystack_of, task_name
 from mmi_jax.cli.search.options import Calibration
 from models import Processor, Prompt
-from models.media.video import MAX_FRAMES, read_video
+from models.media.sampling import MAX_FRAMES
+from models.media.video import read_video
 from models.tasks import question_rows
 
 FIRST_HELD_OUT = 1_000_000

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny import CONFIG
 
 from mmi_jax import AShape, Blocks, Dense, Grid
 from mmi_jax.aot import compile_ahead
@@ -17,10 +16,11 @@ from mmi_jax.engine.settings.buckets import MAX_TOKENS, Buckets, default_buckets
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import BOTH, Shards, make_mesh
 from models.qwen2_5_vl import Qwen2_5_VL
+from models.testing import TINY_CONFIG
 
 
 def target(mesh=None, pattern=AShape(sink=128, local=256)) -> Target:  # noqa: B008
-    model = nnx.eval_shape(lambda: Qwen2_5_VL(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(TINY_CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     table = uniform_table(pattern, num_layers=3, num_heads=4)
     mesh = mesh or make_mesh(list(range(8)), num_kv_heads=2)
     return Target(model=model, table=table, mesh=mesh, blocks=Blocks(q=256))

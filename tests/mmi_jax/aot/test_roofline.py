@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import CONFIG
 
 from mmi_jax import AShape, Blocks, Dense, PatternTable, VerticalSlash
 from mmi_jax.aot.bundles import KernelSchedule, Region
@@ -17,13 +16,14 @@ from mmi_jax.engine.memory.chips import CHIPS, chip_of
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import make_mesh
 from models.qwen2_5_vl import Qwen2_5_VL
+from models.testing import TINY_CONFIG
 
 TOKENS = 2048
 FEW = Dense(), AShape(sink=128, local=128)
 
 
 def target(table: PatternTable | None = None, *, devices: int = 1, num_kv_heads: int = 2) -> Target:
-    model = nnx.eval_shape(lambda: Qwen2_5_VL(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(TINY_CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     table = table or uniform_table(Dense(), num_layers=3, num_heads=4)
     mesh = make_mesh(list(range(devices)), num_kv_heads=num_kv_heads)
     return Target(model=model, table=table, mesh=mesh, blocks=Blocks(q=256))

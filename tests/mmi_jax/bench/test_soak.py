@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from tiny import BLOCKS, prompt, tiny_model
-from tiny_preset import TINY
 
 from mmi_jax import AShape, Buckets, Grid, PatternTable, prefill
 from mmi_jax.bench.soak import growth, held, soak
@@ -16,6 +14,7 @@ from mmi_jax.cli.bench.synthetic_prompts import RepeatedPatches
 from models.prompt import LazyPatches
 from models.qwen2_5_vl import presets
 from models.qwen2_5_vl.presets import PRESETS
+from models.testing import BLOCKS, TINY_PRESET, prompt, tiny_model
 
 BUCKETS = Buckets(smallest=64, largest=256, multiple=64)
 MOST_GROWTH = 48 * 2**20
@@ -86,7 +85,7 @@ def test_patches_that_repeat_are_the_same_on_device_and_host(rng):
 @pytest.mark.slow
 def test_nothing_is_compiled_once_a_soak_has_begun(monkeypatch, tmp_path, capsys):
     """Text, images and videos of two sizes, in seven buckets."""
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
     PatternTable(layers=((AShape(128, 256),) * 6,)).save(table := tmp_path / "table.json")
     arguments = ["--preset", "tiny", "--layers", "1", "--prompts", "9", "--min-tokens", "512", "--max-tokens", "2048"]
     assert main(["bench", "soak", *arguments, "--table", str(table), "--debug"]) == 0

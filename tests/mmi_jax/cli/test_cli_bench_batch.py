@@ -5,17 +5,17 @@ import time
 
 import numpy as np
 import pytest
-from tiny_preset import TINY
 
 from mmi_jax import AShape, PatternTable
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands.batch import compare_ways, requests_of
 from models.qwen2_5_vl import presets
+from models.testing import TINY_PRESET
 
 
 @pytest.mark.slow
 def test_the_three_ways_give_the_same_logits(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
     PatternTable(layers=((AShape(128, 256),) * 6,)).save(table := tmp_path / "table.json")
     arguments = ["--preset", "tiny", "--layers", "1", "--table", str(table), "--repeats", "1", "--debug"]
     arguments += [text for n in (1024, 1800, 1024) for text in ("--tokens", str(n))]
@@ -27,7 +27,7 @@ def test_the_three_ways_give_the_same_logits(monkeypatch, tmp_path, capsys):
 
 
 def test_all_that_the_ways_run_is_compiled_before():
-    requests = requests_of(TINY, [1024, 1800, 1000], {"table": AShape(128, 256), "measures_recall": False})
+    requests = requests_of(TINY_PRESET, [1024, 1800, 1000], {"table": AShape(128, 256), "measures_recall": False})
     assert {(one.sizes.padded, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
     assert len(requests) == 4 and not any(one.measures_recall for one in requests)
 

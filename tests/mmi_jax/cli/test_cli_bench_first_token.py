@@ -3,16 +3,16 @@
 import json
 
 import pytest
-from tiny_preset import TINY
 
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands.first_token import with_dense_prefill
 from models.qwen2_5_vl import presets
+from models.testing import TINY_PRESET
 
 
 @pytest.fixture
 def tiny_preset(monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands import vision
 from models.qwen2_5_vl import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.presets import PRESETS
-from models.qwen2_5_vl.vision import frame_flops
+from models.qwen2_5_vl.vision.tower import frame_flops
 
 CONFIG = Qwen2_5_VLConfig(
     num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=40,
@@ -113,7 +113,7 @@ def test_the_copy_rate_counts_bytes_read_and_written():
 
 
 def test_random_weights_keep_the_scale_of_what_they_multiply():
-    from models.qwen2_5_vl.weights import abstract_model
+    from models.qwen2_5_vl.checkpoints.weights import abstract_model
     from models.random_weights import with_random_weights
 
     config = dataclasses.replace(CONFIG, mlp_dim=512)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from tiny_preset import TINY
 
 from mmi_jax import AShape, Dense, PatternTable
 from mmi_jax.bench.baselines.transformers_model import _read_lines
@@ -17,11 +16,12 @@ from models import family_of
 from models.interface import HeadShape
 from models.qwen2_5_vl import presets
 from models.random_weights import random_model
+from models.testing import TINY_PRESET
 
 
 @pytest.fixture
 def tiny_preset(monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
     monkeypatch.setattr("mmi_jax.cli.bench.runner.matmul_tflops_per_s", lambda: 1.0)
 
 
@@ -49,9 +49,9 @@ def test_a_length_has_its_figures_with_dense_and_stages_beside_them(tiny_preset,
     assert case["speedup"] == pytest.approx(case["dense_seconds"] / case["seconds"], rel=0.01)
     assert not case["is_dense_extrapolated"]
     assert case["density_by_pattern"]["AShape"] < 0.75 < case["density_by_pattern"]["Dense"]
-    assert case["projection_flops"] == projection_flops(dataclasses.replace(TINY, num_layers=1), 1024)
+    assert case["projection_flops"] == projection_flops(dataclasses.replace(TINY_PRESET, num_layers=1), 1024)
     stages = case["stages"]["seconds"]
-    assert not case["stages"]["is_device"] and case["planned_bytes"] > 4 * 1024 * TINY.embed_dim
+    assert not case["stages"]["is_device"] and case["planned_bytes"] > 4 * 1024 * TINY_PRESET.embed_dim
     names = ("norms, projections, rotary", "permute", "attend", "undo", "output projection, MLP")
     assert all(stages[name] > 0 for name in names) and stages["attend"] > stages["permute"]
     assert list(tmp_path.rglob("*.xplane.pb")) and "stages: norms" in out
@@ -107,29 +107,29 @@ def test_dense_seconds_are_measured_up_to_the_limit_and_extrapolated_above():
 
 
 def test_the_prompt_is_a_video_with_text_around_it():
-    prompt = video_prompt(TINY, 2048)
+    prompt = video_prompt(TINY_PRESET, 2048)
     vision = prompt.layout.modality[0] == VISION
     assert prompt.tokens.shape == (1, 2048) and vision.sum() == 5 * 256 and not vision[:65].any()
     assert (prompt.layout.row[0][vision].max(), prompt.layout.frame[0][vision].max()) == (15, 4)
     assert (prompt.tokens < 225).all() and prompt.rope_pos[0, 0, 65 + 256] == prompt.rope_pos[0, 0, 65] + 2
     with pytest.raises(ValueError, match="leave room for a frame of 256, got 700"):
-        video_prompt(TINY, 700)
+        video_prompt(TINY_PRESET, 700)
 
 
 def test_the_program_whose_start_is_timed_is_the_one_that_runs():
-    family = family_of(TINY)
-    model = family.without_vision(family.abstract_model(TINY))
+    family = family_of(TINY_PRESET)
+    model = family.without_vision(family.abstract_model(TINY_PRESET))
     program, shapes = prefill_program(model, mixed_table(2, 6), 2000)
-    assert program.layers == mixed_table(2, 6).layers and shapes[4].shape == (1, 2048, TINY.embed_dim)
+    assert program.layers == mixed_table(2, 6).layers and shapes[4].shape == (1, 2048, TINY_PRESET.embed_dim)
     with pytest.raises(ValueError, match="one for each of the 6 query heads, got 1"):
-        random_model(TINY, shapes=(HeadShape(),), has_vision=False)
+        random_model(TINY_PRESET, shapes=(HeadShape(),), has_vision=False)
 
 
 def test_tables_are_named_by_the_cases_of_plans():
-    table = table_of("grid-slash+vertical-slash", TINY)
+    table = table_of("grid-slash+vertical-slash", TINY_PRESET)
     assert table.model == "grid-slash+vertical-slash" and table.layers[0] == table.layers[1]
     assert table.layers[0] == (MIX.patterns[1],) * 3 + (MIX.patterns[2],) * 3
-    assert table_of("mix", TINY) == mixed_table(2, 6) and mixed_table(2, 6).layers[0] == MIX.per_head(6)[0]
+    assert table_of("mix", TINY_PRESET) == mixed_table(2, 6) and mixed_table(2, 6).layers[0] == MIX.per_head(6)[0]
 
 
 def test_rows_of_transformers_are_read_from_among_its_warnings():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from models.demo import build_demo_model
+from models.testing.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    build_demo_model(path := tmp_path_factory.mktemp("random") / "model")
+    write_random_checkpoint(path := tmp_path_factory.mktemp("random") / "model")
     return path
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from models.demo import build_demo_model
+from models.testing.random_checkpoint import write_random_checkpoint
 
 ARGUMENTS = ["--prompt", "What happens? " + 300 * "word ", "--pattern", "AShape:local=64", "--dtype", "float32"]
 ARGUMENTS += ["--max-new-tokens", "4", "--json"]
@@ -18,7 +18,7 @@ ARGUMENTS += ["--max-new-tokens", "4", "--json"]
 def command(tmp_path_factory) -> list[str]:
     """`mmi prefill` of the demo's model and a long text."""
     model = tmp_path_factory.mktemp("model") / "tiny"
-    build_demo_model(model)
+    write_random_checkpoint(model)
     return [sys.executable, "-m", "mmi_jax.cli", "prefill", "--model", str(model), *ARGUMENTS]
 
 

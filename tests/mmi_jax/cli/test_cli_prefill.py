@@ -20,11 +20,12 @@ from mmi_jax.cli import compile_cache, main, pictures
 from mmi_jax.cli.prefill.demo import NOTE, PROMPT, demo_table, right_answer
 from mmi_jax.cli.prefill.prompt import arrange
 from mmi_jax.plots.head_plans import plan_of_heads
-from models.demo import DEMO_MODEL, DEMO_VIDEO, build_demo_model
+from models.assets.demo import DEMO_MODEL, DEMO_VIDEO
 from models.media.video import read_video
-from models.qwen2_5_vl.dialects import read_config
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.weights import load
+from models.qwen2_5_vl.checkpoints.dialects import read_config
+from models.qwen2_5_vl.checkpoints.weights import load
+from models.qwen2_5_vl.processing.processor import Processor
+from models.testing.random_checkpoint import write_random_checkpoint
 
 FEW_FRAMES = ("--max-frames", "4")  # 128 tokens of the random model
 
@@ -74,7 +75,7 @@ class RandomModel:
 @pytest.fixture(scope="session")
 def random(tmp_path_factory) -> RandomModel:
     model = tmp_path_factory.mktemp("random") / "model"
-    build_demo_model(model)
+    write_random_checkpoint(model)
     return RandomModel(str(model), tmp_path_factory.mktemp("programs"))
 
 

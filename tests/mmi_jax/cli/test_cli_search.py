@@ -22,8 +22,8 @@ from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.method.tables.pattern_table import load_table, uniform_table
 from mmi_jax.search.costs import cost_models
 from mmi_jax.search.trials.journal import Journal
-from models.demo import build_demo_model
 from models.small.config import small_processor
+from models.testing.random_checkpoint import write_random_checkpoint
 
 TOKENS = "700"  # 64 of them for every two frames
 
@@ -44,7 +44,7 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("models") / "demo"
-    build_demo_model(directory)
+    write_random_checkpoint(directory)
     return str(directory)
 
 

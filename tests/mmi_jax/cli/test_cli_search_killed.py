@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.demo import build_demo_model
+from models.testing.random_checkpoint import write_random_checkpoint
 
 ROOT = Path(__file__).parents[3]
 TOKENS = "700"  # 64 of them for every two frames
@@ -21,7 +21,7 @@ TELL_THE_DAY = ("date", "seconds of this run")
 @pytest.fixture
 def start(tmp_path):
     """Starts the search of a small model, with a table and a work file of this name."""
-    build_demo_model(tmp_path / "model")
+    write_random_checkpoint(tmp_path / "model")
     candidates = [{"pattern": "AShape", "sink": 128, "local": local} for local in (64, 128)]
     (tmp_path / "candidates.json").write_text(json.dumps(candidates))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

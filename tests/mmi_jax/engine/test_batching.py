@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, model_terms
-from tiny import BLOCKS, CONFIG, batch, prompt, tiny_model
 
 from mmi_jax import Buckets, prefill, prefill_many
 from mmi_jax.engine.batching import batches
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from models.prompt import Prompt
+from models.testing import BLOCKS, TINY_CONFIG, batch, prompt, tiny_model
 
-TERMS = model_terms(CONFIG, num_keys=64)
+TERMS = model_terms(TINY_CONFIG, num_keys=64)
 """Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
 
 BUCKETS = Buckets(smallest=32, largest=256, multiple=32)

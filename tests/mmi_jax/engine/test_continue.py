@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, model_terms
-from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, batch, forward, join, pad, prompt, tiny_model
 
 from mmi_jax import Buckets, Grid, PrefillResult, VerticalSlash, decode
 from mmi_jax import prefill as run_prefill
@@ -16,8 +15,9 @@ from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.padded_lengths import PaddedLengths, PriorCache, padded_lengths
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import ONE_DEVICE, Shards
+from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, batch, forward, join, pad, prompt, tiny_model
 
-TERMS = model_terms(CONFIG, num_keys=64)
+TERMS = model_terms(TINY_CONFIG, num_keys=64)
 """Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
 
 VIDEO = prompt(0, 5, (3, 2, 4))

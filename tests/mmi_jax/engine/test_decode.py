@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, model_terms
-from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, batch, extend, last_logits, prompt, tiny_model
 
 from mmi_jax import decode, decode_with_cache, prefill
 from mmi_jax.engine.decoding import decode_step
+from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, batch, extend, last_logits, prompt, tiny_model
 
 run_block: Any = decode_step.run_block
 PROMPTS = (prompt(1, 4, (2, 3, 3), 6), prompt(2, 3, (1, 2, 2), 5, (3, 2, 4), 12), prompt(3, 25))
@@ -109,7 +109,7 @@ def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
     is_token = (np.arange(64) < np.asarray(expected.lengths)[:, None])[None, :, :, None, None]
     for name in ("k", "v"):
         ours, theirs = (np.where(is_token, getattr(cache, name), 0) for cache in (grown, expected))
-        assert_same_up_to_order(ours, theirs, terms=model_terms(CONFIG, num_keys=64))
+        assert_same_up_to_order(ours, theirs, terms=model_terms(TINY_CONFIG, num_keys=64))
 
 
 def test_a_cache_grows_as_far_as_it_has_room():

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, model_terms
 from test_prefill import ONE, OTHER, TABLE, masked_forward, prefill
-from tiny import CONFIG, STATIC, pad, tiny_model
 
 from mmi_jax import AShape, Dense, PatternTable
 from mmi_jax.cli.compile_cache import cache_contents, kept_programs
@@ -20,8 +19,9 @@ from mmi_jax.engine.programs import layer_program
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
 from mmi_jax.engine.programs.program_cache import PROGRAMS
+from models.testing import STATIC, TINY_CONFIG, pad, tiny_model
 
-TERMS = model_terms(CONFIG, num_keys=64)
+TERMS = model_terms(TINY_CONFIG, num_keys=64)
 """Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
 
 DIFFERENT = PatternTable(layers=(OTHER, (STATIC,) * 4, (AShape(sink=16, local=5), Dense(), Dense(), STATIC)), model="t")
@@ -104,7 +104,7 @@ def test_what_has_no_contents_to_tell_it_by_is_refused():
 
 def test_digests_are_the_same_in_another_process():
     code = (
-        "import json; from flax import nnx; from tiny import tiny_model;"
+        "import json; from flax import nnx; from models.testing import tiny_model;"
         "from test_executable_cache import DIFFERENT, digest;"
         "print(json.dumps(digest((DIFFERENT.layers, nnx.split(tiny_model())[0]), 'mmi_jax')))"
     )

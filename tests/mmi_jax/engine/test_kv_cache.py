@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
-from tiny import BLOCKS, BUCKETS, CONFIG, batch, prompt, tiny_model
 
 from mmi_jax import prefill
 from mmi_jax.engine.kv_cache import empty_cache
+from models.testing import BLOCKS, BUCKETS, TINY_CONFIG, batch, prompt, tiny_model
 
 
 def test_an_empty_cache_holds_nothing():
@@ -21,7 +21,7 @@ def test_a_prefill_leaves_keys_lengths_positions_and_layout():
     cache = prefill(tiny_model(), several, buckets=BUCKETS, blocks=BLOCKS).cache
     lengths = several.layout.is_real.sum(axis=1)
     assert cache.capacity == 64
-    assert cache.k.shape == (CONFIG.num_layers, 3, 64, CONFIG.num_kv_heads, CONFIG.head_dim)
+    assert cache.k.shape == (TINY_CONFIG.num_layers, 3, 64, TINY_CONFIG.num_kv_heads, TINY_CONFIG.head_dim)
     np.testing.assert_array_equal(cache.lengths, lengths)
     for row, length in enumerate(lengths):
         assert cache.next_rope_pos[row] == several.rope_pos[:, row, :length].max() + 1

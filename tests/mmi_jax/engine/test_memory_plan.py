@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 
 from mmi_jax import Blocks, Buckets, Dense, Grid, PrefillResult
 from mmi_jax import prefill as run_prefill
@@ -32,8 +31,9 @@ from mmi_jax.engine.reporting.stages import MEMORY_STAGES
 from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.method.patterns import Pattern
+from models.qwen2_5_vl.checkpoints.weights import abstract_model
 from models.qwen2_5_vl.presets import PRESETS
-from models.qwen2_5_vl.weights import abstract_model
+from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, prompt, tiny_model
 
 ONE = prompt(0, 9, (3, 2, 5), 17)
 DENSE = Dense()
@@ -90,7 +90,7 @@ def test_the_plan_counts_the_tower_of_the_prompt(monkeypatch):
 
 def tiny_request(**settings: Any) -> MemoryRequest:
     model_bytes = weight_bytes(tiny_model())
-    tiny: dict[str, Any] = dict(config=CONFIG, dtype=jnp.float32, num_tokens=58, blocks=BLOCKS, buckets=BUCKETS)
+    tiny: dict[str, Any] = dict(config=TINY_CONFIG, dtype=jnp.float32, num_tokens=58, blocks=BLOCKS, buckets=BUCKETS)
     return request(model_bytes=model_bytes, **tiny | settings)
 
 

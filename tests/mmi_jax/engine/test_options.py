@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny import BLOCKS, BUCKETS, STATIC, prompt, tiny_model
 
 from mmi_jax import PrefillOptions, prefill, prefill_many
 from mmi_jax.engine.settings.options import PrefillSettings, options_of
+from models.testing import BLOCKS, BUCKETS, STATIC, prompt, tiny_model
 
 
 def test_keywords_are_the_fields():

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, model_terms
 from flax import nnx
-from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, batch, forward, last_logits, pad, prompt, tiny_model
 
 from mmi_jax import (
     AShape,
@@ -31,8 +30,9 @@ from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.protocols import ModelConfig, Prompt, VisionLanguageModel
 from mmi_jax.layout import VISION
 from mmi_jax.method.attention import attend_sparsely
+from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, batch, forward, last_logits, pad, prompt, tiny_model
 
-TERMS = model_terms(CONFIG, num_keys=64)
+TERMS = model_terms(TINY_CONFIG, num_keys=64)
 """Numbers added up for one logit of the tiny model in a bucket of 64 tokens."""
 
 ONE = prompt(0, 9, (3, 2, 5), 17)
@@ -88,7 +88,7 @@ def assert_same(result, other, row=slice(None)):
 
 def test_the_model_fits_the_protocols():
     assert isinstance(tiny_model(), VisionLanguageModel)
-    assert isinstance(CONFIG, ModelConfig)
+    assert isinstance(TINY_CONFIG, ModelConfig)
     assert isinstance(ONE, Prompt)
 
 

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 from closeness import assert_same_up_to_order
-from tiny import BLOCKS, BUCKETS, STATIC, batch, prompt, tiny_model
 
 from mmi_jax import Dense, PatternTable, prefill
 from mmi_jax.engine.reporting.report import PrefillReport, agreement
 from mmi_jax.layout import concatenate, stack, text_tokens, vision_tokens
 from mmi_jax.method.tables.pattern_table import uniform_table
+from models.testing import BLOCKS, BUCKETS, STATIC, batch, prompt, tiny_model
 
 SEVERAL = batch(prompt(1, 4, (2, 3, 3), 6), prompt(2, 3, (1, 2, 2), 5, (3, 2, 4), 12), prompt(3, 25))
 

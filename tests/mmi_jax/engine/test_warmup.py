@@ -6,7 +6,6 @@ from typing import Any, cast
 import jax
 import numpy as np
 import pytest
-from tiny import BLOCKS, BUCKETS, CONFIG, STATIC, prompt, tiny_model
 
 from mmi_jax import prefill, prepare
 from mmi_jax.bench.soak import counted_compilations
@@ -19,6 +18,7 @@ from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import _of_bucket
+from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, prompt, tiny_model
 
 SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)
 
@@ -56,7 +56,7 @@ def test_all_sizes_of_a_bucket_are_found(max_new_tokens, chunk_tokens):
     options = PrefillOptions(max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens, **SIZES)
 
     def request(num_tokens):
-        return request_for(CONFIG, num_tokens, options)
+        return request_for(TINY_CONFIG, num_tokens, options)
 
     lengths = {each.lengths for each in _of_bucket(request(90))}
     assert lengths == {request(n).lengths for n in range(81, 97)}
@@ -97,8 +97,8 @@ def test_what_is_no_length_or_setting_is_refused_before_anything_is_compiled(len
 def test_lengths_and_settings_may_be_of_numpy():
     settings: dict[str, Any] = dict(max_new_tokens=np.int64(3), chunk_tokens=np.int64(32))
     length, batch = cast(Any, (np.int64(90), np.int32(2)))
-    ours = request_for(CONFIG, length, PrefillOptions(**SIZES, **settings), batch=batch)
-    assert ours == request_for(CONFIG, 90, PrefillOptions(**SIZES, max_new_tokens=3, chunk_tokens=32), batch=2)
+    ours = request_for(TINY_CONFIG, length, PrefillOptions(**SIZES, **settings), batch=batch)
+    assert ours == request_for(TINY_CONFIG, 90, PrefillOptions(**SIZES, max_new_tokens=3, chunk_tokens=32), batch=2)
     assert type(ours.options.chunk_tokens) is type(ours.num_tokens) is type(ours.batch) is int
 
 

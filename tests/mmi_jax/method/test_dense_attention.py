@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_same_up_to_order, attention_terms, model_terms
-from tiny import BLOCKS, BUCKETS, CONFIG, prompt, tiny_model
 
 from mmi_jax.engine import prefill
 from mmi_jax.engine.programs import compilation
@@ -21,6 +20,7 @@ from mmi_jax.method.attention import attend_sparsely
 from mmi_jax.method.dense_attention import attend_densely, is_plain
 from mmi_jax.method.patterns import AShape, Dense
 from mmi_jax.method.tables.cost_model import CostModel
+from models.testing import BLOCKS, BUCKETS, TINY_CONFIG, prompt, tiny_model
 
 PROMPT = concatenate([text_tokens(5), vision_tokens(2, 3, 4), text_tokens(11)])
 
@@ -134,6 +134,6 @@ def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_
     got = run(table=AShape(sink=1, local=2))
     assert cudnn_by_xla, "dense layers of a plain prompt went to the vendor's kernel"
     assert (got.report.density == 1).all() and (got.report.recall == 1).all()
-    assert_same_up_to_order(got.logits, expected.logits, terms=model_terms(CONFIG, num_keys=64))
+    assert_same_up_to_order(got.logits, expected.logits, terms=model_terms(TINY_CONFIG, num_keys=64))
     asked = run(table=AShape(sink=1, local=2), may_run_dense=False)
     assert np.abs(np.asarray(asked.logits - expected.logits)).max() > 1e-3

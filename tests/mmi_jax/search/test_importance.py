@@ -6,7 +6,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
 from closeness import model_terms, squared_error_rtol
 
 from mmi_jax import AShape, Dense, PatternTable, prefill
@@ -15,6 +14,7 @@ from mmi_jax.cli.search.prompts import weighed_prompts
 from mmi_jax.search.importance import AblationEffect, ablate_heads, head_weights
 from mmi_jax.search.run import Search
 from mmi_jax.search.trials.journal import Journal
+from models import testing as tiny
 from models.small.config import small_processor
 
 ABLATION = AShape(sink=16, local=16)

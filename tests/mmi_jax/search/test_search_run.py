@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from closeness import assert_same_up_to_order, attention_terms, model_terms, squared_error_rtol
 
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
@@ -20,6 +19,7 @@ from mmi_jax.search.costs import TILES
 from mmi_jax.search.scores import Scores, metrics_by_trial
 from mmi_jax.search.trials.measurement import Meter, measure_pattern
 from mmi_jax.search.trials.trial import Trial, first_trials, of_queries, trial_of
+from models import testing as tiny
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 SMALL = Blocks(q=16, kv=16, granule=16)

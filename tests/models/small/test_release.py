@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.demo import DEMO_MODEL
-from models.qwen2_5_vl.dialects import read_config
+from models.assets.demo import DEMO_MODEL
+from models.qwen2_5_vl.checkpoints.dialects import read_config
+from models.qwen2_5_vl.checkpoints.weights import load, save_huggingface
 from models.qwen2_5_vl.model import Qwen2_5_VL
-from models.qwen2_5_vl.processor import Processor
-from models.qwen2_5_vl.weights import load, save_huggingface
+from models.qwen2_5_vl.processing.processor import Processor
 from models.small.config import small_config, small_measure, small_processor
 from models.small.release import release
 from models.small.stream import stream

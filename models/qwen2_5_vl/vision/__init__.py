@@ -1,0 +1,1 @@
+"""Vision tower of Qwen2.5-VL: patches of images and videos to tokens."""
