@@ -15,7 +15,7 @@ from mmi_jax.layout import VISION
 from models.prompt import LazyPatches, Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.processing.placeholders import Grid, num_tokens
-from models.qwen2_5_vl.vision.tower import tower as vision
+from models.qwen2_5_vl.vision import tower as vision
 from pallas_kernels.notation import AnyArray
 
 

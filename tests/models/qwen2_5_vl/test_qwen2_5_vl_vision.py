@@ -13,10 +13,10 @@ from models.prompt import Prompt
 from models.qwen2_5_vl.presets import PRESETS
 from models.qwen2_5_vl.processing.placeholders import token_layout
 from models.qwen2_5_vl.processing.positions import mrope_positions
+from models.qwen2_5_vl.vision import attention as vision_attention
+from models.qwen2_5_vl.vision import tower as vision
 from models.qwen2_5_vl.vision.memory import activation_bytes, batch_patches
 from models.qwen2_5_vl.vision.tower import VisionTower, encode_batch
-from models.qwen2_5_vl.vision.tower import attention as vision_attention
-from models.qwen2_5_vl.vision.tower import tower as vision
 from models.qwen2_5_vl.vision.windows import windows
 
 ULP = 2.0**-23
