@@ -120,7 +120,7 @@ def test_training_the_tokenizer_is_deterministic():
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
-    def fail(tokenizer, num_pixels):
+    def fail(processor):
         raise OSError("disk full")
 
     monkeypatch.setattr(processor_files, "_settings", fail)
