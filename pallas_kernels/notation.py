@@ -15,12 +15,22 @@
 Lengths and positions are in tokens, int32. Kernels are head-major (`h t d`), models token-major (`t h d`).
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 AnyArray = jax.Array | np.ndarray
 """Host or device: for values that are built on the host and later traced."""
+
+type Scalar = jax.Array | int
+"""A number inside a kernel: traced, or known when the kernel is traced."""
+
+type Ref = Any
+"""An array inside a kernel, in device or on-chip memory, a barrier or an accumulator: `ref[...]`, `ref.at[...]`.
+
+JAX 0.11 has no public type for it: `jax.Ref` declares no `shape`, and its `at` returns nothing."""
 
 PAD_KV_POS = 2**30
 """Position of a kv row that no query reaches; every real position is smaller."""
@@ -41,6 +51,8 @@ __all__ = [
     "PAD_KV_POS",
     "PAD_Q_POS",
     "AnyArray",
+    "Ref",
+    "Scalar",
     "Array",
     "Bool",
     "Float",

@@ -25,7 +25,7 @@ STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""
 
 DIALS: dict[str, tuple[Any, ...]] = {
-    "stagger": (0, 7), "lengths_per_octave": (1,), "fixes_top": (False,), "take_turns": (True,),
+    "stagger": (0, 7), "lengths_per_octave": (1,), "fixed_max": (False,), "ping_pong": (True,),
 }  # fmt: skip
 """Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
 

@@ -49,22 +49,22 @@ class RandomLists:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomShare:
-    """The block on the diagonal and a uniformly drawn share of the blocks left of it, for each head.
+class RandomFraction:
+    """The block on the diagonal and a uniformly drawn fraction of the blocks left of it, for each head.
 
     Args:
-      share: of a row's causal blocks that it visits, the diagonal one included, rounded down but at least one block.
+      fraction: of a row's causal blocks that it visits, the diagonal one included, rounded down but at least one block.
       seed: of the generator.
     """
 
-    share: float
+    fraction: float
     seed: int = 0
 
     def index(self, num_heads: int, num_tokens: int, block: int) -> BlockIndex:
         """The index, its own lists for each head."""
         rng = np.random.default_rng(self.seed)
         causal = np.arange(num_tokens // block) + 1
-        count = np.maximum((causal * self.share).astype(np.int64), 1)
+        count = np.maximum((causal * self.fraction).astype(np.int64), 1)
         lists = np.stack([_random_rows(rng, count) for _ in range(num_heads)])
         return _index(num_heads, block, np.cumsum(count) - count, count - 1, count, lists)
 
@@ -98,7 +98,7 @@ class AttentionCase:
 
     name: str
     num_tokens: int
-    lists: AllVisited | RandomLists | RandomShare
+    lists: AllVisited | RandomLists | RandomFraction
     num_q_heads: int = 28
     num_kv_heads: int = 4
     head_dim: int = 128
@@ -108,8 +108,9 @@ class AttentionCase:
     def inputs(self, seed: int = 0) -> AttentionInputs:
         """Normal q, k, v on the default device, positions in order, and the index."""
         q_key, k_key, v_key = jax.random.split(jax.random.key(seed), 3)
-        draw = jax.jit(lambda key, h: jax.random.normal(key, (h, self.num_tokens, self.head_dim), self.dtype),
-                       static_argnums=1)  # fmt: skip
+        draw = jax.jit(
+            lambda key, h: jax.random.normal(key, (h, self.num_tokens, self.head_dim), self.dtype), static_argnums=1
+        )
         pos = jnp.arange(self.num_tokens, dtype=jnp.int32)
         none = jnp.zeros((self.num_q_heads, 0, self.head_dim), self.dtype)
         return AttentionInputs(
@@ -155,9 +156,12 @@ def _cases():
     for kilo_tokens in (4, 8, 16):  # short prompts, where dense attention is hard to beat
         for heads in ((28, 4), (32, 8)):
             yield AttentionCase(
-                name=f"all {heads[0]}/{heads[1]} {kilo_tokens}K", num_tokens=kilo_tokens * 1024, lists=AllVisited(),
-                num_q_heads=heads[0], num_kv_heads=heads[1],
-            )  # fmt: skip
+                name=f"all {heads[0]}/{heads[1]} {kilo_tokens}K",
+                num_tokens=kilo_tokens * 1024,
+                lists=AllVisited(),
+                num_q_heads=heads[0],
+                num_kv_heads=heads[1],
+            )
     # Short enough for dense attention under the lists' own mask: whose error is larger?
     yield AttentionCase(name="random8 28/4 4K", lists=RandomLists(blocks_per_row=8), num_tokens=4096)
 
@@ -165,7 +169,7 @@ def _cases():
         yield AttentionCase(
             name=f"cpu {kilo_tokens}K",
             num_tokens=kilo_tokens * 1024,
-            lists=RandomShare(share=0.1),
+            lists=RandomFraction(fraction=0.1),
             num_q_heads=8,
             num_kv_heads=8,
             head_dim=64,

@@ -62,24 +62,35 @@ def check_inputs(inputs: AttentionInputs) -> None:
     (num_q_heads, t, d), (num_kv_heads, s, d_k), x = inputs.q.shape, inputs.k.shape, inputs.k_extra.shape[1]
     index = inputs.index
     rules = [
-        (min(num_q_heads, num_kv_heads, t) > 0,
-         f"there must be heads and queries, got {num_q_heads=}, {num_kv_heads=}, {t=}"),
+        (
+            min(num_q_heads, num_kv_heads, t) > 0,
+            f"there must be heads and queries, got {num_q_heads=}, {num_kv_heads=}, {t=}",
+        ),
         (index.start.shape[1] > 0, f"lists must have room for an entry, got index.start {index.start.shape}"),
         (num_q_heads % max(num_kv_heads, 1) == 0, f"{num_q_heads=} must be a multiple of {num_kv_heads=}"),
         (d == d_k, f"q and k must have one head dim: q has {d}, k has {d_k}"),
         (inputs.v.shape == inputs.k.shape, f"v must have k's shape {inputs.k.shape}, got {inputs.v.shape}"),
-        (inputs.k.dtype == inputs.q.dtype == inputs.v.dtype, "q, k and v must have one dtype: "
-         f"got {inputs.q.dtype}, {inputs.k.dtype}, {inputs.v.dtype}"),
-        (inputs.k_extra.shape == inputs.v_extra.shape == (num_q_heads, x, d),
-         f"k_extra and v_extra must be [{num_q_heads}, x, {d}], got {inputs.k_extra.shape}, {inputs.v_extra.shape}"),
-        (inputs.k_extra.dtype == inputs.v_extra.dtype == inputs.q.dtype, "k_extra and v_extra must have q's dtype "
-         f"{inputs.q.dtype}, got {inputs.k_extra.dtype}, {inputs.v_extra.dtype}"),
+        (
+            inputs.k.dtype == inputs.q.dtype == inputs.v.dtype,
+            f"q, k and v must have one dtype: got {inputs.q.dtype}, {inputs.k.dtype}, {inputs.v.dtype}",
+        ),
+        (
+            inputs.k_extra.shape == inputs.v_extra.shape == (num_q_heads, x, d),
+            f"k_extra and v_extra must be [{num_q_heads}, x, {d}], got {inputs.k_extra.shape}, {inputs.v_extra.shape}",
+        ),
+        (
+            inputs.k_extra.dtype == inputs.v_extra.dtype == inputs.q.dtype,
+            "k_extra and v_extra must have q's dtype "
+            f"{inputs.q.dtype}, got {inputs.k_extra.dtype}, {inputs.v_extra.dtype}",
+        ),
         (index.num_heads == num_q_heads, f"the index has {index.num_heads} heads, q has {num_q_heads}"),
-        (index.num_q_blocks * index.block_q == t,
-         f"q must have num_q_blocks * block_q = {index.num_q_blocks * index.block_q} tokens, got {t}"),
+        (
+            index.num_q_blocks * index.block_q == t,
+            f"q must have num_q_blocks * block_q = {index.num_q_blocks * index.block_q} tokens, got {t}",
+        ),
         (inputs.q_pos.shape == (num_q_heads, t), f"q_pos must be [{num_q_heads}, {t}], got {inputs.q_pos.shape}"),
         (inputs.kv_pos.shape[1] == s + x, f"kv_pos must have s + x = {s + x} positions, got {inputs.kv_pos.shape[1]}"),
-    ]  # fmt: skip
+    ]
     for holds, message in rules:
         if not holds:
             raise ValueError(message)

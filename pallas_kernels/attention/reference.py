@@ -48,10 +48,10 @@ def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array,
     k_hsd, v_hsd = (x.astype(jnp.float32) for x in inputs.keys_and_values_per_head())
     scores = jnp.einsum("htd,hsd->hts", inputs.q.astype(jnp.float32), k_hsd, precision="highest") * inputs.scale
     scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    v_hsd = jnp.where(jnp.any(mask, axis=1)[..., None], v_hsd, 0.0)  # a zero weight must silence a NaN nobody attends
-    out = jnp.einsum("hts,hsd->htd", weights, v_hsd, precision="highest") / jnp.where(total > 0, total, 1.0)
-    return out.astype(inputs.q.dtype), (top + jnp.log(total))[..., 0]
+    row_max = jnp.max(scores, axis=-1, keepdims=True)
+    row_max = jnp.where(jnp.isfinite(row_max), row_max, 0.0)
+    weights = jnp.where(mask, jnp.exp(scores - row_max), 0.0)
+    row_sum = jnp.sum(weights, axis=-1, keepdims=True)
+    v_hsd = jnp.where(jnp.any(mask, axis=1)[..., None], v_hsd, 0.0)  # 0 * NaN is NaN
+    out = jnp.einsum("hts,hsd->htd", weights, v_hsd, precision="highest") / jnp.where(row_sum > 0, row_sum, 1.0)
+    return out.astype(inputs.q.dtype), (row_max + jnp.log(row_sum))[..., 0]

@@ -67,21 +67,21 @@ def _head(inputs: AttentionInputs, h):
         q_pos = rows(inputs.q_pos[h])
 
         def step(j, carry):
-            acc, top, total = carry
+            acc, row_max, row_sum = carry
             _, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
             scores = jnp.einsum("td,sd->ts", q_td, k_sd, preferred_element_type=jnp.float32)
             scores = jnp.where(mask, scores * inputs.scale, MASKED_SCORE)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            weights = jnp.where(mask, jnp.exp(scores - new_top[:, None]), 0.0)
-            decay = jnp.exp(top - new_top)
+            new_row_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
+            weights = jnp.where(mask, jnp.exp(scores - new_row_max[:, None]), 0.0)
+            rescale = jnp.exp(row_max - new_row_max)
             added = jnp.einsum("ts,sd->td", weights.astype(dtype), v_sd, preferred_element_type=jnp.float32)
-            return acc * decay[:, None] + added, new_top, total * decay + jnp.sum(weights, axis=1)
+            return acc * rescale[:, None] + added, new_row_max, row_sum * rescale + jnp.sum(weights, axis=1)
 
         empty = (jnp.zeros(q_td.shape), jnp.full(index.block_q, MASKED_SCORE), jnp.zeros(index.block_q))
-        acc, top, total = jax.lax.fori_loop(0, index.count[h, i], step, empty)
-        total = jnp.where(total > 0, total, 1.0)
-        lse = jnp.where(top > MASKED_SCORE, top + jnp.log(total), -jnp.inf)
-        return (acc / total[:, None]).astype(dtype), lse
+        acc, row_max, row_sum = jax.lax.fori_loop(0, index.count[h, i], step, empty)
+        row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
+        lse = jnp.where(row_max > MASKED_SCORE, row_max + jnp.log(row_sum), -jnp.inf)
+        return (acc / row_sum[:, None]).astype(dtype), lse
 
     out, lse = jax.lax.map(q_block, jnp.arange(index.num_q_blocks))
     return out.reshape(inputs.q.shape[1:]), lse.reshape(-1)

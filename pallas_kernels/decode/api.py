@@ -57,8 +57,15 @@ def decode_attention(
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
     inputs = DecodeInputs(
-        q=q, k=k, v=v, layer=jnp.asarray(layer, jnp.int32), lengths=lengths, k_new=k_new, v_new=v_new,
-        num_new=jnp.asarray(num_new, jnp.int32), scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+        q=q,
+        k=k,
+        v=v,
+        layer=jnp.asarray(layer, jnp.int32),
+        lengths=lengths,
+        k_new=k_new,
+        v_new=v_new,
+        num_new=jnp.asarray(num_new, jnp.int32),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
     check_inputs(inputs)
     return run_backend(_BACKENDS, DEFAULT_ORDER, implementation, inputs)

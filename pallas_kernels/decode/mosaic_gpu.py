@@ -1,4 +1,4 @@
-"""decode_attention on Hopper GPUs: checks, packing of the heads, the launch, and the merge of the shares."""
+"""decode_attention on Hopper GPUs: checks, packing of the heads, the launch, and the merge of the splits."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from pallas_kernels.decode.inputs import DecodeInputs
 from pallas_kernels.decode.mosaic_gpu_kernel import TILE_KEYS, TILE_ROWS, DecodeShape, Refs, decode_kernel
 from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
 from pallas_kernels.hopper import tile_transforms
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import Array, Float, Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How the keys are shared out.
+    """How the keys of a prompt are split.
 
     Args:
       num_stages: tiles of keys and values that a thread block holds, one of which is computed on.
@@ -32,7 +32,7 @@ CONFIGS = {
     128: DecodeConfig(num_stages=4, blocks_per_multiprocessor=1),
     256: DecodeConfig(num_stages=3, blocks_per_multiprocessor=1),
 }
-"""By head dim: as many bytes in flight as shared memory holds."""
+"""By head dim: as many bytes in flight as the 227 KiB of shared memory hold, 32 KB a stage at a head dim of 128."""
 
 
 def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
@@ -50,38 +50,46 @@ def check_supported(inputs: DecodeInputs) -> None:
     """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
     q, k, k_new = inputs.q, inputs.k, inputs.k_new
     limits = [
-        (q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
-         f"q, k and v must be all bfloat16 or all float16, got {q.dtype}, {k.dtype}"),
+        (
+            q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
+            f"q, k and v must be all bfloat16 or all float16, got {q.dtype}, {k.dtype}",
+        ),
         (q.shape[-1] in CONFIGS, f"head_dim must be one of {tuple(CONFIGS)}, got {q.shape[-1]}"),
-        (inputs.heads_per_kv_head <= TILE_ROWS,
-         f"at most {TILE_ROWS} query heads may read a kv head, got {inputs.heads_per_kv_head}"),
-        (k.shape[2] % TILE_KEYS == 0 and k_new.shape[2] % TILE_KEYS == 0,
-         f"room for tokens must be a multiple of {TILE_KEYS}, got {k.shape[2]} and {k_new.shape[2]}"),
-        (math.prod(k.shape[:3]) < 2**31 and math.prod(k_new.shape[:3]) < 2**31,
-         f"rows of the cache must count below 2**31, got {k.shape[:3]} and {k_new.shape[:3]}"),
+        (
+            inputs.heads_per_kv_head <= TILE_ROWS,
+            f"at most {TILE_ROWS} query heads may read a kv head, got {inputs.heads_per_kv_head}",
+        ),
+        (
+            k.shape[2] % TILE_KEYS == 0 and k_new.shape[2] % TILE_KEYS == 0,
+            f"room for tokens must be a multiple of {TILE_KEYS}, got {k.shape[2]} and {k_new.shape[2]}",
+        ),
+        (
+            math.prod(k.shape[:3]) < 2**31 and math.prod(k_new.shape[:3]) < 2**31,
+            f"rows of the cache must count below 2**31, got {k.shape[:3]} and {k_new.shape[:3]}",
+        ),
         (inputs.scale > 0, f"scale must be positive, got {inputs.scale}"),
-    ]  # fmt: skip
+    ]
     for holds, message in limits:
         if not holds:
             raise NotImplementedError(f"mosaic_gpu: {message}")
 
 
 def launch(
-    inputs: DecodeInputs, config: DecodeConfig, *, num_shares: int | None = None, interpretable: bool = False
+    inputs: DecodeInputs, config: DecodeConfig, *, num_splits: int | None = None, interpretable: bool = False
 ) -> Float[Array, "b h d"]:
-    """Runs the kernel and merges its shares; `interpretable` runs the body's twin for GPU interpret mode.
+    """Runs the kernel and merges its splits; `interpretable` runs the body's twin for GPU interpret mode.
 
     Args:
-      num_shares: thread blocks for each kv head of each prompt; as many as `config` puts on the chip when None.
+      num_splits: thread blocks for each kv head of each prompt; as many as `config` puts on the chip when None.
     """
     b, h, d = inputs.q.shape
     num_kv_heads, ratio = inputs.k.shape[3], inputs.heads_per_kv_head
-    if num_shares is None:
-        num_shares = max(1, config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // (b * num_kv_heads))
+    if num_splits is None:
+        num_splits = max(1, config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // (b * num_kv_heads))
     shape = DecodeShape(
         batch=b,
         num_kv_heads=num_kv_heads,
-        num_shares=num_shares,
+        num_splits=num_splits,
         num_stages=config.num_stages,
         num_rows=-(-ratio // 8) * 8,
         capacity=inputs.k.shape[2],
@@ -101,12 +109,12 @@ def launch(
     return merged.astype(inputs.q.dtype).reshape(b, h, d)
 
 
-def _run(arrays: dict[str, Array], shape: DecodeShape):
-    """The shares' outputs `[b * g, shares, rows, d]` and base-2 log-sum-exps `[b * g, shares, 64]`."""
+def _run(arrays: dict[str, Array], shape: DecodeShape) -> tuple[Array, Array]:
+    """The splits' outputs `[b * g, splits, rows, d]` and base-2 log-sum-exps `[b * g, splits, 64]`."""
     q = arrays["q"]
     num_heads, d = q.shape[0], q.shape[-1]
     transforms = tile_transforms()
-    scratch = dict(
+    scratch: dict[str, Ref] = dict(
         q_tile=plgpu.SMEM((TILE_ROWS, d), q.dtype, transforms=transforms),
         k_tiles=plgpu.SMEM((shape.num_stages, TILE_KEYS, d), q.dtype, transforms=transforms),
         v_tiles=plgpu.SMEM((shape.num_stages, TILE_KEYS, d), q.dtype, transforms=transforms),
@@ -114,18 +122,18 @@ def _run(arrays: dict[str, Array], shape: DecodeShape):
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=shape.num_stages),
     )
 
-    def decode_attention(*refs):
+    def decode_attention(*refs: Ref) -> None:
         names = (*arrays, "out", "lse", *scratch)
         decode_kernel(Refs(**dict(zip(names, refs, strict=True))), shape)
 
     run = plgpu.kernel(
         decode_attention,
         out_type=(
-            jax.ShapeDtypeStruct((num_heads, shape.num_shares, shape.num_rows, d), q.dtype),
-            jax.ShapeDtypeStruct((num_heads, shape.num_shares, TILE_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((num_heads, shape.num_splits, shape.num_rows, d), q.dtype),
+            jax.ShapeDtypeStruct((num_heads, shape.num_splits, TILE_ROWS), jnp.float32),
         ),
         scratch_types=tuple(scratch.values()),
-        grid=(num_heads * shape.num_shares,),
+        grid=(num_heads * shape.num_splits,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )

@@ -16,10 +16,10 @@ def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
     scores = [jnp.einsum("bgrd,bsgd->bgrs", q, k, preferred_element_type=jnp.float32) for k, _, _ in rows]
     is_key = jnp.concatenate([is_key for _, _, is_key in rows], axis=1)[:, None, None]
     scores = jnp.where(is_key, jnp.concatenate(scores, axis=-1) * inputs.scale, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(inputs.v.dtype)
+    row_max = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(row_max), row_max, 0.0))
+    row_sum = weights.sum(axis=-1, keepdims=True)
+    weights = (weights / jnp.where(row_sum > 0, row_sum, 1.0)).astype(inputs.v.dtype)
     pieces = jnp.split(weights, [inputs.k.shape[2]], axis=-1)
     old, new = (
         jnp.einsum("bgrs,bsgd->bgrd", w, v, preferred_element_type=jnp.float32)
@@ -29,6 +29,6 @@ def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
 
 
 def _rows(k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], count):
-    """Keys, values with zeros past `count`, as a weight of 0 does not silence a NaN, and which rows are there."""
+    """Keys, values with zeros past `count`, as a weight of 0 times NaN is NaN, and which rows are there."""
     is_key = jnp.arange(k.shape[1])[None] < count[:, None]
     return k, jnp.where(is_key[..., None, None], v, 0), is_key

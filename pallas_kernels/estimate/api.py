@@ -84,16 +84,20 @@ def line_mass(
 def _check(q, k, kv_head, q_pos, kv_pos, scale: float) -> None:
     """Raises ValueError, with rule and got, for arguments that no backend could honour."""
     rules = [
-        (min(*q.shape, *k.shape, kv_pos.shape[0]) > 0, "q, k and kv_pos must not be empty: "
-         f"got {q.shape}, {k.shape}, {kv_pos.shape}"),
+        (
+            min(*q.shape, *k.shape, kv_pos.shape[0]) > 0,
+            f"q, k and kv_pos must not be empty: got {q.shape}, {k.shape}, {kv_pos.shape}",
+        ),
         (q.shape[2] == k.shape[2], f"q and k must have one head dim: got {q.shape[2]}, {k.shape[2]}"),
         (kv_head.shape == q.shape[:1], f"kv_head must be [{q.shape[0]}], got {kv_head.shape}"),
         (q_pos.shape == q.shape[:2], f"q_pos must be {q.shape[:2]}, got {q_pos.shape}"),
         (kv_pos.shape[1] == k.shape[0], f"kv_pos must have {k.shape[0]} positions in a row, got {kv_pos.shape[1]}"),
-        (k.shape[1] % max(kv_pos.shape[0], 1) == 0, "kv heads must share the rows of kv_pos evenly: "
-         f"got {k.shape[1]} kv heads, {kv_pos.shape[0]} rows"),
+        (
+            k.shape[1] % max(kv_pos.shape[0], 1) == 0,
+            f"kv heads must share the rows of kv_pos evenly: got {k.shape[1]} kv heads, {kv_pos.shape[0]} rows",
+        ),
         (math.isfinite(scale), f"scale must be finite, got {scale}"),
-    ]  # fmt: skip
+    ]
     for holds, message in rules:
         if not holds:
             raise ValueError(message)

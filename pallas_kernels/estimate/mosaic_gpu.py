@@ -1,8 +1,7 @@
 """column_mass and line_mass on Hopper GPUs: checks, padding and the launches of the passes."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
 from pallas_kernels.estimate.mosaic_gpu_kernel import (
-    LEAST_TILE,
+    MIN_TILE,
     NUM_QUERIES,
     EstimateShape,
     Refs,
@@ -21,25 +20,30 @@ from pallas_kernels.estimate.mosaic_gpu_kernel import (
 from pallas_kernels.estimate.xla import num_bands_of
 from pallas_kernels.hopper import tile_transforms
 from pallas_kernels.lowering_cache import lowered_once
-from pallas_kernels.notation import INITIAL_ROW_MAX, Array, Float, Int32
+from pallas_kernels.notation import INITIAL_ROW_MAX, Array, Float, Int32, Ref
 
 RESIDENT_BYTES = 2**16
-"""Keys that a thread block keeps in shared memory, at most: two thread blocks share a multiprocessor."""
+"""Keys that a thread block keeps in shared memory, at most: two thread blocks share the 227 KiB of a multiprocessor."""
 
 SCRATCH_BYTES = 2**13
-"""Through which warps add up their sums over queries; two thread blocks share a multiprocessor even so."""
+"""Shared memory through which warps add up their sums over queries: Mosaic GPU takes it from the same 227 KiB."""
 
 NUM_PROGRAMS = 2 * NUM_MULTIPROCESSORS
 """Thread blocks of a launch, at least, where the prompt is long enough: two for each multiprocessor."""
 
-LEAST_SCALE = 1e-6
+MIN_SCALE = 1e-6
 """Below about 1e-8 a hidden key's `MASKED_SCORE`, scaled, would not be below `INITIAL_ROW_MAX`, and would count."""
 
 
 def column_mass(
-    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
-    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], *, scale: float,
-) -> tuple[Float[Array, "h s"]]:  # fmt: skip
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "h s"]]:
     """Attention mass per key, see `api.column_mass`.
 
     Raises:
@@ -51,9 +55,16 @@ def column_mass(
 
 
 def line_mass(
-    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
-    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], q_row: Int32[Array, "h q"], *, scale: float, band: int,
-) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:  # fmt: skip
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    q_row: Int32[Array, "h q"],
+    *,
+    scale: float,
+    band: int,
+) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:
     """Attention mass per key and per band of diagonals, see `api.line_mass`.
 
     Raises:
@@ -64,25 +75,36 @@ def line_mass(
     return lowered_once(launch, k, kv_pos, kv_head, q, q_pos, q_row, scale=scale, band=band)
 
 
-def check_supported(q, k, scale: float, band: int = 16) -> None:
+def check_supported(q: Float[Array, "h q d"], k: Float[Array, "s g d"], scale: float, band: int = 16) -> None:
     """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
     limits = [
-        (q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
-         f"q and k must be both bfloat16 or both float16, got {q.dtype}, {k.dtype}"),
+        (
+            q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
+            f"q and k must be both bfloat16 or both float16, got {q.dtype}, {k.dtype}",
+        ),
         (q.shape[2] in (64, 128, 256), f"head_dim must be 64, 128 or 256, got {q.shape[2]}"),
         (q.shape[1] <= NUM_QUERIES, f"a head may have at most {NUM_QUERIES} queries, got {q.shape[1]}"),
-        (k.shape[0] % LEAST_TILE == 0, f"keys must be a multiple of {LEAST_TILE}, got {k.shape[0]}"),
-        (scale >= LEAST_SCALE, f"scale must be at least {LEAST_SCALE}, got {scale}"),
+        (k.shape[0] % MIN_TILE == 0, f"keys must be a multiple of {MIN_TILE}, got {k.shape[0]}"),
+        (scale >= MIN_SCALE, f"scale must be at least {MIN_SCALE}, got {scale}"),
         (band in (8, 16, 32, 64), f"a band must be 8, 16, 32 or 64 keys, got {band}"),
-    ]  # fmt: skip
+    ]
     for holds, message in limits:
         if not holds:
             raise NotImplementedError(f"mosaic_gpu: {message}")
 
 
 def launch(
-    k, kv_pos, kv_head, q, q_pos, q_row=None, *, scale: float, band: int = 0, num_programs: int = NUM_PROGRAMS
-) -> tuple[Any, ...]:
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    q_row: Int32[Array, "h q"] | None = None,
+    *,
+    scale: float,
+    band: int = 0,
+    num_programs: int = NUM_PROGRAMS,
+) -> tuple[Float[Array, "h _"], ...]:
     """The masses per key, and per band where `q_row` and `band` are given, by two passes."""
     missing = NUM_QUERIES - q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
@@ -90,12 +112,12 @@ def launch(
     num_heads, (num_keys, num_kv_heads, _) = q.shape[0], k.shape
     shape = EstimateShape(
         num_kv_heads=num_kv_heads,
-        num_keys=keys_per_share(k, num_programs),
+        num_keys=keys_per_split(k, num_programs),
         kv_heads_per_row=num_kv_heads // kv_pos.shape[0],
         score_scale=scale * math.log2(math.e),
         band=band,
     )
-    num_shares = num_keys // shape.num_keys
+    num_splits = num_keys // shape.num_keys
     arrays = {
         "q": q,
         "k": k,
@@ -103,33 +125,35 @@ def launch(
         "first_head": jnp.sum(kv_head[None] < jnp.arange(num_kv_heads + 1)[:, None], axis=1, dtype=jnp.int32),
         "q_pos": q_pos,
         "kv_pos": kv_pos,
-        "lowest": jnp.min(q_pos, axis=1),
-        "reach": jnp.max(kv_pos.reshape(kv_pos.shape[0], num_shares, -1), axis=2),
+        "min_q_pos": jnp.min(q_pos, axis=1),
+        "max_kv_pos": jnp.max(kv_pos.reshape(kv_pos.shape[0], num_splits, -1), axis=2),
     }
-    partial = jax.ShapeDtypeStruct((num_heads, num_shares, NUM_QUERIES), jnp.float32)
-    top, total = _launch(lse_pass, arrays, (), shape, num_shares, (partial, partial))
-    highest = jnp.max(top, axis=1)
-    lse = highest + jnp.log2(jnp.sum(total * jnp.exp2(top - highest[:, None]), axis=1))
+    partial = jax.ShapeDtypeStruct((num_heads, num_splits, NUM_QUERIES), jnp.float32)
+    row_max, row_sum = _launch(lse_pass, arrays, (), shape, num_splits, (partial, partial))
+    highest = jnp.max(row_max, axis=1)
+    lse = highest + jnp.log2(jnp.sum(row_sum * jnp.exp2(row_max - highest[:, None]), axis=1))
     lse = jnp.maximum(lse, INITIAL_ROW_MAX)  # of a query that sees nothing; weights of hidden keys stay 0
     per_key = jax.ShapeDtypeStruct((num_heads, num_keys), jnp.float32)
     if q_row is None:
-        return tuple(_launch(mass_pass, arrays, (lse,), shape, num_shares, (per_key,)))
+        return tuple(_launch(mass_pass, arrays, (lse,), shape, num_splits, (per_key,)))
     q_row = jnp.pad(q_row, ((0, 0), (0, missing)), constant_values=-1)
     past_start = jnp.maximum(q_row, 0) + band // 2  # of the band of distance 0, in keys from the first
     per_band = jax.ShapeDtypeStruct((num_heads, num_keys // shape.tile, shape.bands_per_tile, NUM_QUERIES), jnp.float32)
-    mass, tile_mass = _launch(line_pass, arrays, (lse, past_start % band), shape, num_shares, (per_key, per_band))
+    mass, tile_mass = _launch(line_pass, arrays, (lse, past_start % band), shape, num_splits, (per_key, per_band))
     nearest = jnp.where(q_row >= 0, past_start // band, -1)
     return mass, jax.vmap(_by_distance, (0, 0, None))(tile_mass, nearest, num_bands_of(num_keys, band))
 
 
-def keys_per_share(k, num_programs: int) -> int:
-    """Keys of a thread block's share: a power of two that divides all, few enough for `num_programs` of them."""
+def keys_per_split(k: Array | jax.ShapeDtypeStruct, num_programs: int) -> int:
+    """Keys of a thread block's split: a power of two that divides all, few enough for `num_programs` of them."""
     num_keys, num_kv_heads, head_dim = k.shape
-    most = min(RESIDENT_BYTES // (head_dim * 2), max(LEAST_TILE, num_keys * num_kv_heads // num_programs))
-    return math.gcd(num_keys, 2 ** (most.bit_length() - 1))
+    limit = min(RESIDENT_BYTES // (head_dim * 2), max(MIN_TILE, num_keys * num_kv_heads // num_programs))
+    return math.gcd(num_keys, 2 ** (limit.bit_length() - 1))
 
 
-def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q"], num_bands: int):
+def _by_distance(
+    tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q"], num_bands: int
+) -> Float[Array, " bands"]:
     """Mass per band of distance [num_bands] of one head, from that of every tile's bands.
 
     Args:
@@ -139,35 +163,42 @@ def _by_distance(tile_mass: Float[Array, "tiles n q"], nearest: Int32[Array, " q
     num_tiles, per_tile = tile_mass.shape[0], tile_mass.shape[1] - 1  # a tile's last band is the next one's first
     query = jnp.arange(NUM_QUERIES)
 
-    def rows(tile, band, is_wanted):
-        is_wanted &= (tile >= 0) & (tile < num_tiles)
-        return jnp.where(is_wanted, tile_mass[jnp.clip(tile, 0, num_tiles - 1), band, query[None]], 0.0)
+    def rows(tile: Array, band: Array | int, is_there: Array | bool) -> Array:
+        is_there &= (tile >= 0) & (tile < num_tiles)
+        return jnp.where(is_there, tile_mass[jnp.clip(tile, 0, num_tiles - 1), band, query[None]], 0.0)
 
     at = nearest[None] - jnp.arange(num_bands)[:, None]
     tile, band = at >> (per_tile.bit_length() - 1), at & (per_tile - 1)  # XLA computes a division apart, and stores it
     return jnp.sum(rows(tile, band, True) + rows(tile - 1, per_tile, band == 0), axis=1)
 
 
-def _launch(body: Callable[..., None], arrays, more, shape: EstimateShape, num_shares: int, out_type: Any):
-    """The outputs of a pass: `body(refs, *refs_of_more, *refs_of_outputs, shape)` on every share of every kv head."""
+def _launch(
+    body: Callable[..., None],
+    arrays: Mapping[str, Array],
+    more: tuple[Array, ...],
+    shape: EstimateShape,
+    num_splits: int,
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
+) -> Sequence[Array]:
+    """The outputs of a pass: `body(refs, *refs_of_more, *refs_of_outputs, shape)` on every split of every kv head."""
     q = arrays["q"]
     transforms = tile_transforms()
-    scratch = {
+    scratch: dict[str, Ref] = {
         "q_tiles": plgpu.SMEM((2, NUM_QUERIES, q.shape[2]), q.dtype, transforms=transforms),
         "k_tiles": plgpu.SMEM((shape.num_keys, q.shape[2]), q.dtype, transforms=transforms),
         "q_ready": plgpu.Barrier(num_barriers=2),
         "k_ready": plgpu.Barrier(),
     }
 
-    def attention_mass(*refs, **scratch):
-        given = Refs(**dict(zip(arrays, refs, strict=False)), **scratch)
-        body(given, *refs[len(arrays) :], shape)
+    def attention_mass(*refs: Ref, **scratch: Ref) -> None:
+        inputs = Refs(**dict(zip(arrays, refs, strict=False)), **scratch)
+        body(inputs, *refs[len(arrays) :], shape)
 
     run = plgpu.kernel(
         attention_mass,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(shape.num_kv_heads * num_shares,),
+        grid=(shape.num_kv_heads * num_splits,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=SCRATCH_BYTES),
     )

@@ -1,33 +1,35 @@
-"""The passes of the Hopper estimate: log-sum-exp of every query over a share of the keys, then mass by key, or by
+"""The passes of the Hopper estimate: log-sum-exp of every query over a split of the keys, then mass by key, or by
 key and by band.
 
 Scores are cheap (64 queries a head) and HBM is not, so all passes compute them from k and nothing of size
-[queries, keys] is written. A thread block, one warpgroup, keeps a share of one kv head's keys in shared memory and
+[queries, keys] is written. A thread block, one warpgroup, keeps a split of one kv head's keys in shared memory and
 walks over the heads that read them; while it computes on one head's queries the next ones arrive.
 
-    lse_pass    scores = q k^T    rows are queries: a row's maximum and sum over the share's keys
+    lse_pass    scores = q k^T    rows are queries: a row's maximum and sum over the split's keys
     mass_pass   scores = k q^T    rows are keys: a row's sum over the queries, once their log-sum-exp is known
     line_pass   scores = q k^T    instead: sums over the queries, and a row's over the few bands that cross a tile
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
+from pallas_kernels.hopper import WGMMA_ROWS, columns
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE, Array, Ref, Scalar
 
-NUM_QUERIES = 64
-"""Queries of a head: wgmma has M = 64."""
+NUM_QUERIES = WGMMA_ROWS
+"""Queries of a head: the rows of one product."""
 
-LEAST_TILE = 64
-"""Keys of one step are a multiple of these: rows of the second pass."""
+MIN_TILE = WGMMA_ROWS
+"""Keys of one step are a multiple of these: they are the rows of the second pass's product."""
 
-MOST_TILE = 128
-"""Keys of one step, where a share has them: with fewer, matrix unit and exponentials wait for each other more often."""
+MAX_TILE = 128
+"""Keys of one step, where a split has them: with fewer, tensor cores and exponentials wait for each other more often
+(docs/log.md of 2026-11-26)."""
 
 LAYOUT = plgpu.Layout.WGMMA
 """How the warpgroup's registers hold a tile of scores."""
@@ -39,10 +41,10 @@ class EstimateShape:
 
     Args:
       num_kv_heads: kv heads.
-      num_keys: keys in a thread block's share.
+      num_keys: keys in a thread block's split.
       kv_heads_per_row: kv heads that share a row of `kv_pos`.
       score_scale: factor on the products, for base-2 exponentials; positive.
-      band: keys in a band of diagonals, a divisor of `LEAST_TILE`; 0 in the passes that know none.
+      band: keys in a band of diagonals, a divisor of `MIN_TILE`; 0 in the passes that know none.
     """
 
     num_kv_heads: int
@@ -54,11 +56,11 @@ class EstimateShape:
     @property
     def tile(self) -> int:
         """Keys of one step."""
-        return min(self.num_keys, MOST_TILE)
+        return min(self.num_keys, MAX_TILE)
 
     @property
     def num_tiles(self) -> int:
-        """Steps of a share."""
+        """Steps of a split."""
         return self.num_keys // self.tile
 
     @property
@@ -73,60 +75,62 @@ class Refs:
 
     Args:
       heads: all heads, those of one kv head side by side; `first_head` says where each kv head's begin, and the end.
-      lowest: the least position among each head's queries.
-      reach: the greatest position among each share's keys, for each row of `kv_pos`.
+      min_q_pos: the smallest position among each head's queries.
+      max_kv_pos: the largest position among each split's keys, for each row of `kv_pos`.
     """
 
-    q: Any
-    k: Any
-    heads: Any
-    first_head: Any
-    q_pos: Any
-    kv_pos: Any
-    lowest: Any
-    reach: Any
-    q_tiles: Any
-    k_tiles: Any
-    q_ready: Any
-    k_ready: Any
+    q: Ref
+    k: Ref
+    heads: Ref
+    first_head: Ref
+    q_pos: Ref
+    kv_pos: Ref
+    min_q_pos: Ref
+    max_kv_pos: Ref
+    q_tiles: Ref
+    k_tiles: Ref
+    q_ready: Ref
+    k_ready: Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """A share of the keys and, in turn, one head that reads it: its queries are in `q_tile`."""
+    """A split of the keys and one of the heads that read it, whose queries are in `q_tile`."""
 
-    kv_head: Any
-    share: Any
-    head: Any
-    q_tile: Any
-    sees_all: Any
+    kv_head: Array
+    split: Array
+    head: Array
+    q_tile: Ref
+    sees_all: Array
 
 
-def lse_pass(refs: Refs, top_out: Any, total_out: Any, shape: EstimateShape):
+def lse_pass(refs: Refs, max_out: Ref, sum_out: Ref, shape: EstimateShape) -> None:
     """Writes the maximum and the sum of each query over this thread block's keys; base 2."""
 
-    def head(work: Work):
-        def tile(n, carry):
-            top, total = carry
+    def head(work: Work) -> None:
+        def tile(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            row_max, row_sum = carry
             product = _products(refs, shape, work, n, key_axis=1)
-            new_top = jnp.maximum(top, jnp.max(product, axis=1) * shape.score_scale)
-            weights = jnp.exp2(product * shape.score_scale - lax.broadcast_in_dim(new_top, product.shape, [0]))
-            return new_top, total * jnp.exp2(top - new_top) + jnp.sum(weights, axis=1)
+            new_row_max = jnp.maximum(row_max, jnp.max(product, axis=1) * shape.score_scale)
+            weights = jnp.exp2(product * shape.score_scale - columns(new_row_max, product.shape))
+            return new_row_max, row_sum * jnp.exp2(row_max - new_row_max) + jnp.sum(weights, axis=1)
 
-        fill = lambda x: plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))  # noqa: E731
-        top, total = lax.fori_loop(0, shape.num_tiles, tile, (fill(INITIAL_ROW_MAX), fill(0.0)))
-        top_out[work.head, work.share], total_out[work.head, work.share] = top, total
+        def fill(x: float) -> Array:
+            return plgpu.layout_cast(jnp.full((NUM_QUERIES,), x, jnp.float32), LAYOUT.reduce(1))
+
+        row_max, row_sum = lax.fori_loop(0, shape.num_tiles, tile, (fill(INITIAL_ROW_MAX), fill(0.0)))
+        max_out[work.head, work.split], sum_out[work.head, work.split] = row_max, row_sum
 
     _each_head(refs, shape, head)
 
 
-def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
+def mass_pass(refs: Refs, lse: Ref, mass: Ref, shape: EstimateShape) -> None:
     """Writes the mass of each of this thread block's keys, for each head."""
 
-    def head(work: Work):
+    def head(work: Work) -> None:
         head_lse = _along(1, lse.at[work.head], shape.tile)
 
-        def tile(n, _):
+        def tile(n: Array, _: None) -> None:
             weights = jnp.exp2(_products(refs, shape, work, n, key_axis=0) * shape.score_scale - head_lse)
             mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=1)
 
@@ -135,7 +139,7 @@ def mass_pass(refs: Refs, lse: Any, mass: Any, shape: EstimateShape):
     _each_head(refs, shape, head)
 
 
-def line_pass(refs: Refs, lse: Any, skew: Any, mass: Any, band_mass: Any, shape: EstimateShape):
+def line_pass(refs: Refs, lse: Ref, skew: Ref, mass: Ref, band_mass: Ref, shape: EstimateShape) -> None:
     """Writes what `mass_pass` does and, for each tile, the mass of each query in each of its bands, nearest last.
 
     Query `q` is `skew[q]` keys, less than a band, past the start of its band of distance 0. So its bands cut a tile
@@ -148,82 +152,85 @@ def line_pass(refs: Refs, lse: Any, skew: Any, mass: Any, band_mass: Any, shape:
     """
     none = jnp.zeros((NUM_QUERIES, shape.band), jnp.float32)
 
-    def head(work: Work):
+    def head(work: Work) -> None:
         head_lse, head_skew = _along(0, lse.at[work.head], shape.tile), _along(0, skew.at[work.head], shape.band)
         is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
-        def tile(n, _):
+        def tile(n: Array, _: None) -> None:
             weights = jnp.exp2(_products(refs, shape, work, n, key_axis=1) * shape.score_scale - head_lse)
+            # A sum over rows crosses warps, so it goes through shared memory (`SCRATCH_BYTES` of the launch).
             mass[work.head, _rows(shape, work, n)] = jnp.sum(weights, axis=0)
             cuts = range(0, shape.tile, shape.band)
             pieces = [none, *(lax.slice(weights, (0, x), (NUM_QUERIES, x + shape.band)) for x in cuts), none]
             for band in range(shape.bands_per_tile):
                 in_band = jnp.sum(jnp.where(is_past, pieces[band], pieces[band + 1]), axis=1)
-                band_mass[work.head, work.share * shape.num_tiles + n, band] = in_band
+                band_mass[work.head, work.split * shape.num_tiles + n, band] = in_band
 
         lax.fori_loop(0, shape.num_tiles, tile, None)
 
     _each_head(refs, shape, head)
 
 
-def _each_head(refs: Refs, shape: EstimateShape, body):
+def _each_head(refs: Refs, shape: EstimateShape, body: Callable[[Work], None]) -> None:
     """Runs `body(work)` for every head that reads this thread block's keys, the next queries on their way meanwhile.
 
     Kv heads are side by side: together they read whole rows of k.
     """
     program = lax.axis_index("program")
-    kv_head, share = program % shape.num_kv_heads, program // shape.num_kv_heads
+    kv_head, split = program % shape.num_kv_heads, program // shape.num_kv_heads
     first, end = refs.first_head[kv_head], refs.first_head[kv_head + 1]
 
-    def load(n):
+    def load(n: Array) -> None:
         plgpu.copy_gmem_to_smem(refs.q.at[refs.heads[n]], refs.q_tiles.at[n % 2], refs.q_ready.at[n % 2])
 
-    def step(n, _):
-        pl.when(n + 1 < end)(lambda: load(n + 1))  # into the queries whose products are done
+    def step(n: Array, _: None) -> None:
+        # Into the buffer whose products are done: reading an accumulator waits for its wgmma.
+        pl.when(n + 1 < end)(lambda: load(n + 1))
         head = refs.heads[n]
-        sees_all = refs.reach[kv_head // shape.kv_heads_per_row, share] <= refs.lowest[head]
+        sees_all = refs.max_kv_pos[kv_head // shape.kv_heads_per_row, split] <= refs.min_q_pos[head]
         plgpu.barrier_wait(refs.q_ready.at[n % 2])
-        body(Work(kv_head=kv_head, share=share, head=head, q_tile=refs.q_tiles.at[n % 2], sees_all=sees_all))
+        body(Work(kv_head=kv_head, split=split, head=head, q_tile=refs.q_tiles.at[n % 2], sees_all=sees_all))
 
     @pl.when(first < end)
-    def _():
-        rows = pl.ds(pl.multiple_of(share * shape.num_keys, shape.num_keys), shape.num_keys)
+    def _run():
+        rows = pl.ds(pl.multiple_of(split * shape.num_keys, shape.num_keys), shape.num_keys)
         plgpu.copy_gmem_to_smem(refs.k.at[rows, kv_head], refs.k_tiles, refs.k_ready)
         load(first)
         plgpu.barrier_wait(refs.k_ready)
         lax.fori_loop(first, end, step, None)
 
 
-def _products(refs: Refs, shape: EstimateShape, work: Work, n, *, key_axis: int):
+def _products(refs: Refs, shape: EstimateShape, work: Work, n: Array, *, key_axis: int) -> Array:
     """Products of the head's queries and the n-th tile of keys, which lie along `key_axis`; not yet scaled."""
     k_tile = refs.k_tiles.at[pl.ds(pl.multiple_of(n * shape.tile, shape.tile), shape.tile)]
 
-    def hide(product):
+    def hide(product: Array) -> Array:
         q_pos = _along(1 - key_axis, refs.q_pos.at[work.head], shape.tile)
         row = work.kv_head // shape.kv_heads_per_row
         kv_pos = _along(key_axis, refs.kv_pos.at[row, _rows(shape, work, n)], NUM_QUERIES)
         return jnp.where(kv_pos <= q_pos, product, MASKED_SCORE)
 
     product = _product(work.q_tile, k_tile) if key_axis == 1 else _product(k_tile, work.q_tile)
+    # A mask is 32 comparisons and 32 selects of each thread, and nearly all keys lie before all of the queries.
     return lax.cond(work.sees_all, lambda product: product, hide, product)
 
 
-def _rows(shape: EstimateShape, work: Work, n):
+def _rows(shape: EstimateShape, work: Work, n: Scalar) -> pl.Slice:
     """The n-th tile's rows of k."""
-    return pl.ds(pl.multiple_of(work.share * shape.num_keys + n * shape.tile, shape.tile), shape.tile)
+    return pl.ds(pl.multiple_of(work.split * shape.num_keys + n * shape.tile, shape.tile), shape.tile)
 
 
-def _product(rows, columns):
-    """`rows columns^T` of two tiles in shared memory, float32."""
+def _product(left: Ref, right: Ref) -> Array:
+    """`left right^T` of two tiles in shared memory, float32."""
 
-    def run(accumulator):
-        plgpu.wgmma(accumulator, rows, columns.transpose((1, 0)))
+    def run(accumulator: Ref) -> Array:
+        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))  # a 16-bit right side may lie in either order
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((rows.shape[0], columns.shape[0]), jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[0]), jnp.float32))
 
 
-def _along(axis: int, ref, width: int):
+def _along(axis: int, ref: Ref, width: int) -> Array:
     """A vector in device memory along one axis of a tile of scores, `width` numbers wide along the other."""
     x = plgpu.load(ref, layout=LAYOUT.reduce(1 - axis), optimized=False)
     return lax.broadcast_in_dim(x, (*x.shape, width) if axis == 0 else (width, *x.shape), [axis])

@@ -10,14 +10,14 @@ from pallas_kernels.notation import Array, Bool, Float, Int32
 
 KEY_BITS = 32
 
-MOST_COUNTED = 512
+MAX_COUNTED = 512
 """Numbers of which one partial sum counts those that reach a threshold."""
 
 GROUP = 8
 """Numbers of which only the largest is looked at first, where there are very many."""
 
 SIGN = np.uint32(2**31)
-MOST_SORTED_ON_GPU = 2**16
+MAX_SORTED_ON_GPU = 2**16
 
 
 def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
@@ -31,7 +31,7 @@ def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
       k: from 1 to `n`.
     """
     by_few_passes = functools.partial(by_bits, bits_at_once=4)  # three launches each, whatever they count
-    on_gpu = by_few_passes if len(x) > MOST_SORTED_ON_GPU else by_top_k
+    on_gpu = by_few_passes if len(x) > MAX_SORTED_ON_GPU else by_top_k
     return jax.lax.platform_dependent(
         x, tpu=lambda x: by_bits(x, k), cuda=lambda x: on_gpu(x, k), default=lambda x: by_top_k(x, k)
     )
@@ -39,7 +39,7 @@ def largest(x: Float[Array, " n"], k: int) -> Bool[Array, " n"]:
 
 def largest_places(x: Float[Array, " n"], k: int) -> Int32[Array, " k"]:
     """The places of the `k` largest numbers, ascending; the first among equals."""
-    is_worth_it = len(x) % GROUP == 0 and len(x) // GROUP > max(MOST_SORTED_ON_GPU, k)
+    is_worth_it = len(x) % GROUP == 0 and len(x) // GROUP > max(MAX_SORTED_ON_GPU, k)
     return by_groups(x, k, GROUP) if is_worth_it else places_of(largest(x, k), k)
 
 
@@ -77,7 +77,7 @@ def by_bits(x: Float[Array, " n"], k: int, *, bits_at_once: int = 2) -> Bool[Arr
     """`largest` by bisection: passes that each count the numbers at or above a few thresholds.
 
     The bits of a float, with all of them flipped for a negative one and the sign alone for any other, count upwards as
-    the float does. The threshold gains bits from the top as long as `k` numbers still reach it:
+    the float does. The threshold gains bits from the row_max as long as `k` numbers still reach it:
 
         x = 3 1 3 2, k = 2    ->    threshold 3, none above it, the first 2 of those equal to it: 1 0 1 0
 
@@ -87,7 +87,7 @@ def by_bits(x: Float[Array, " n"], k: int, *, bits_at_once: int = 2) -> Bool[Arr
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     key = jnp.where(bits >= SIGN, ~bits, bits | SIGN)
-    parts = jnp.pad(key, (0, -len(x) % MOST_COUNTED)).reshape(-1, MOST_COUNTED)  # with 0, which reaches no threshold
+    parts = jnp.pad(key, (0, -len(x) % MAX_COUNTED)).reshape(-1, MAX_COUNTED)  # with 0, which reaches no threshold
 
     def gain_bits(n, threshold):
         shift = (KEY_BITS - bits_at_once * (n + 1)).astype(jnp.uint32)

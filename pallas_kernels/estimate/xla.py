@@ -10,17 +10,29 @@ SCORE_BYTES = 2**31
 
 
 def column_mass(
-    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
-    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], *, scale: float,
-) -> tuple[Float[Array, "h s"]]:  # fmt: skip
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "h s"]]:
     """Attention mass per key, see `api.column_mass`."""
     return _each_head(lambda weights, q_row: (weights.sum(axis=0),), k, kv_pos, kv_head, q, q_pos, q_pos, scale)
 
 
 def line_mass(
-    k: Float[Array, "s g d"], kv_pos: Int32[Array, "n s"], kv_head: Int32[Array, " h"],
-    q: Float[Array, "h q d"], q_pos: Int32[Array, "h q"], q_row: Int32[Array, "h q"], *, scale: float, band: int,
-) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:  # fmt: skip
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    q_row: Int32[Array, "h q"],
+    *,
+    scale: float,
+    band: int,
+) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:
     """Attention mass per key and per band of diagonals, see `api.line_mass`."""
 
     def masses(weights, q_row):
@@ -47,8 +59,8 @@ def attention_rows(
     """Softmax of the scores of some queries over all keys they may see, float32; zeros for a query that sees none."""
     scores = jnp.einsum("qd,sd->qs", q, k, preferred_element_type=jnp.float32) * scale
     sees = kv_pos[None, :] <= q_pos[:, None]
-    top = jnp.max(scores, axis=1, keepdims=True, where=sees, initial=-jnp.inf)
-    weights = jnp.where(sees, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    row_max = jnp.max(scores, axis=1, keepdims=True, where=sees, initial=-jnp.inf)
+    weights = jnp.where(sees, jnp.exp(scores - jnp.where(jnp.isfinite(row_max), row_max, 0.0)), 0.0)
     return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
 
 

@@ -40,6 +40,7 @@ def layer_matmul(
       NotImplementedError: the named backend cannot take this input; the message names the limit.
     """
     if x.shape[1] != w.shape[1] or x.dtype != w.dtype:
-        raise ValueError(f"x [b, e] and w [layers, e, f] must share e and dtype: got {x.shape} {x.dtype}, "
-                         f"{w.shape} {w.dtype}")  # fmt: skip
+        raise ValueError(
+            f"x [b, e] and w [layers, e, f] must share e and dtype: got {x.shape} {x.dtype}, {w.shape} {w.dtype}"
+        )
     return run_backend(_BACKENDS, DEFAULT_ORDER, implementation, x, w, jnp.asarray(layer, jnp.int32))

@@ -1,4 +1,4 @@
-"""layer_matmul on Hopper GPUs: checks, padding of the rows, the launch, and the sum over shares."""
+"""layer_matmul on Hopper GPUs: checks, padding of the rows, the launch, and the sum over splits."""
 
 import dataclasses
 import math
@@ -10,15 +10,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
 from pallas_kernels.hopper import tile_transforms
 from pallas_kernels.layer_matmul.mosaic_gpu_kernel import STEP, TILE_COLUMNS, MatmulShape, Refs, matmul_kernel
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import Array, Float, Int32, Ref
 
-MOST_ROWS = 64
-"""Rows of x; more are work for a matrix product proper."""
+MAX_ROWS = 64
+"""Rows of x; with more, cuBLAS is no longer bound by reading the matrix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulConfig:
-    """How a matrix is shared out.
+    """How the rows of a matrix are split.
 
     Args:
       num_stages: tiles of the matrix that a thread block holds, one of which is computed on.
@@ -40,11 +40,11 @@ def layer_matmul(x: Float[Array, "b e"], w: Float[Array, "layers e f"], layer: I
     return launch(x, w, layer, MatmulConfig())
 
 
-def check_supported(x, w) -> None:
+def check_supported(x: Float[Array, "b e"], w: Float[Array, "layers e f"]) -> None:
     """Raises NotImplementedError, with limit and value, for what the kernel cannot take."""
     limits = [
         (x.dtype in (jnp.bfloat16, jnp.float16), f"x and w must be bfloat16 or float16, got {x.dtype}"),
-        (x.shape[0] <= MOST_ROWS, f"x may have at most {MOST_ROWS} rows, got {x.shape[0]}"),
+        (x.shape[0] <= MAX_ROWS, f"x may have at most {MAX_ROWS} rows, got {x.shape[0]}"),
         (w.shape[1] % STEP == 0, f"rows of the matrix must be a multiple of {STEP}, got {w.shape[1]}"),
         (w.shape[2] % TILE_COLUMNS == 0, f"its columns must be a multiple of {TILE_COLUMNS}, got {w.shape[2]}"),
         (math.prod(w.shape[:2]) < 2**31, f"rows of all layers must count below 2**31, got {w.shape[:2]}"),
@@ -54,18 +54,25 @@ def check_supported(x, w) -> None:
             raise NotImplementedError(f"mosaic_gpu: {message}")
 
 
-def launch(x, w, layer, config: MatmulConfig, *, num_shares: int | None = None) -> Float[Array, "b f"]:
-    """Runs the kernel and sums the shares.
+def launch(
+    x: Float[Array, "b e"],
+    w: Float[Array, "layers e f"],
+    layer: Int32[Array, ""],
+    config: MatmulConfig,
+    *,
+    num_splits: int | None = None,
+) -> Float[Array, "b f"]:
+    """Runs the kernel and sums the splits.
 
     Args:
-      num_shares: thread blocks along each tile of columns; as many as `config` puts on the chip when None.
+      num_splits: thread blocks along each tile of columns; as many as `config` puts on the chip when None.
     """
     b, num_columns, num_steps = x.shape[0], w.shape[2], w.shape[1] // STEP
     num_tiles = num_columns // TILE_COLUMNS
-    shares = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles if num_shares is None else num_shares
+    splits = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles if num_splits is None else num_splits
     shape = MatmulShape(
         num_tiles=num_tiles,
-        num_shares=min(max(1, shares), num_steps),
+        num_splits=min(max(1, splits), num_steps),
         num_steps=num_steps,
         num_rows=-(-b // 8) * 8,
         num_stages=config.num_stages,
@@ -75,23 +82,25 @@ def launch(x, w, layer, config: MatmulConfig, *, num_shares: int | None = None) 
     return jnp.sum(out, axis=0)[:, :b].T.astype(x.dtype)
 
 
-def _run(layer, x, w, shape: MatmulShape) -> Float[Array, "shares f b"]:
-    """Partial products over each share of the matrix's rows."""
+def _run(
+    layer: Int32[Array, "1"], x: Float[Array, "b e"], w: Float[Array, "rows f"], shape: MatmulShape
+) -> Float[Array, "splits f b"]:
+    """Partial products over each split of the matrix's rows."""
     transforms = tile_transforms()
-    scratch = dict(
+    scratch: dict[str, Ref] = dict(
         x_tiles=plgpu.SMEM((shape.num_stages, shape.num_rows, STEP), x.dtype, transforms=transforms),
         w_tiles=plgpu.SMEM((shape.num_stages, STEP, TILE_COLUMNS), x.dtype, transforms=transforms),
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=shape.num_stages),
     )
 
-    def layer_matmul(*refs):
+    def layer_matmul(*refs: Ref) -> None:
         matmul_kernel(Refs(**dict(zip(("layer", "x", "w", "out", *scratch), refs, strict=True))), shape)
 
     run = plgpu.kernel(
         layer_matmul,
-        out_type=jax.ShapeDtypeStruct((shape.num_shares, w.shape[1], shape.num_rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((shape.num_splits, w.shape[1], shape.num_rows), jnp.float32),
         scratch_types=tuple(scratch.values()),
-        grid=(shape.num_tiles * shape.num_shares,),
+        grid=(shape.num_tiles * shape.num_splits,),
         grid_names=("program",),
     )
     return run(layer, x, w)

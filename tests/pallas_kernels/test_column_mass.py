@@ -61,7 +61,7 @@ def with_rows(args):
 
 
 def late(args):
-    """The same queries at the end of the prompt, as estimates read them: most shares of the keys lie before all."""
+    """The same queries at the end of the prompt, as estimates read them: most splits of the keys lie before all."""
     num_queries, last = args["q_pos"].shape[1], args["k"].shape[0] - 20
     q_pos = jnp.broadcast_to(jnp.arange(last - num_queries, last, dtype=jnp.int32), args["q_pos"].shape)
     return with_rows(args | dict(q_pos=q_pos))
@@ -188,7 +188,7 @@ def test_interpreted_kernel_hides_nothing_where_all_is_seen(rng, capfd):
 
 def test_shares_grow_with_the_prompt_and_divide_it():
     def keys(num_keys, num_kv_heads=4, head_dim=128):
-        return mosaic_gpu.keys_per_share(jax.ShapeDtypeStruct((num_keys, num_kv_heads, head_dim), jnp.bfloat16), 264)
+        return mosaic_gpu.keys_per_split(jax.ShapeDtypeStruct((num_keys, num_kv_heads, head_dim), jnp.bfloat16), 264)
 
     assert [keys(n) for n in (1024, 16384, 32768, 131072)] == [64, 128, 256, 256]
     assert [keys(131072 + n) for n in (64, 128)] == [64, 128]
@@ -208,7 +208,7 @@ def test_interpreted_kernel_finds_the_bands_and_has_no_races(rng, num_programs, 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kernels_lower_for_cuda(rng, head_dim, dtype):
     args = with_rows(problem(rng, head_dim=head_dim, dtype=dtype))
-    launch = functools.partial(mosaic_gpu.launch, scale=SCALE, band=BAND, num_programs=1)  # the largest shares
+    launch = functools.partial(mosaic_gpu.launch, scale=SCALE, band=BAND, num_programs=1)  # the largest splits
     lowered = jax.jit(launch).trace(**args)
     assert lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 2
 

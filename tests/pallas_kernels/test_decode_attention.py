@@ -57,10 +57,10 @@ def assert_right(got, args):
         assert_close_to_reference(got[n][:, None], exact, plain, dtype=got.dtype, of_scores=of_scores, what=f"{n}")
 
 
-def interpreted(args, *, num_shares, num_stages=2, detect_races=False):
+def interpreted(args, *, num_splits, num_stages=2, detect_races=False):
     config = mosaic_gpu.DecodeConfig(num_stages=num_stages, blocks_per_multiprocessor=1)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
-        return mosaic_gpu.launch(inputs_of(args), config, num_shares=num_shares, interpretable=True)
+        return mosaic_gpu.launch(inputs_of(args), config, num_splits=num_splits, interpretable=True)
 
 
 def inputs_of(args) -> DecodeInputs:
@@ -83,12 +83,12 @@ def test_the_default_scale_is_that_of_the_head_dim(rng):
 def test_a_prompt_of_no_tokens_gives_zeros(rng, implementation):
     args = problem(rng, lengths=(0, 5), num_new=0)
     run = interpreted if implementation == "interpreted" else None
-    got = run(args, num_shares=2) if run else decode_attention(**args, scale=SCALE, implementation="xla")
+    got = run(args, num_splits=2) if run else decode_attention(**args, scale=SCALE, implementation="xla")
     assert (np.asarray(got[0]) == 0).all() and np.isfinite(np.asarray(got[1], np.float32)).all()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_shares"),
+    ("sizes", "num_splits"),
     [
         (dict(), 1),
         (dict(num_new=64), 3),  # more thread blocks than tiles
@@ -98,14 +98,14 @@ def test_a_prompt_of_no_tokens_gives_zeros(rng, implementation):
     ],
     ids=str,
 )
-def test_interpreted_kernel_is_right(rng, sizes, num_shares):
+def test_interpreted_kernel_is_right(rng, sizes, num_splits):
     args = problem(rng, **sizes)
-    assert_right(interpreted(args, num_shares=num_shares), args)
+    assert_right(interpreted(args, num_splits=num_splits), args)
 
 
 def test_interpreted_kernel_has_no_races(rng, capfd):
     args = problem(rng, lengths=(190, 70), num_new=5)
-    assert_right(interpreted(args, num_shares=2, num_stages=3, detect_races=True), args)
+    assert_right(interpreted(args, num_splits=2, num_stages=3, detect_races=True), args)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 

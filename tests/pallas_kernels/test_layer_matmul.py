@@ -37,15 +37,15 @@ def test_rows_times_one_layer(rng, dtype):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_shares"),
+    ("sizes", "num_splits"),
     [(dict(), 1), (dict(b=64), 2), (dict(b=1, dtype="float16"), 3), (dict(b=9, e=64), 7)],
     ids=str,
 )
-def test_interpreted_kernel_is_right_and_has_no_races(rng, sizes, num_shares, capfd):
+def test_interpreted_kernel_is_right_and_has_no_races(rng, sizes, num_splits, capfd):
     args = problem(rng, **sizes)
     config = mosaic_gpu.MatmulConfig(num_stages=3)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        assert_right(mosaic_gpu.launch(*args, config, num_shares=num_shares), *args)
+        assert_right(mosaic_gpu.launch(*args, config, num_splits=num_splits), *args)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
@@ -75,7 +75,7 @@ def test_check_supported_names_the_limit(rng, change, message):
 @pytest.mark.usefixtures("no_shape_checks")
 def test_bad_arguments_are_named(rng):
     x, w, layer = problem(rng)
-    with pytest.raises(ValueError, match="must share e and dtype"):
+    with pytest.raises(ValueError, match="must split e and dtype"):
         layer_matmul(x[:, 1:], w, layer)
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         layer_matmul(x, w, layer, implementation="cuda")  # pyright: ignore[reportArgumentType]

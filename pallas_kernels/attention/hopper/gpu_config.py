@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.hopper import ALLOCATION_BYTES, WGMMA_ROWS, tile_transforms
 
@@ -13,15 +14,17 @@ WARPGROUP_ROWS = WGMMA_ROWS
 """Query rows of one consumer warpgroup."""
 
 COMPUTE_WARPGROUPS = 2
+"""Consumer warpgroups: one has softmax to do while the other uses the tensor cores. A third would need q tiles
+of 192 rows, and leave a thread 160 registers."""
+
 TILE_Q = WARPGROUP_ROWS * COMPUTE_WARPGROUPS
 """Query rows of one work item."""
 
 ROW_FIELDS = 32
-"""int32 columns of the work table: TMA writes to shared memory at multiples of 128 bytes."""
-
+"""int32 columns of the work table: TMA writes to shared memory at multiples of 128 bytes (PTX ISA)."""
 
 STAGGERED_BLOCKS = 64
-"""Full blocks from which a list counts as long: in shorter ones neighbours are soon apart by themselves."""
+"""Full blocks from which a list counts as long: in shorter ones neighbours are soon apart by themselves (not tuned)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,9 @@ class HopperConfig:
       tile_kv: kv rows of one step; divides the index's `block_kv`.
       num_k_stages, num_v_stages: tiles in flight; K is needed a step before V.
       num_q_buffers: 2 starts the next q tile while the last one is stored; 1 saves shared memory.
-      take_turns: whether the computing warpgroups alternate by a barrier; left alone they drift apart as well.
+      ping_pong: whether the consumer warpgroups alternate by a barrier; without one they drift apart as well.
       stagger: full blocks by which a thread block starts further down a long list than its neighbour.
-      fixes_top: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
+      fixed_max: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
       lengths_per_octave: lengths of lists that are told apart where q tiles are sorted by them; with fewer the heads of
         one kv head stay together longer.
     """
@@ -43,13 +46,15 @@ class HopperConfig:
     num_k_stages: int
     num_v_stages: int
     num_q_buffers: int = 2
-    take_turns: bool = False
+    ping_pong: bool = False
     stagger: int = 0
-    fixes_top: bool = True
+    fixed_max: bool = True
     lengths_per_octave: int = 4
 
     def __post_init__(self):
         """Raises ValueError for sizes the kernel has no code for."""
+        # A tile of 256 keys would take 128 of a thread's 240 registers for its scores alone. Both sizes are within the
+        # 256 rows of a TMA box (CUDA driver API, cuTensorMapEncodeTiled, boxDim).
         if self.tile_kv not in (64, 128):
             raise ValueError(f"tile_kv must be 64 or 128, got {self.tile_kv=}")
         if min(self.num_k_stages, self.num_v_stages) < 2:
@@ -61,7 +66,7 @@ class HopperConfig:
         if self.num_q_buffers not in (1, 2):
             raise ValueError(f"num_q_buffers must be 1 or 2, got {self.num_q_buffers=}")
 
-    def buffers(self, head_dim: int, dtype) -> dict[str, Any]:
+    def buffers(self, head_dim: int, dtype: DTypeLike) -> dict[str, Any]:
         """The shared-memory arrays of the kernel, by name."""
         transforms = tile_transforms()
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
@@ -84,10 +89,10 @@ class HopperConfig:
             "v_ready": plgpu.Barrier(num_barriers=self.num_v_stages),
             "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_v_stages),
             "pos_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
-            "turn": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            "ping_pong": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         }
 
-    def shared_memory_bytes(self, head_dim: int, dtype) -> int:
+    def shared_memory_bytes(self, head_dim: int, dtype: DTypeLike) -> int:
         """Shared memory of one thread block, from the declarations above."""
         arrays = sum(
             -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // ALLOCATION_BYTES) * ALLOCATION_BYTES

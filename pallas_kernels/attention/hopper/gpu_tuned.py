@@ -5,7 +5,7 @@ The table is written by `mmi bench tune` and read at the first look-up.
 One entry, of a kernel with blocks of 128 keys and 7 query heads on each kv head:
 
     {"head_dim": 128, "block_kv": 128, "heads_per_kv_head": 7,
-     "config": {"tile_kv": 128, "num_k_stages": 2, "num_v_stages": 2, "num_q_buffers": 2, "take_turns": false},
+     "config": {"tile_kv": 128, "num_k_stages": 2, "num_v_stages": 2, "num_q_buffers": 2, "ping_pong": false},
      "tflops_per_s": {"all": 617.0, "random": 619.0},
      "device": "NVIDIA H200", "date": "2026-11-22", "commit": "2756589"}
 
@@ -24,7 +24,7 @@ from typing import Any
 from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HEAD_DIMS, HopperConfig
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
-VERSION = 1
+VERSION = 2
 PATH = Path(__file__).with_name("gpu_tuned.json")
 """The table that ships with the package; none has been measured where there is no such file."""
 
@@ -61,9 +61,11 @@ class TunedEntry:
             (self.block_kv in (64, 128), f"block_kv must be 64 or 128, got {self.block_kv}"),
             (self.heads_per_kv_head >= 1, f"heads_per_kv_head must be at least 1, got {self.heads_per_kv_head}"),
             (self.block_kv % tile_kv == 0, f"tile_kv must divide block_kv={self.block_kv}, got {tile_kv}"),
-            (smem_bytes <= SHARED_MEMORY_BYTES, f"the config's shared memory must be at most {SHARED_MEMORY_BYTES} "
-             f"bytes, got {smem_bytes}"),
-        ]  # fmt: skip
+            (
+                smem_bytes <= SHARED_MEMORY_BYTES,
+                f"the config's shared memory must be at most {SHARED_MEMORY_BYTES} bytes, got {smem_bytes}",
+            ),
+        ]
         for holds, rule in rules:
             if not holds:
                 raise ValueError(rule)

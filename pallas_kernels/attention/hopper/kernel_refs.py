@@ -1,11 +1,11 @@
-"""What the stages of the Hopper kernel share: the work table's columns, what is known when traced, every array."""
+"""The arrays of the Hopper kernel, what it knows when it is traced, and the columns of its work table."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.attention.hopper.gpu_config import HopperConfig
+from pallas_kernels.notation import Array, Ref
 
 HEAD, Q_START, FIRST, NUM_FULL, COUNT, POS_ROW = range(6)
 """Columns of the work table. COUNT is -1 in the row that ends it."""
@@ -26,7 +26,7 @@ class KernelShape:
       num_shared: kv rows of the shared view; later rows are the head's own.
       has_extra: whether a head has rows of its own.
       score_scale: factor on the scores, for base-2 exponentials.
-      fixes_top: full tiles keep the maximum of the q tile's first tile; a row that this does not suit gets lse = +inf.
+      fixed_max: full tiles keep the maximum of the q tile's first tile; a row that overflows so gets lse = +inf.
       interpretable: leave out what GPU interpret mode of JAX 0.11 cannot run: accumulators with an initial value.
     """
 
@@ -40,7 +40,7 @@ class KernelShape:
     num_shared: int
     has_extra: bool
     score_scale: float
-    fixes_top: bool
+    fixed_max: bool
     interpretable: bool
 
 
@@ -48,24 +48,36 @@ class KernelShape:
 class Refs:
     """Every array of the kernel by name: device memory, then shared memory, then barriers."""
 
-    table: Any
-    shares: Any
-    start: Any
-    interval: Any
-    intervals: Any
-    q: Any
-    k: Any
-    v: Any
-    k_extra: Any
-    v_extra: Any
-    q_pos: Any
-    kv_pos: Any
-    out: Any
-    lse: Any
-    smem: dict[str, Any]
-    barriers: dict[str, Any]
+    table: Ref
+    assignment: Ref
+    start: Ref
+    interval: Ref
+    intervals: Ref
+    q: Ref
+    k: Ref
+    v: Ref
+    k_extra: Ref
+    v_extra: Ref
+    q_pos: Ref
+    kv_pos: Ref
+    out: Ref
+    lse: Ref
+    smem: dict[str, Ref]
+    barriers: dict[str, Ref]
 
 
-def tiles_of(shape: KernelShape, count):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One q tile of the work table, as scalars."""
+
+    head: Array
+    q_start: Array
+    first: Array
+    num_full: Array
+    count: Array
+    num_tiles: Array
+
+
+def tiles_of(shape: KernelShape, count: Array) -> Array:
     """Tiles of a q tile: an empty list runs one tile that masks everything, the end of the table none."""
     return jnp.where(count == 0, 1, jnp.maximum(count, 0) * shape.tiles_per_block)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ from pallas_kernels.attention.hopper.gpu_config import (
 from pallas_kernels.attention.hopper.gpu_tuned import choose_config
 from pallas_kernels.attention.hopper.kernel_refs import HEAD, Q_START, KernelShape, Refs
 from pallas_kernels.attention.hopper.mosaic_gpu_kernel import attention_kernel
-from pallas_kernels.attention.hopper.tile_scheduler import dealt_out, in_turn, work_table
+from pallas_kernels.attention.hopper.tile_scheduler import assign_round_robin, assign_rows, work_table
 from pallas_kernels.attention.inputs import AttentionInputs, zero_padding
 from pallas_kernels.device import NUM_MULTIPROCESSORS, check_hopper_gpu
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.lowering_cache import lowered_once
-from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
+from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32, Ref
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
@@ -72,9 +71,11 @@ def check_supported(inputs: AttentionInputs) -> None:
         (index.block_kv % 64 == 0, f"block_kv must be a multiple of 64, got {index.block_kv}"),
         (inputs.scale > 0, f"scale must be positive, got {inputs.scale}"),
         (inputs.k.shape[1] >= 128, f"the shared kv view must have at least 128 rows, got {inputs.k.shape[1]}"),
-        (inputs.k_extra.shape[1] == 0 or inputs.k_extra.shape[1] >= 128, "extra rows must be none or at least 128, "
-         f"got {inputs.k_extra.shape[1]}"),
-    ]  # fmt: skip
+        (
+            inputs.k_extra.shape[1] == 0 or inputs.k_extra.shape[1] >= 128,
+            f"extra rows must be none or at least 128, got {inputs.k_extra.shape[1]}",
+        ),
+    ]
     for holds, message in limits:
         if not holds:
             raise NotImplementedError(f"mosaic_gpu: {message}")
@@ -94,7 +95,7 @@ def launch(
     if smem_bytes > SHARED_MEMORY_BYTES:
         raise NotImplementedError(f"{config} needs {smem_bytes} bytes of shared memory of {SHARED_MEMORY_BYTES}")
     table = work_table(index, config.lengths_per_octave)
-    shares = dealt_out(table, num_programs)
+    assignment = assign_rows(table, num_programs)
     shape = KernelShape(
         config=config,
         num_programs=num_programs,
@@ -106,38 +107,47 @@ def launch(
         num_shared=inputs.k.shape[1],
         has_extra=inputs.k_extra.shape[1] > 0,
         score_scale=inputs.scale * math.log2(math.e),
-        fixes_top=config.fixes_top and dtype == jnp.bfloat16,  # float16 ends at 2**16
+        fixed_max=config.fixed_max and dtype == jnp.bfloat16,  # float16 ends at 2**16
         interpretable=interpretable,
     )
     arrays = _arrays(inputs, d)
-    out, lse = _run(table, shares, arrays, shape)
-    if shape.fixes_top:
-        again, shares = _rows_to_repeat(table, lse), in_turn(shape.num_rows, num_programs)
-        out, lse = _run(again, shares, arrays, dataclasses.replace(shape, fixes_top=False), (out, lse))
+    out, lse = _run(table, assignment, arrays, shape)
+    if shape.fixed_max:
+        again, assignment = _rows_to_repeat(table, lse), assign_round_robin(shape.num_rows, num_programs)
+        out, lse = _run(again, assignment, arrays, dataclasses.replace(shape, fixed_max=False), (out, lse))
     return out[..., :head_dim], lse
 
 
-def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Any]:
+def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Array]:
     """What the kernel reads besides the work table, by the names of `Refs`."""
     index = inputs.index
     v, v_extra = (inputs.v, inputs.v_extra) if inputs.has_zeroed_padding else zero_padding(inputs)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))  # noqa: E731
-    arrays: dict[str, Any] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))
+
+    arrays: dict[str, Array] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
     if inputs.k_extra.shape[1]:
         arrays |= dict(k_extra=pad(inputs.k_extra), v_extra=pad(v_extra))
     return arrays | dict(q_pos=inputs.q_pos, kv_pos=inputs.kv_pos)
 
 
-def _run(table, shares, arrays: dict[str, Any], shape: KernelShape, previous: tuple[Array, Array] | None = None):
+def _run(
+    table: Int32[Array, "rows 32"],
+    assignment: Int32[Array, " bounds"],
+    arrays: dict[str, Array],
+    shape: KernelShape,
+    previous: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """One launch over the q tiles of the table: output and log-sum-exp, written over `previous` where it is given."""
-    arrays = dict(table=table, shares=shares) | arrays
+    arrays = dict(table=table, assignment=assignment) | arrays
     q = arrays["q"]
     buffers, barriers = shape.config.buffers(q.shape[-1], q.dtype), shape.config.barriers()
 
-    def block_sparse_attention(*refs):
+    def block_sparse_attention(*refs: Ref) -> None:
         names = (*arrays, "out", "lse")
-        given = dict(k_extra=None, v_extra=None) | dict(zip(names, refs, strict=False))
+        given: dict[str, Ref] = dict(k_extra=None, v_extra=None) | dict(zip(names, refs, strict=False))
         smem = dict(zip(buffers, refs[len(names) :], strict=False))
         barrier_refs = dict(zip(barriers, refs[len(names) + len(buffers) :], strict=True))
         attention_kernel(Refs(smem=smem, barriers=barrier_refs, **given), shape)

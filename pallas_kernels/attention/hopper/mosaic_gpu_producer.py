@@ -1,4 +1,4 @@
-"""The loading warpgroup of the Hopper kernel: copies q tiles, their table rows and kv tiles as buffers come free."""
+"""The producer warpgroup of the Hopper kernel: copies q tiles, their table rows and kv tiles as buffers come free."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,18 +16,19 @@ from pallas_kernels.attention.hopper.kernel_refs import (
     KernelShape,
     Refs,
     tiles_of,
-)  # fmt: skip
+)
 from pallas_kernels.attention.hopper.tile_scheduler import row_of
+from pallas_kernels.notation import Array, Ref
 
 
-def load(refs: Refs, shape: KernelShape):
+def load(refs: Refs, shape: KernelShape) -> None:
     """Copies every q tile, its table row and its kv tiles, as buffers come free."""
     program = lax.axis_index("program")
-    share = tuple(refs.shares[n] for n in (0, program + 1, program + 2))
+    span = tuple(refs.assignment[n] for n in (0, program + 1, program + 2))
 
-    def q_tile(carry):
+    def q_tile(carry: tuple[Array, Array, Array]):
         n, tile, _ = carry
-        table_row = row_of(program, n, share, shape.num_programs, shape.num_rows)
+        table_row = row_of(program, n, span, shape.num_programs, shape.num_rows)
         _load_q(refs, shape, n, table_row)
         num_tiles = tiles_of(shape, refs.table[table_row, COUNT])
         _load_kv(refs, shape, table_row, tile, num_tiles)
@@ -38,7 +39,7 @@ def load(refs: Refs, shape: KernelShape):
     _wait_until_free(refs, shape, tile)
 
 
-def _wait_until_free(refs: Refs, shape: KernelShape, tile):
+def _wait_until_free(refs: Refs, shape: KernelShape, tile: Array) -> None:
     """Leaves no barrier half observed: waits for the buffers that nobody will fill again."""
     config = shape.config
     slots = [("k_free", slot) for slot in range(config.num_k_stages)]
@@ -46,11 +47,12 @@ def _wait_until_free(refs: Refs, shape: KernelShape, tile):
     for name, slot in slots:
 
         @pl.when(tile > slot)
-        def _wait(name=name, slot=slot):
+        def _wait(name: str = name, slot: int = slot):
             plgpu.barrier_wait(refs.barriers[name].at[slot])
 
 
-def _load_q(refs: Refs, shape: KernelShape, n, table_row):
+def _load_q(refs: Refs, shape: KernelShape, n: Array, table_row: Array) -> None:
+    """Copies the n-th q tile and its table row once the output that had its buffer has left."""
     slot = n % shape.config.num_q_buffers
     head, q_start = refs.table[table_row, HEAD], refs.table[table_row, Q_START]
     ready = refs.barriers["q_ready"].at[slot]
@@ -59,14 +61,16 @@ def _load_q(refs: Refs, shape: KernelShape, n, table_row):
     def _wait():
         plgpu.barrier_wait(refs.barriers["q_free"].at[slot])
 
+    # 128 bytes of the table: TMA writes to shared memory at multiples of 128 (PTX ISA, "cp.async.bulk.tensor").
     table_slot = refs.smem["ints"].at[shape.config.num_k_stages, pl.ds(_row_offset(slot), ROW_FIELDS)]
     plgpu.copy_gmem_to_smem(refs.table.at[table_row], table_slot, ready)
+    # One copy per consumer warpgroup: its 64 rows, wgmma's M, lie together.
     for w in range(COMPUTE_WARPGROUPS):
         rows = pl.ds(pl.multiple_of(q_start + w * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(refs.q.at[head, rows], refs.smem["q"].at[slot, w], ready)
 
 
-def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
+def _load_kv(refs: Refs, shape: KernelShape, table_row: Array, tile: Array, num_tiles: Array) -> None:
     """Copies the kv tiles of a q tile, which are `tile, tile + 1, ...` of this thread block; K goes one ahead of V."""
     config = shape.config
     head, first, num_full_blocks, num_blocks, pos_row = (
@@ -76,11 +80,11 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
     shift = jnp.where(num_full_blocks >= STAGGERED_BLOCKS, shift, 0)
 
-    def step(j, last_start):
+    def step(j: Array, last_start: Array) -> Array:
         block = j // shape.tiles_per_block
         block = jnp.where(block < num_full_blocks, _rotated(block + shift, num_full_blocks), block)
         entry = jnp.minimum(first + block, shape.num_entries - 1)
-        # An empty row's masked tile may be any: the entry that its `first` names is nobody's and may hold anything.
+        # An empty row's masked tile may be any: the entry that its `first` names is no row's and may hold anything.
         start = jnp.where(num_blocks > 0, refs.start[head, entry], 0) + j % shape.tiles_per_block * config.tile_kv
 
         @pl.when(j < num_tiles)
@@ -101,16 +105,19 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row, tile, num_tiles):
     lax.fori_loop(0, jnp.where(num_tiles > 0, num_tiles + 1, 0), step, jnp.int32(0))
 
 
-def _rotated(block, num_blocks):
-    """Full blocks may come in any order: thread blocks that share a list need not all read one block at one time."""
+def _rotated(block: Array, num_blocks: Array) -> Array:
+    """Full blocks in another order, so that thread blocks with the same list do not all read one block at one time.
+
+    One block apart 662 and 644 TFLOP/s, in step 654 and 611, at 32K and 128K tokens (H100, docs/log.md of 2026-11-25).
+    """
     return jnp.where(block >= num_blocks, block - num_blocks, block)
 
 
-def _copy_tile(refs: Refs, shape: KernelShape, name, head, start, tile):
-    """Copies rows from `start` on, of the shared view or the head's own, once the slot of `tile` is free: the slot."""
+def _copy_tile(refs: Refs, shape: KernelShape, name: str, head: Array, start: Array, tile: Array) -> Array:
+    """Copies rows from `start` on, shared or gathered for the head, once the slot of `tile` is free: that slot."""
     num_stages = refs.smem[name].shape[0]
     slot = tile % num_stages
-    copy = dict(barrier=refs.barriers[name + "_ready"].at[slot], dst=refs.smem[name].at[slot])
+    copy: dict[str, Ref] = dict(barrier=refs.barriers[name + "_ready"].at[slot], dst=refs.smem[name].at[slot])
     shared, extra = (refs.k, refs.k_extra) if name == "k" else (refs.v, refs.v_extra)
 
     @pl.when(tile >= num_stages)
@@ -132,9 +139,10 @@ def _copy_tile(refs: Refs, shape: KernelShape, name, head, start, tile):
     return slot
 
 
-def _row_offset(slot):
+def _row_offset(slot: Array) -> Array:
     return pl.multiple_of(slot * ROW_FIELDS, ROW_FIELDS)
 
 
-def _aligned(start):
+def _aligned(start: Array) -> Array:
+    """Told to the compiler, which checks nothing: block starts are multiples of 16 (see `BlockIndex.start`)."""
     return pl.multiple_of(start, 16)

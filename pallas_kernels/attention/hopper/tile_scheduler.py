@@ -1,14 +1,15 @@
-"""Which thread block of the Hopper kernel computes which q tiles: a table of them, longest lists first, dealt out."""
+"""The tile scheduler of the Hopper kernel: a table of q tiles, longest lists first, assigned to thread blocks."""
 
 import jax.numpy as jnp
 
 from pallas_kernels.attention.hopper.gpu_config import ROW_FIELDS, TILE_Q
 from pallas_kernels.attention.hopper.kernel_refs import COUNT
 from pallas_kernels.block_index import BlockIndex
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import Array, Float, Int32, Scalar
 
 START_BLOCKS = 1.5
-"""What a q tile costs beside its blocks, in blocks: rows of 32 run at 643 TFLOP/s, long ones at 674 (docs/log.md)."""
+"""What a q tile costs besides its blocks, in blocks: rows of 32 run at 643 TFLOP/s, long ones at 674 (docs/log.md of
+2026-11-26, H200)."""
 
 
 def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "rows 32"]:
@@ -20,7 +21,10 @@ def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "
     parts = index.block_q // TILE_Q
     num_heads, num_q_blocks = index.first.shape
     head, block, part = jnp.meshgrid(jnp.arange(num_heads), jnp.arange(num_q_blocks), jnp.arange(parts), indexing="ij")
-    repeat = lambda x: jnp.broadcast_to(x[..., None], head.shape)  # noqa: E731
+
+    def repeat(x: Int32[Array, "h i"]) -> Int32[Array, "h i part"]:
+        return jnp.broadcast_to(x[..., None], head.shape)
+
     last_entry = index.start.shape[1] - 1
     columns = [
         head,
@@ -38,16 +42,17 @@ def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "
     return jnp.concatenate([table, end])
 
 
-def dealt_out(table: Int32[Array, "rows 32"], num_programs: int) -> Int32[Array, " shares"]:
-    """How the table's rows are dealt to thread blocks, so that all have the same to do, within a row.
+def assign_rows(table: Int32[Array, "rows 32"], num_programs: int) -> Int32[Array, " bounds"]:
+    """The assignment of the table's rows to thread blocks, so that all have equal work, within a row.
 
-    They take rows in turn, every other round backwards, for as long as none gets more than its share; of the rows that
-    are left, the shortest, each takes a run. Six rows for two thread blocks, if a start cost nothing:
+    Rows are assigned round-robin, every other round backwards, for as long as none gets more than the mean; of the rows
+    that are left, the shortest, each takes a run. Six rows for two thread blocks, if a start cost nothing:
 
         blocks visited   5 3 1 1 1 1
         thread block     0 1 1 0 1 1        two rounds; 6 each
 
-    In turn throughout, few long rows among many short ones (Grid) left the busiest of 132 with 13 % too much.
+    Round-robin throughout, few long rows among many short ones (Grid) left the busiest of 132 thread blocks with 13 %
+    too much (docs/log.md of 2026-11-26).
 
     Returns:
       The number of rounds; the first row of each thread block's run, which ends where the next one's begins; and the
@@ -58,34 +63,39 @@ def dealt_out(table: Int32[Array, "rows 32"], num_programs: int) -> Int32[Array,
     rounds = jnp.pad(cost, (0, -num_rows % num_programs)).reshape(-1, num_programs)
     rounds = jnp.where(jnp.arange(len(rounds))[:, None] % 2 == 0, rounds, rounds[:, ::-1])
     loads = jnp.cumsum(rounds, axis=0)
-    share = jnp.sum(cost) / num_programs
-    num_rounds = jnp.sum(jnp.max(loads, axis=1) <= share, dtype=jnp.int32)
+    mean = jnp.sum(cost) / num_programs
+    num_rounds = jnp.sum(jnp.max(loads, axis=1) <= mean, dtype=jnp.int32)
     load = jnp.where(num_rounds > 0, loads[jnp.maximum(num_rounds - 1, 0)], 0.0)
-    return _shares(cost, num_rounds, jnp.cumsum(share - load))
+    return _assign_runs(cost, num_rounds, jnp.cumsum(mean - load))
 
 
-def _shares(cost: Float[Array, " rows"], num_rounds, room: Float[Array, " p"]) -> Int32[Array, " shares"]:
-    """The rows past the rounds, cut where running totals of their cost reach those of the room there is."""
+def _assign_runs(
+    cost: Float[Array, " rows"], num_rounds: Int32[Array, ""], free: Float[Array, " programs"]
+) -> Int32[Array, " bounds"]:
+    """The rows past the rounds, cut where running totals of their cost reach those of what is free."""
     num_rows = len(cost)
-    first = jnp.minimum(num_rounds * len(room), num_rows)
+    first = jnp.minimum(num_rounds * len(free), num_rows)
     is_left = jnp.arange(num_rows) >= first
     middle = jnp.cumsum(jnp.where(is_left, cost, 0.0)) - cost / 2
-    end = first + jnp.sum(is_left[None] & (middle[None] <= room[:-1, None]), axis=1, dtype=jnp.int32)
+    end = first + jnp.sum(is_left[None] & (middle[None] <= free[:-1, None]), axis=1, dtype=jnp.int32)
     return jnp.concatenate([num_rounds[None], first[None], end, jnp.full(1, num_rows, jnp.int32)])
 
 
-def in_turn(num_rows: int, num_programs: int) -> Int32[Array, " shares"]:
-    """The same for rows that are all dealt in turn: there are few, and how many is not known."""
+def assign_round_robin(num_rows: int, num_programs: int) -> Int32[Array, " bounds"]:
+    """The same for rows that are all assigned round-robin: there are few, and how many is not known."""
     return jnp.full(num_programs + 2, num_rows, jnp.int32).at[0].set(-(-num_rows // num_programs))
 
 
-def row_of(program, n, share, num_programs: int, num_rows: int):
+def row_of(program: Scalar, n: Scalar, span: tuple[Scalar, Scalar, Scalar], num_programs: int, num_rows: int) -> Array:
     """The n-th row of a thread block, `num_rows` past its last.
 
     Args:
-      share: of what `dealt_out` returns, the number of rounds, the first row of the thread block's run and its end.
+      program: the thread block.
+      n: which of its rows.
+      span: of an assignment, the number of rounds, the first row of the thread block's run and its end.
+      num_programs, num_rows: thread blocks, and rows of the table.
     """
-    num_rounds, first, end = share
+    num_rounds, first, end = span
     in_round = n * num_programs + jnp.where(n % 2 == 0, program, num_programs - 1 - program)
     in_run = first + n - num_rounds
     row = jnp.where(n < num_rounds, in_round, jnp.where(in_run < end, in_run, num_rows))

@@ -56,12 +56,16 @@ def check_supported(inputs: AttentionInputs, config: TpuConfig) -> None:
         (index.block_q % LANES == 0, f"block_q must be a multiple of {LANES}, got {index.block_q}"),
         (index.block_kv % LANES == 0, f"block_kv must be a multiple of {LANES}, got {index.block_kv}"),
         (config.tile_kv % index.block_kv == 0, f"block_kv must divide {config.tile_kv=}, got {index.block_kv}"),
-        (s % START_TOKENS == 0 and x % START_TOKENS == 0,
-         f"shared and extra kv rows must be multiples of {START_TOKENS}, got {s} and {x}"),
-        (index.intervals.shape[1] <= MAX_INTERVALS,
-         f"a head may have at most {MAX_INTERVALS} intervals, got {index.intervals.shape[1]}"),
+        (
+            s % START_TOKENS == 0 and x % START_TOKENS == 0,
+            f"shared and extra kv rows must be multiples of {START_TOKENS}, got {s} and {x}",
+        ),
+        (
+            index.intervals.shape[1] <= MAX_INTERVALS,
+            f"a head may have at most {MAX_INTERVALS} intervals, got {index.intervals.shape[1]}",
+        ),
         (inputs.scale > 0, f"scale must be positive, got {inputs.scale}"),
-    ]  # fmt: skip
+    ]
     for holds, message in limits:
         if not holds:
             raise NotImplementedError(f"mosaic_tpu: {message}")
@@ -212,7 +216,7 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
 
     In groups of 16 tokens, within a group by 128 lanes: what a DMA moves is one piece of memory, which takes the scalar
     unit fewer instructions than a strided copy. Values that no query may look at, which may be NaN, are zeros: a weight
-    of 0 does not silence a NaN.
+    of 0 times NaN is NaN.
     """
     num_kv_heads, _, d = inputs.k.shape
     v, v_extra = zero_padding(inputs)

@@ -31,7 +31,7 @@ from pallas_kernels.attention.tpu.mosaic_tpu_loads import KernelShape, Refs, Row
 from pallas_kernels.attention.tpu.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
 from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
 
-SOUND = 2.0**-80, 2.0**96
+SAFE_SUM_RANGE = 2.0**-80, 2.0**96
 """Sums of weights that lost nothing: a million weights flushed below 2^-126 would not show in them, and values up to
 2^31 do not overflow; whether any did is looked at."""
 
@@ -90,17 +90,17 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
     slot = lax.fori_loop(0, num_tiles, tile, refs.slot[0])
     refs.slot[0] = slot
-    is_sound = _store(refs, shape)
+    is_safe = _store(refs, shape)
 
-    @pl.when((num_tiles > 0) & jnp.logical_not(is_sound))
+    @pl.when((num_tiles > 0) & jnp.logical_not(is_safe))
     def _once_more():
-        _attend_carefully(refs, shape, row, num_tiles, 1 - slot)
+        _attend_online(refs, shape, row, num_tiles, 1 - slot)
         _store(refs, shape)
 
 
 def _reset(refs: Refs) -> None:
     refs.acc[...] = jnp.zeros_like(refs.acc)
-    refs.total[...] = jnp.zeros_like(refs.total)
+    refs.row_sum[...] = jnp.zeros_like(refs.row_sum)
 
 
 def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
@@ -113,7 +113,7 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
     scores = _scores(refs.q[0], keys)
     columns = [jnp.where(x > INITIAL_ROW_MAX, x, INITIAL_ROW_MAX) for x in _columns(scores)]
     highest = jnp.max(jnp.maximum(*columns), axis=1, keepdims=True)
-    refs.top[...] = jnp.broadcast_to(highest * shape.score_scale, refs.top.shape)
+    refs.row_max[...] = jnp.broadcast_to(highest * shape.score_scale, refs.row_max.shape)
 
 
 def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
@@ -162,9 +162,9 @@ def _compute(refs: Refs, shape: KernelShape, slot, *, is_dense: bool) -> None:
         scores = _scores(refs.q[0, q_rows], keys)
         if not is_dense:
             scores = _masked(refs, shape, scores, begin, q_rows)
-        reference = refs.top[q_rows]
+        reference = refs.row_max[q_rows]
         weights = [jnp.exp2(column * shape.score_scale - reference) for column in _columns(scores)]
-        refs.total[q_rows] += _tree(jnp.add, weights)
+        refs.row_sum[q_rows] += _tree(jnp.add, weights)
         refs.acc[q_rows] += _weighted(weights, values)
 
 
@@ -218,11 +218,11 @@ def _tree(join, items):
     return items[0]
 
 
-def _attend_carefully(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot) -> None:
+def _attend_online(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot) -> None:
     """The q block once more, with a running maximum; its loads wait, and leave the other slot to the next q block."""
     loads.start_piece(refs, shape, row, 0)
     _reset(refs)
-    refs.top[...] = jnp.full_like(refs.top, INITIAL_ROW_MAX)
+    refs.row_max[...] = jnp.full_like(refs.row_max, INITIAL_ROW_MAX)
 
     @pl.loop(0, num_tiles)
     def _tile(n):
@@ -232,23 +232,23 @@ def _attend_carefully(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot)
 
         @pl.loop(0, refs.q.shape[1], step=LANES)
         def _rows(q_begin):
-            _careful_step(refs, shape, slot, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
+            _online_step(refs, shape, slot, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
 
-    refs.top[...] *= shape.score_scale
+    refs.row_max[...] *= shape.score_scale
 
 
-def _careful_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
+def _online_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
     """Adds a tile to the running softmax of some queries."""
     keys, values = _keys_and_values(refs, shape, slot, 0, shape.config.tile_kv)
     scores = _masked(refs, shape, _scores(refs.q[0, q_rows], keys), 0, q_rows)
-    columns, top = _columns(scores), refs.top[q_rows]
-    new_top = jnp.maximum(top, jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True))
-    weights = [jnp.exp2((column - new_top) * shape.score_scale) for column in columns]
-    decay = jnp.exp2((top - new_top) * shape.score_scale)
-    refs.top[q_rows] = new_top
-    refs.total[q_rows] = refs.total[q_rows] * decay + _tree(jnp.add, weights)
+    columns, row_max = _columns(scores), refs.row_max[q_rows]
+    new_row_max = jnp.maximum(row_max, jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True))
+    weights = [jnp.exp2((column - new_row_max) * shape.score_scale) for column in columns]
+    rescale = jnp.exp2((row_max - new_row_max) * shape.score_scale)
+    refs.row_max[q_rows] = new_row_max
+    refs.row_sum[q_rows] = refs.row_sum[q_rows] * rescale + _tree(jnp.add, weights)
     added = _weighted(weights, values)
-    refs.acc[q_rows] = refs.acc[q_rows] * _widen(decay, added.shape[1]) + added
+    refs.acc[q_rows] = refs.acc[q_rows] * _widen(rescale, added.shape[1]) + added
 
 
 def _widen(column, width: int):
@@ -258,15 +258,15 @@ def _widen(column, width: int):
 
 def _store(refs: Refs, shape: KernelShape):
     """Writes the output and lse, zeros and -inf where nothing was attended; returns whether the sums lost nothing."""
-    total_row = jnp.sum(refs.total[...].T, axis=0, keepdims=True)
-    is_empty = total_row == 0
-    divisor = jnp.where(is_empty, 1.0, total_row)
-    lse = refs.top[...].T[:1] * float(np.log(2.0)) + jnp.log(divisor)
+    row_sum = jnp.sum(refs.row_sum[...].T, axis=0, keepdims=True)
+    is_empty = row_sum == 0
+    divisor = jnp.where(is_empty, 1.0, row_sum)
+    lse = refs.row_max[...].T[:1] * float(np.log(2.0)) + jnp.log(divisor)
     refs.lse[0] = jnp.where(is_empty, -jnp.inf, lse)
     factor = jnp.broadcast_to(1.0 / divisor, (LANES, divisor.shape[1])).T  # divided as a row: a column has 128 times it
     width = refs.out.shape[2]
     refs.out[0] = (refs.acc[:, :width] * _widen(factor, refs.acc.shape[1])[:, :width]).astype(refs.out.dtype)
-    low, high = SOUND
-    is_right = (is_empty & (refs.q_pos[0] < 0)) | ((total_row >= low) & (total_row <= high))
+    low, high = SAFE_SUM_RANGE
+    is_right = (is_empty & (refs.q_pos[0] < 0)) | ((row_sum >= low) & (row_sum <= high))
     is_finite = jnp.abs(refs.acc[...]) < jnp.inf
     return (jnp.min(is_right.astype(jnp.float32)) > 0) & (jnp.min(is_finite.astype(jnp.float32)) > 0)

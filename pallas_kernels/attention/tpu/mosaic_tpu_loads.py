@@ -96,8 +96,8 @@ class Refs:
     kv_tiles: Any
     pos_rows: Any
     acc: Any
-    top: Any
-    total: Any
+    row_max: Any
+    row_sum: Any
     q_pos_column: Any
     limits: Any
     lists: Any
@@ -309,7 +309,7 @@ def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
             _wait(refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot])
 
         @pl.loop(num_blocks, shape.blocks)
-        def _missing(b):  # a weight of 0 does not silence a NaN
+        def _missing(b):  # a weight of 0 times NaN is NaN
             groups = shape.block_kv // START_TOKENS
             refs.kv_tiles[slot, _place(shape, b)] = jnp.zeros((groups, *refs.kv_tiles.shape[2:]), refs.kv_tiles.dtype)
 

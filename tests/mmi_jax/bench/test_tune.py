@@ -167,7 +167,7 @@ FIGURES: dict[str, Any] = {
     [
         ("nodir/x.json", None, "must be in a directory that exists"),
         (".", None, "must be a file, got a directory"),
-        ("x.json", '{"version": 2, "entries": []}', "must be an object with version 1, got 2"),
+        ("x.json", '{"version": 3, "entries": []}', "must be an object with version 2, got 3"),
         ("x.json", "{", "must hold JSON"),
     ],
 )
@@ -226,7 +226,7 @@ def test_the_table_keeps_the_newest_entry_of_each_kind(tmp_path):
 
 def spoiled(**changes):
     entry = dataclasses.asdict(ENTRY) | changes
-    return {"version": 1, "entries": [{key: value for key, value in entry.items() if value is not None}]}
+    return {"version": 2, "entries": [{key: value for key, value in entry.items() if value is not None}]}
 
 
 def spoiled_config(**changes):
@@ -237,17 +237,17 @@ def spoiled_config(**changes):
     ("table", "message"),
     [
         ("{", "must hold JSON"),
-        ([], "must be an object with version 1, got list"),
-        ({"version": 2, "entries": []}, "must be an object with version 1, got 2"),
-        ({"version": 1, "entries": [], "model": "x"}, "unknown keys model: known keys are version, entries"),
-        ({"version": 1, "entries": [7]}, "entry 0 of .* must be an object, got 7"),
+        ([], "must be an object with version 2, got list"),
+        ({"version": 3, "entries": []}, "must be an object with version 2, got 3"),
+        ({"version": 2, "entries": [], "model": "x"}, "unknown keys model: known keys are version, entries"),
+        ({"version": 2, "entries": [7]}, "entry 0 of .* must be an object, got 7"),
         (spoiled(density=0.5), "unknown keys density: known keys are head_dim, block_kv"),
         (spoiled(device=None), "entry 0 of .* lacks device"),
         (spoiled(config={"tile_kv": 64}), "config of entry 0 of .* lacks num_k_stages, num_v_stages"),
         (spoiled(config={"tile_kv": 128, "num_k_stages": 2, "num_v_stages": 2, "warps": 4}), "unknown keys warps"),
         (spoiled(config={"tile_kv": 96, "num_k_stages": 2, "num_v_stages": 2}), "tile_kv must be 64 or 128"),
         (b"\xff\xfe\x00", "must hold JSON"),
-        ({"version": 1, "entries": None}, "entries of .* must be a list, got None"),
+        ({"version": 2, "entries": None}, "entries of .* must be a list, got None"),
         (spoiled(head_dim="128"), "head_dim of entry 0 of .* must be an integer, got '128'"),
         (spoiled(heads_per_kv_head=True), "heads_per_kv_head of entry 0 of .* must be an integer, got True"),
         (spoiled(commit=7), "commit of entry 0 of .* must be a string, got 7"),
@@ -258,9 +258,9 @@ def spoiled_config(**changes):
         (spoiled(block_kv=256), "entry 0 of .*: block_kv must be 64 or 128, got 256"),
         (spoiled(block_kv=64), "entry 0 of .*: tile_kv must divide block_kv=64, got 128"),
         (spoiled_config(num_k_stages="3"), "num_k_stages of config of entry 0 of .* must be an integer, got '3'"),
-        (spoiled_config(take_turns=1), "take_turns of config of entry 0 of .* must be true or false, got 1"),
+        (spoiled_config(ping_pong=1), "ping_pong of config of entry 0 of .* must be true or false, got 1"),
         (spoiled_config(num_k_stages=9), "entry 0 of .*: the config's shared memory must be at most 232448 bytes, got"),
-        ({"version": 1, "entries": 2 * spoiled()["entries"]}, "must have one entry for each .* got two of"),
+        ({"version": 2, "entries": 2 * spoiled()["entries"]}, "must have one entry for each .* got two of"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_the_rule(tmp_path, table, message):

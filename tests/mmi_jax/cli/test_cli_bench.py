@@ -24,10 +24,10 @@ from mmi_jax.layout import TEXT, VISION
 from mmi_jax.method.patterns import Grid
 from mmi_jax.method.tables.cost_model import CostModel
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.cases import CASES, AllVisited, AttentionCase, RandomLists, RandomShare, mixed_inputs
+from pallas_kernels.attention.cases import CASES, AllVisited, AttentionCase, RandomFraction, RandomLists, mixed_inputs
 
 SMALL = AttentionCase(
-    name="small", num_tokens=512, lists=RandomShare(share=0.3), num_q_heads=4, num_kv_heads=2, head_dim=64,
+    name="small", num_tokens=512, lists=RandomFraction(fraction=0.3), num_q_heads=4, num_kv_heads=2, head_dim=64,
     dtype="float32",
 )  # fmt: skip
 SIZES = PlanSizes(num_tokens=1024, num_q_heads=2, num_kv_heads=1, head_dim=64, dtype="float32")
