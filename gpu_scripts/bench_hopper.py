@@ -1,4 +1,4 @@
-"""The Hopper figures of bench/RESULTS.md: jobs wait for a free GPU, each GPU runs one at a time.
+"""The Hopper figures of bench/RESULTS.md, as jobs: they wait for a free GPU, and each GPU runs one at a time.
 
     python3 gpu_scripts/bench_hopper.py out/gpu --seconds 420 --before TREE --only plans-128k plans-1m
 
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TUNED = ROOT / "pallas_kernels/attention/hopper/gpu_tuned.json"
 DONE = "done"
-"""How the outcome of a job begins of which every command ended with status 0."""
+"""First word of the outcome of a job all of whose commands ended with status 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Job:
 
 
 def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
-    """In the order in which they matter; the commands of `before` run in that tree, beside this one's on one GPU."""
+    """In the order in which they matter; the commands of `before` run in that tree, on the same GPU as this one's."""
 
     def bench(name: str, *arguments: str, tree: Path = ROOT) -> list[str]:
         paths = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -66,17 +66,18 @@ def all_jobs(python: str, results: Path, before: Path | None) -> list[Job]:
         Job(name="plans-1m", seconds=200, commands=[plans("plans-1m", 2**20, "grid", "a-shape", *boundaries)]),
         Job(name="tune", seconds=300, commands=[bench("tune", "tune", *dims, *tune)]),
         Job(
-            name="plans-512k-more", seconds=200,
+            name="plans-512k-more",
+            seconds=200,
             commands=[plans("plans-512k-more", 2**19, "mix", "vertical-slash", "grid-slash")],
         ),
         Job(name="plans-32-8", seconds=120, commands=[plans("plans-32-8", 2**17, "mix", "grid", heads="32/8")]),
         Job(name="tune-128k", seconds=150, commands=[bench("tune-128k", "tune", *tune_long)]),
         Job(name="attention", seconds=120, commands=[bench("attention", "attention", *attention)]),
-    ]  # fmt: skip
+    ]
 
 
 def run_job(job: Job, gpu: str, arguments) -> str:
-    """What became of the job; a command that fails does not keep those after it from running."""
+    """The outcome of the job; a command that fails does not keep those after it from running."""
     start, failed = time.monotonic(), []
     for command in job.commands:
         print(f"+ GPU {gpu}: {' '.join(command)}\n", end="", flush=True)  # one write: threads print side by side
@@ -151,9 +152,9 @@ def plan_lines(path: Path) -> list[str]:
         elif "plan_ms" in case:
             names = ("views", "plan", "permute", "attend", "undo")
             parts = " ".join(f"{name} {case[name + '_ms']:.2f}" for name in names)
-            beside, speedup = case["overhead_fraction"], case.get("speedup", "")
+            overhead, speedup = case["overhead_fraction"], case.get("speedup", "")
             figures = f"{case['tokens']:8} {case['heads']} {case['case']:15} tiles {case['density']:.1%} {parts}"
-            lines.append(f"{path.stem:18} {figures} whole {case['median_ms']:.2f} beside {beside:.1%} x {speedup}")
+            lines.append(f"{path.stem:18} {figures} whole {case['median_ms']:.2f} overhead {overhead:.1%} x {speedup}")
         elif "tflops_per_s" in case:
             others = "; ".join(f"{x['name']} x {x.get('speedup')}" for x in case.get("others", ()))
             lines.append(f"{path.stem:18} {case['case']}: {case['tflops_per_s']} TFLOP/s {others}")
@@ -161,7 +162,7 @@ def plan_lines(path: Path) -> list[str]:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments, names: list[str]) -> None:
-    """Ends the program with rule and got for what no job could run with; makes the directory of results."""
+    """Ends the program for arguments that no job could run with; makes the directory of results."""
     if unknown := set(arguments.only) - set(names):
         parser.error(f"jobs must be of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     if arguments.before is not None and not arguments.before.is_dir():
@@ -180,7 +181,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments, names: list[str]
 
 
 def main() -> int:
-    """Runs the jobs and prints what became of them; 1 unless all were done."""
+    """Runs the jobs and prints their outcomes; 1 unless all were done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--only", nargs="+", default=[], metavar="JOB")
@@ -196,9 +197,9 @@ def main() -> int:
     check_arguments(parser, arguments, [job.name for job in jobs])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop(arguments))
-    asked = [job for job in jobs if not arguments.only or job.name in arguments.only]
+    chosen = [job for job in jobs if not arguments.only or job.name in arguments.only]
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in asked:
+    for job in chosen:
         waiting.put(job)
     outcomes: dict[str, str] = {}
     threads = [threading.Thread(target=work, args=(gpu, waiting, outcomes, arguments)) for gpu in arguments.gpus]
@@ -213,7 +214,7 @@ def main() -> int:
             print(*lines_of(path), sep="\n")
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
-    return int(not all(outcomes.get(job.name, "").startswith(DONE) for job in asked))
+    return int(not all(outcomes.get(job.name, "").startswith(DONE) for job in chosen))
 
 
 if __name__ == "__main__":

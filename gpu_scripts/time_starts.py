@@ -1,9 +1,9 @@
-"""Cold and warm starts of tables, each in a process of its own, and prefills from what they kept.
+"""Cold and warm starts of tables, each in a process of its own, and prefills from the programs that they compiled.
 
     python3 gpu_scripts/time_starts.py --preset 7b --tokens 4096 32768 --dtype bfloat16 mix TABLE.json
 
-A start makes the programs of the longest length ready; prefills of it then read them back. One line of JSON for each
-thing measured; what fails is told and the rest goes on.
+A start compiles the programs of the longest length; prefills of it then read them back. One line of JSON for each
+measurement; a failure is reported and the rest goes on.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def started(options: argparse.Namespace, table: str, directory: str) -> dict[str, Any]:
-    """Seconds until the programs of the longest length are there."""
-    task = dict(preset=options.preset, layers=options.layers, table=table, dtype=options.dtype)
-    task |= dict(tokens=max(options.tokens), directory=directory)
-    return child([sys.executable, "-m", "mmi_jax.cli.bench.start_child", json.dumps(task)])
+    """Seconds until the programs of the longest length are compiled."""
+    child_options = dict(preset=options.preset, layers=options.layers, table=table, dtype=options.dtype)
+    child_options |= dict(tokens=max(options.tokens), directory=directory)
+    return child([sys.executable, "-m", "mmi_jax.cli.bench.start_child", json.dumps(child_options)])
 
 
 def child(command: list[str]) -> dict[str, Any]:

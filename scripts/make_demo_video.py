@@ -1,4 +1,4 @@
-"""Encodes models/assets/demo.mp4: two photographs, panned and zoomed, with cuts, and four cards with digits among them.
+"""The demo video, models/assets/demo.mp4: two photographs, panned and zoomed, with cuts and four cards with digits.
 
     python scripts/make_demo_video.py models/assets/demo.mp4
 
@@ -18,8 +18,8 @@ from models.tasks.digits import SIDE, digit_images, digit_masks, handwriting
 from models.tasks.pictures import COLOURS, paint
 
 SECONDS_PER_SHOT = 12
-# Photograph, then the square that is seen at the start and at the end of the shot: centre x and y, and side, as shares
-# of the photograph's width, height and height.
+# Photograph, then the square that is seen at the start and at the end of the shot: centre x and y, and side, as
+# fractions of the photograph's width, height and height.
 SHOTS = (
     ("china.jpg", (0.30, 0.50, 0.95), (0.70, 0.50, 0.95)),
     ("flower.jpg", (0.50, 0.50, 1.00), (0.52, 0.48, 0.45)),
@@ -48,8 +48,8 @@ def frames() -> np.ndarray:
     seen = []
     for name, first, last in SHOTS:
         photograph = Image.fromarray(load_sample_image(name))
-        for share in np.linspace(0, 1, FRAMES_PER_SHOT):
-            seen.append(view(photograph, (1 - share) * np.array(first) + share * np.array(last)))
+        for fraction in np.linspace(0, 1, FRAMES_PER_SHOT):
+            seen.append(view(photograph, (1 - fraction) * np.array(first) + fraction * np.array(last)))
     marks = np.full((len(seen), 2), -1)
     for place, (colour, digit) in zip(CARD_PLACES, DEMO_ANSWERS.items(), strict=True):
         image = digit_images(int(digit), is_held_out=True)[0]

@@ -1,4 +1,4 @@
-"""Makes tests/models/golden: tiny random Qwen2.5-VL checkpoints with what transformers computes from them.
+"""Reference data tests/models/golden: tiny random Qwen2.5-VL checkpoints with what transformers computes from them.
 
 transformers is the oracle of the model tests. It needs torch, which the library does not, so this script runs in an
 environment of its own and the tests read its files:

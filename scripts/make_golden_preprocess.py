@@ -1,4 +1,4 @@
-"""Writes tests/models/golden/preprocess.safetensors: images and the patches transformers makes of them.
+"""Reference data tests/models/golden/preprocess.safetensors: images and the patches transformers makes of them.
 
 Runs in an environment of its own (Python 3.11: torch==2.13.0 transformers==5.23.0 pillow safetensors numpy):
 

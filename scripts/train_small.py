@@ -1,4 +1,4 @@
-"""Trains the small model of models/assets/small, or goes on where an earlier run was stopped; needs the extra `dev`.
+"""Training of the small model of models/assets/small; an earlier run that was stopped goes on. Needs the extra `dev`.
 
 python scripts/train_small.py out/small                    # the recipe: about 8 minutes of an H200 and 16 cores
 python scripts/train_small.py out/small --until-step 200   # stop early; the same command without it goes on
@@ -38,7 +38,8 @@ def main(
     until_seconds: Annotated[float, typer.Option(help="Seconds to stop after.")] = float("inf"),
     save_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     stop_below: Annotated[
-        float, typer.Option(help="Share of digits right at the end of a length below which to stop, with exit code 1.")
+        float,
+        typer.Option(help="Fraction of digits right at the end of a length, below which to stop with exit code 1."),
     ] = 0.0,
     tiny: Annotated[bool, typer.Option(help="A toy recipe, to see the script work.")] = False,
 ) -> None:
@@ -54,8 +55,8 @@ def main(
         bar = progress.add_task("compiling", total=recipe.curriculum.num_steps)
 
         def on_step(step: int, line: dict) -> None:
-            shares = ", ".join(f"{kind} {line[f'{kind}_accuracy']:.0%}" for kind in KINDS)
-            text = f"{line['num_tokens']} tokens, loss {line['question_loss']:.3f}, {shares}"
+            accuracies = ", ".join(f"{kind} {line[f'{kind}_accuracy']:.0%}" for kind in KINDS)
+            text = f"{line['num_tokens']} tokens, loss {line['question_loss']:.3f}, {accuracies}"
             progress.update(bar, completed=step + 1, description=text)
             if not progress.console.is_terminal and line["seconds"] > printed[-1] + PRINT_SECONDS:
                 printed.append(line["seconds"])

@@ -65,7 +65,7 @@ def cost_models() -> dict[str, CostModel]:
 
 
 def default_costs() -> str:
-    """The name of the default device's cost model. Asked when called."""
+    """The name of the default device's cost model, looked up when called."""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "")
     if has_hopper_gpu():
         return "hopper"

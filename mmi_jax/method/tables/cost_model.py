@@ -1,4 +1,4 @@
-"""What an attention call costs, and which heads had better run dense."""
+"""Cost of an attention call by a linear model, and the heads that run faster dense."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class CostModel:
         return self.dense_ms + 1e-6 * self.dense_ns_per_tile * num_heads * num_blocks * (num_blocks + 1) / 2
 
     def runs_dense(self, num_heads: int, num_queries: int, num_keys: int) -> bool:
-        """Whether few queries over many keys had better run dense: a plan would cost more before it visits a tile."""
+        """Whether few queries over many keys run faster dense: a plan would cost more before it visits a tile."""
         tiles = num_heads * -(-num_queries // 128) * -(-num_keys // 128)
         plan = self.sparse_ms + self.plan_ms + 1e-6 * (self.move_ns + self.estimate_ns) * num_heads * num_keys
         return self.dense_ms + 1e-6 * self.dense_ns_per_tile * tiles <= plan
@@ -49,7 +49,7 @@ class CostModel:
         return self.sparse_ms + self.plan_ms * len({pattern for pattern in patterns if pattern.reads_scores})
 
     def head(self, pattern: Pattern, num_tokens: int, blocks: Blocks) -> float | None:
-        """Milliseconds that one head adds to a sparse call; None for a pattern that does not say what it visits."""
+        """Milliseconds that one head adds to a sparse call; None for a pattern without `typical_blocks`."""
         visited = pattern.typical_blocks(-(-num_tokens // blocks.kv), blocks)
         if visited is None:
             return None
@@ -58,7 +58,7 @@ class CostModel:
     def head_of(
         self, pattern: Pattern, tiles: float | np.ndarray, num_tokens: int | np.ndarray, blocks: Blocks
     ) -> float | np.ndarray:
-        """The same by the tiles that the head's plan visits: `head` guesses them."""
+        """The same by the tiles that the head's plan visits: `head` estimates them."""
         tiles_of_128 = tiles * (blocks.q * blocks.kv) / (128 * 128)
         per_token = self.move_ns + self.estimate_ns * pattern.reads_scores
         return 1e-6 * (self.sparse_ns_per_tile * tiles_of_128 + per_token * num_tokens)
@@ -80,7 +80,7 @@ tokens, VerticalSlash at 128K and A-shape: within 8 % for Grid, 16 % for the oth
 
 
 def costs_of_device() -> CostModel | None:
-    """The measured cost model of the default device; None where nothing was measured. Asked when called."""
+    """The measured cost model of the default device, looked up when called; None where nothing was measured."""
     return HOPPER if has_hopper_gpu() else None
 
 
@@ -102,7 +102,7 @@ def faster_patterns(
     chosen, total = [], 0.0
     for pattern in patterns:
         cost = costs.head(pattern, num_tokens, blocks)
-        if cost is None:  # nothing is known of it, so that it is run as asked
+        if cost is None:  # nothing is known of it, so that it is run as given
             return tuple(patterns)
         chosen.append(pattern if cost < dense_head else Dense())
         total += min(cost, dense_head)

@@ -128,7 +128,7 @@ def _expected_member(
 
 @functools.cache
 def _plan_program() -> Callable[..., Array]:
-    """`_plan_tiles`, compiled as the default device is told. Asked when called."""
+    """`_plan_tiles`, compiled with the options of the default device, which is looked up when called."""
     return jax.jit(_plan_tiles, static_argnums=(0, 1), compiler_options=compile_options())
 
 

@@ -77,8 +77,15 @@ def test_every_chip_has_costs_and_a_cpu_counts_tiles():
 
 def report(density, lengths=(1024,)) -> PrefillReport:
     table = PatternTable(layers=((AShape(), Dense()), (Dense(), Dense())))
-    return PrefillReport(tokens={}, lengths=lengths, padded_tokens=1024, seconds={}, table=table,
-                         density=np.array(density), recall=np.zeros((2, 2)))  # fmt: skip
+    return PrefillReport(
+        tokens={},
+        lengths=lengths,
+        padded_tokens=1024,
+        seconds={},
+        table=table,
+        density=np.array(density),
+        recall=np.zeros((2, 2)),
+    )
 
 
 def test_a_reports_cost_is_that_of_its_tiles():

@@ -34,9 +34,14 @@ def logits(pattern, layer: int, head: int) -> np.ndarray:
     table = [[Dense()] * 4 for _ in range(3)]
     table[layer][head] = pattern
     result = prefill(
-        tiny.tiny_model(), tiny.prompt(1, 9, (8, 3, 4), 20), table=PatternTable(layers=tuple(map(tuple, table))),
-        logits_at=np.array([ROWS]), blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, may_run_dense=False,
-    )  # fmt: skip
+        tiny.tiny_model(),
+        tiny.prompt(1, 9, (8, 3, 4), 20),
+        table=PatternTable(layers=tuple(map(tuple, table))),
+        logits_at=np.array([ROWS]),
+        blocks=tiny.BLOCKS,
+        buckets=tiny.BUCKETS,
+        may_run_dense=False,
+    )
     assert result.logits_at is not None
     found = np.asarray(result.logits_at[0], np.float64)
     return found - found.mean(axis=-1, keepdims=True)
@@ -105,9 +110,18 @@ def test_heads_are_weighed_once_and_a_killed_search_goes_on(tmp_path, monkeypatc
 def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs_them(monkeypatch):
     monkeypatch.setattr("mmi_jax.cli.search.prompts.WEIGHED_TOKENS", 256)
     calibration = Calibration(
-        videos=(), held_out=(), text="", fps=2.0, max_frames=None, tasks=("v-niah", "middle"), tokens=1500, samples=3,
-        held_out_samples=0, haystack="generated", seed=5,
-    )  # fmt: skip
+        videos=(),
+        held_out=(),
+        text="",
+        fps=2.0,
+        max_frames=None,
+        tasks=("v-niah", "middle"),
+        tokens=1500,
+        samples=3,
+        held_out_samples=0,
+        haystack="generated",
+        seed=5,
+    )
     found = weighed_prompts(small_processor(), calibration)
     sizes = {name: prompt.tokens.shape[1] for name, prompt in found.by_name.items()}
     assert [name.partition(" seed")[0] for name in sizes] == ["256 tokens of v_niah"] * 2 + [
