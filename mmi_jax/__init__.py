@@ -9,7 +9,7 @@ from mmi_jax.engine.settings.buckets import Buckets as Buckets
 from mmi_jax.engine.settings.options import PrefillOptions as PrefillOptions
 from mmi_jax.engine.warmup import prepare as prepare
 from mmi_jax.layout import TokenLayout as TokenLayout
-from mmi_jax.method.attention import sparse_attention as sparse_attention
+from mmi_jax.method.dispatch import sparse_attention as sparse_attention
 from mmi_jax.method.patterns import AShape as AShape
 from mmi_jax.method.patterns import BlockTopK as BlockTopK
 from mmi_jax.method.patterns import Boundary2D as Boundary2D

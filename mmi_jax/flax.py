@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from mmi_jax.layout import TokenLayout, text_tokens
-from mmi_jax.method.attention import sparse_attention
+from mmi_jax.method.dispatch import sparse_attention
 from mmi_jax.method.patterns import Pattern
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.block_lists.block_sizes import Blocks

@@ -21,8 +21,9 @@ from mmi_jax.engine.programs.compilation import layer_arguments
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.settings.buckets import Buckets, default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
-from mmi_jax.method.attention import batch_geometry, permute, plan_batch
+from mmi_jax.method.attention import permute
 from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, Shards, shards_of, weight_specs
 from pallas_kernels.attention.inputs import AttentionInputs

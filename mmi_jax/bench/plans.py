@@ -12,8 +12,10 @@ from mmi_jax.bench.checks.sampled_rows import sample, sample_dense
 from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.bench.timing.measurements import chosen, rate, tile_flops
 from mmi_jax.bench.timing.wall_time import Program, compile_programs
-from mmi_jax.method.attention import attend_sparsely, batch_geometry, permute, plan_batch, undo
+from mmi_jax.method.attention import permute, undo
+from mmi_jax.method.dispatch import attend_sparsely
 from mmi_jax.method.patterns import AShape, Boundary2D, Dense, Grid, Pattern, QBoundary, VerticalSlash
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from mmi_jax.method.tables.cost_model import costs_of_device, faster_patterns
 from mmi_jax.method.token_groups import FramePlace
 from pallas_kernels.attention.api import Implementation, attend_inputs
@@ -161,7 +163,7 @@ def _programs(patterns, chosen_patterns, q, k, v, layout, implementation) -> dic
             layout=layout,
             blocks=blocks,
             implementation=named,
-            starts_plain=True,
+            position_is_index=True,
             padding_is_finite=True,
         ).out
 

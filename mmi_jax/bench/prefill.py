@@ -24,7 +24,7 @@ from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import chunk_shapes
-from mmi_jax.method.attention import VENDOR
+from mmi_jax.method.dispatch import VENDOR
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_table import PatternTable
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.layout import TokenLayout, concatenate, text_tokens, vision_tokens
-from mmi_jax.method.token_groups import NO_KEY, FramePlace
+from mmi_jax.method.token_groups import NO_GROUP, FramePlace
 from pallas_kernels.notation import Array, Float
 
 NUM_FREQUENCIES = 8
@@ -92,7 +92,7 @@ def planted_qkv(
 def _build(layout, codes, columns, weights, key, *, num_kv_heads: int, head_dim: int, dtype):
     num_tokens, num_heads = layout.num_tokens, weights.shape[0]
     place = FramePlace().of(layout)
-    code = jnp.where((place != NO_KEY)[:, None], codes[place % codes.shape[0]], 0.0)
+    code = jnp.where((place != NO_GROUP)[:, None], codes[place % codes.shape[0]], 0.0)
     waves = _waves(layout.pos)
     is_sink = (layout.pos < NUM_SINKS).astype(jnp.float32)[:, None]
     is_column = jnp.zeros((num_tokens, 1)).at[columns].set(1.0)

@@ -38,7 +38,7 @@ from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.engine.reporting.stages import Stage
 from mmi_jax.engine.settings.options import PrefillOptions, PrefillSettings, options_of
 from mmi_jax.engine.settings.request import PrefillRequest, request_for
-from mmi_jax.method.dense_attention import is_plain
+from mmi_jax.method.dispatch import position_equals_index
 from mmi_jax.sharding import CACHE_SPEC, ROPE_SPEC, TOKENS_SPEC, place, weight_specs
 from pallas_kernels.notation import AnyArray, Array, Float, Int32
 from pallas_kernels.pytree import pytree
@@ -167,7 +167,7 @@ class _Run:
         request, mesh = self.request, self.request.options.mesh
         with clock(Stage.VISION):
             x = jax.block_until_ready(self.model.embed(self.prompt))
-        program = request.program(self.model, is_plain=is_plain(self.prompt.layout))
+        program = request.program(self.model, is_plain=position_equals_index(self.prompt.layout))
         cache, rope_pos = self._described_cache(x)
         graphdef, state = nnx.split(self.model)
         state = place(state, mesh, weight_specs(state, request.shards))

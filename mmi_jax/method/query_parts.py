@@ -1,17 +1,130 @@
-"""What a pattern says: parts of the queries, and the runs of kv blocks that each of their q blocks visits."""
+"""Step 4 of 9, query parts: the scope that a pattern plans in, and the parts of the queries that it answers with.
+
+A part's queries are planned alike: they fill q blocks of their own, and for each of them the part lists runs of kv
+blocks. Six queries in two parts, the even ones and the odd ones, in q blocks of 2:
+
+    part      0     1
+    queries   0 2 4 1 3 5
+    q blocks  0 2 | 4 - | 1 3 | 5 -
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.kv_views import KeyView
+from mmi_jax.method import estimate
+from mmi_jax.method.kv_views import AllKeys, Geometry, KeySet, KeyView, View
 from pallas_kernels.block_index import NO_LIMIT
 from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.block_lists.integers import floor_divide
-from pallas_kernels.notation import Array, Bool, Float, Int32
+from pallas_kernels.block_lists.inputs import MIN_CAPACITY
+from pallas_kernels.estimate.api import column_mass, line_mass
+from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
+
+
+@pytree
+class Scope:
+    """One head's queries and keys, and which of them a pattern is asked to plan.
+
+    Args:
+      q: the head's queries in prompt order.
+      all_k: keys of all kv heads in prompt order, which heads share.
+      kv_head: the kv head that this head reads.
+      geometry: views of the keys, and the queries' coordinates.
+      member: the queries to plan.
+      scale: factor on the scores.
+      key_set: the keys they may see.
+      blocks: tile sizes.
+    """
+
+    q: Float[Array, "t d"]
+    all_k: Float[Array, "s g d"]
+    kv_head: Int32[Array, ""]
+    geometry: Geometry
+    member: Bool[Array, " t"]
+    scale: float = static_field()
+    blocks: Blocks = static_field()
+    key_set: KeySet = static_field(default=AllKeys())
+
+    @property
+    def view(self) -> KeyView:
+        """The keys of the set in prompt order."""
+        return self.geometry.view(self.key_set)
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Q blocks that the members can fill, at most."""
+        return self.blocks.round_q(len(self.member)) // self.blocks.q
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Kv blocks of the key set's view."""
+        return len(self.view.order) // self.blocks.kv
+
+    def restrict(self, member: Bool[Array, " t"] | None = None, key_set: KeySet | None = None) -> "Scope":
+        """The same head with fewer queries, or with another set of keys."""
+        return dataclasses.replace(
+            self,
+            member=self.member if member is None else self.member & member,
+            key_set=self.key_set if key_set is None else key_set,
+        )
+
+    def bound(self, blocks_per_q_block: int) -> int:
+        """A `Part.max_blocks`: so many per q block on average, within reason for small plans."""
+        all_blocks = self.num_q_blocks * self.num_kv_blocks
+        return max(1, min(all_blocks, max(MIN_CAPACITY, self.num_q_blocks * blocks_per_q_block)))
+
+    @property
+    def key_set_pos(self) -> Int32[Array, " s"]:
+        """Position of every key token that the set holds, PAD_KV_POS elsewhere."""
+        layout = self.geometry.keys
+        return jnp.where(self.key_set.holds(layout), layout.pos, PAD_KV_POS)
+
+    def last_queries(self, last_q: int) -> tuple[Array, Array, Array]:
+        """The last members: their queries [last_q, d], positions and tokens; position and token -1 where missing."""
+        rows = estimate.last_queries(self.member, last_q)
+        q_pos = jnp.where(rows >= 0, self.geometry.q_pos[jnp.maximum(rows, 0)], -1)
+        return self.q[jnp.maximum(rows, 0)], q_pos, rows
+
+    def last_mass(self, last_q: int) -> tuple[Array, Array]:
+        """Attention of the last members over the key set, summed over the members, float32 [s]; and their
+        positions, -1 where there are fewer.
+        """
+        q, q_pos, _ = self.last_queries(last_q)
+        with jax.named_scope("mmi.estimate"):
+            kv_pos = self.key_set_pos[None]
+            mass = column_mass(
+                q[None], self.all_k, self.kv_head[None], q_pos=q_pos[None], kv_pos=kv_pos, scale=self.scale
+            )
+        return mass[0], q_pos
+
+    def last_line_mass(self, last_q: int) -> tuple[Array, Array]:
+        """Attention of the last members per row of the key set's view, float32 [s]; and by distance, counted in rows
+        from the last key at or before the member, in bands of one granule, float32 [n].
+        """
+        q, q_pos, rows = self.last_queries(last_q)
+        view, geometry = self.view, self.geometry
+        anchor = view.rank(q_pos + 1) - 1
+        if self.key_set == AllKeys():  # rows are the prompt's tokens, then empty ones
+            k = jnp.pad(self.all_k, ((0, len(view.order) - len(self.all_k)), (0, 0), (0, 0)))
+        else:
+            k = self.all_k[jnp.maximum(view.order, 0)]
+        kv_pos = jnp.where(view.order >= 0, geometry.keys.pos[jnp.maximum(view.order, 0)], PAD_KV_POS)
+        with jax.named_scope("mmi.estimate"):
+            columns, bands = line_mass(
+                q[None],
+                k,
+                self.kv_head[None],
+                q_pos=q_pos[None],
+                q_row=jnp.where(rows >= 0, anchor, -1)[None],
+                kv_pos=kv_pos[None],
+                band=self.blocks.granule,
+                scale=self.scale,
+            )
+        return columns[0], bands[0]
 
 
 @pytree
@@ -20,15 +133,15 @@ class QBlocks:
 
     Args:
       order: token of each row, -1 for an empty row.
-      lowest, highest: least and greatest position in each q block; lowest > highest where the block is empty.
+      min_pos, max_pos: smallest and largest position in each q block; min_pos > max_pos where the block is empty.
     """
 
     order: Int32[Array, "i q"]
-    lowest: Int32[Array, " i"]
-    highest: Int32[Array, " i"]
+    min_pos: Int32[Array, " i"]
+    max_pos: Int32[Array, " i"]
 
-    def extent(self, values: Int32[Array, " t"]):
-        """Least and greatest value among the tokens of each q block; least > greatest for an empty block."""
+    def extent(self, values: Int32[Array, " t"]) -> tuple[Array, Array]:
+        """Smallest and largest value among the tokens of each q block; the wrong way round for an empty block."""
         rows, is_row = values[jnp.maximum(self.order, 0)], self.order >= 0
         big = jnp.iinfo(jnp.int32).max
         return jnp.min(jnp.where(is_row, rows, big), axis=1), jnp.max(jnp.where(is_row, rows, -big), axis=1)
@@ -56,74 +169,59 @@ class Runs:
 
 
 class Everything:
-    """Visits every key of the prompt: one list that all such rows share."""
+    """Visits every key of the prompt: all such q blocks point to one list."""
 
 
 @pytree
-class Columns:
-    """Keys gathered into rows of their own, which every q block of a part visits.
+class GatheredRows:
+    """Keys copied into kv blocks of their own for one head, which every q block of a part visits.
 
     Args:
       tokens: the gathered keys, ascending, -1 for an empty row; a whole number of kv blocks.
       is_hidden: rows of the joint kv view that the part no longer sees there, because they were gathered.
+      number: which of the head's sets this is; parts that name one number share its rows.
     """
 
     tokens: Int32[Array, " x"]
     is_hidden: Bool[Array, " s"]
+    number: int = static_field(default=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Queries that are planned alike; each part starts on a q block of its own.
+    """Queries that are planned alike; each part starts on a new q block.
 
     Args:
       member: the part's tokens.
-      visits: runs of each q block, asked for all q blocks and used for the part's own; or `Everything`.
+      visits: runs of each q block, computed for all q blocks and used for those of the part; or `Everything`.
       max_blocks: bound on the blocks that all q blocks of the part visit together; past it the head runs dense;
-        gathered columns are not counted.
-      order: token order to lay the part's rows out in; prompt order when None.
-      columns: keys gathered for this part.
-      view: 0 for the parts that together hold every query once, 1 and on for a further visit of the same queries.
+        gathered rows are not counted.
+      order: token order of the part's rows; prompt order when None.
+      query_pass: 0 for the parts that together hold every query once, 1 and on for a further pass over the same
+        queries.
+      gathered: keys gathered for this part.
     """
 
     member: Bool[Array, " t"]
     visits: Callable[[QBlocks], list[Runs]] | Everything
     max_blocks: int
     order: Int32[Array, " t"] | None = None
-    view: int = 0
-    columns: tuple[Columns, ...] = ()
+    query_pass: int = 0
+    gathered: tuple[GatheredRows, ...] = ()
 
 
-def blocks_between(view: KeyView, first_row, end_row, blocks: Blocks, interval=(0, NO_LIMIT)) -> Runs:
-    """One run per q block: the whole kv blocks of `view` that hold rows `first_row` up to `end_row` (int32 [i])."""
-    first = floor_divide(first_row, blocks.kv)
-    num_blocks = jnp.where(end_row > first_row, -floor_divide(-end_row, blocks.kv) - first, 0)
-    start = view.offset + first * blocks.kv
-    return Runs(start=start[:, None], num_blocks=num_blocks[:, None], interval=interval)
+class PlansQueries(Protocol):
+    """A pattern, as far as planning knows it; see `patterns.base.Pattern`. Hashable: it is static under jit."""
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether `parts` reads q or k."""
+        ...
 
-def sink_and_window(view: KeyView, q_blocks: QBlocks, sink: int, local: int, blocks: Blocks) -> list[Runs]:
-    """The first `sink` keys, in whole blocks, and the `local` nearest ones, exact to the token and disjoint."""
-    reach = view.rank(q_blocks.highest + 1)
-    nearest = jnp.maximum(view.rank(q_blocks.lowest - local + 1), view.sink_rows(sink, blocks)[1])
-    return [sinks(view, q_blocks, sink, blocks), blocks_between(view, nearest, reach, blocks, (0, local))]
+    def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
+        """Key views that `parts` will name."""
+        ...
 
-
-def sinks(view: KeyView, q_blocks: QBlocks, sink: int, blocks: Blocks) -> Runs:
-    """The first `sink` keys, in whole blocks."""
-    first, end = view.sink_rows(sink, blocks)
-    reach = view.rank(q_blocks.highest + 1)
-    return blocks_between(view, jnp.broadcast_to(first, reach.shape), jnp.minimum(reach, end), blocks)
-
-
-def last_members(member: Bool[Array, " t"], num_last: int) -> Bool[Array, " t"]:
-    """The last `num_last` tokens among the members."""
-    return member & (jnp.cumsum(member[::-1])[::-1] <= num_last)
-
-
-def ranges_without(start, end, hole_start, hole_end):
-    """`[start, end)` less `[hole_start, hole_end)`: two ranges, either possibly empty."""
-    before = (start, jnp.minimum(end, hole_start))
-    after = (jnp.maximum(start, hole_end), end)
-    is_cut = hole_end > hole_start
-    return jax.tree.map(lambda cut, whole: jnp.where(is_cut, cut, whole), (before, after), ((start, end), (end, end)))
+    def parts(self, scope: Scope) -> list[Part]:
+        """Parts of the scope's queries."""
+        ...

@@ -1,8 +1,14 @@
-"""What tokens are grouped by: an int32 key per token, computed from the layout alone.
+"""Step 1 of 9, token groups: an int32 group id per token, computed from the layout alone.
 
-Tokens of one key are "alike" to a pattern: the same place in every frame, the same column in every row, one window.
-Keys read coordinates, never raw positions, so timestamps between frames, several videos of different sizes and
-newline tokens do not disturb them.
+Tokens of one group are alike to a pattern: the same place in every frame, the same column in every row, one window.
+Group ids come from coordinates, never from raw positions, so timestamps between frames, several videos of different
+sizes and newline tokens do not disturb them. A video of two frames of 1 x 2 tokens between two text tokens, and what
+`FramePlace` says of it (`-` is `NO_GROUP`):
+
+    token     t v v v v t
+    frame     - 0 0 1 1 -
+    column    - 0 1 0 1 -
+    group     - 0 1 0 1 -
 """
 
 import dataclasses
@@ -10,28 +16,29 @@ import dataclasses
 import jax.numpy as jnp
 
 from mmi_jax.layout import VISION, TokenLayout
+from pallas_kernels.notation import Array, Int32
 
-NO_KEY = 2**30
-"""Key of a token that stands outside the grouping; larger than every real key, so it sorts last."""
+NO_GROUP = 2**30
+"""Group id of a token outside the grouping; larger than every other, so that it sorts last."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FramePlace:
     """The same row and column in every frame: the fold by the frame stride."""
 
-    def of(self, layout: TokenLayout):
-        """Key of every token, int32 [t]."""
+    def of(self, layout: TokenLayout) -> Int32[Array, " t"]:
+        """Group id of every token, int32 [t]."""
         num_columns = jnp.max(layout.column, initial=0) + 1
-        return jnp.where(layout.frame >= 0, layout.row * num_columns + layout.column, NO_KEY)
+        return jnp.where(layout.frame >= 0, layout.row * num_columns + layout.column, NO_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowPlace:
     """The same column in every row of every frame: the fold by the row stride."""
 
-    def of(self, layout: TokenLayout):
-        """Key of every token, int32 [t]."""
-        return jnp.where(layout.frame >= 0, layout.column, NO_KEY)
+    def of(self, layout: TokenLayout) -> Int32[Array, " t"]:
+        """Group id of every token, int32 [t]."""
+        return jnp.where(layout.frame >= 0, layout.column, NO_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +52,10 @@ class RankPhase:
         if self.stride < 2:
             raise ValueError(f"a stride must be at least 2 tokens, got {self.stride}")
 
-    def of(self, layout: TokenLayout):
-        """Key of every token, int32 [t]."""
+    def of(self, layout: TokenLayout) -> Int32[Array, " t"]:
+        """Group id of every token, int32 [t]."""
         is_vision = layout.modality == VISION
-        return jnp.where(is_vision, (jnp.cumsum(is_vision, dtype=jnp.int32) - 1) % self.stride, NO_KEY)
+        return jnp.where(is_vision, (jnp.cumsum(is_vision, dtype=jnp.int32) - 1) % self.stride, NO_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +64,9 @@ class PositionPhase:
 
     stride: int
 
-    def of(self, layout: TokenLayout):
-        """Key of every token, int32 [t]."""
-        return jnp.where(layout.is_real, layout.pos % self.stride, NO_KEY)
+    def of(self, layout: TokenLayout) -> Int32[Array, " t"]:
+        """Group id of every token, int32 [t]."""
+        return jnp.where(layout.is_real, layout.pos % self.stride, NO_GROUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +78,13 @@ class Window3D:
     columns: int
     is_shifted: bool = False
 
-    def of(self, layout: TokenLayout):
-        """Key of every token, int32 [t]."""
-        key = jnp.maximum(layout.video, 0)
+    def of(self, layout: TokenLayout) -> Int32[Array, " t"]:
+        """Group id of every token, int32 [t]."""
+        group = jnp.maximum(layout.video, 0)
         for axis, extent in ((layout.frame, self.frames), (layout.row, self.rows), (layout.column, self.columns)):
             cell = (axis + (extent // 2 if self.is_shifted else 0)) // extent
-            key = key * (jnp.max(cell, initial=0) + 1) + cell
-        return jnp.where(layout.frame >= 0, key, NO_KEY)
+            group = group * (jnp.max(cell, initial=0) + 1) + cell
+        return jnp.where(layout.frame >= 0, group, NO_GROUP)
 
 
-type Key = FramePlace | RowPlace | RankPhase | PositionPhase | Window3D
+type Grouping = FramePlace | RowPlace | RankPhase | PositionPhase | Window3D

@@ -43,7 +43,7 @@ def plot_attention(
       q, k: of the head in prompt order, rotated.
       pos: position of every token, -1 for padding.
     """
-    rows, keys = np.asarray(plan.q_order.order[head]), np.concatenate([plan.kv_order, plan.extra_order[head]])
+    rows, keys = np.asarray(plan.q_order.order[head]), np.concatenate([plan.kv_order, plan.gathered_order[head]])
     used_rows, used_keys = (order[_without_empty_tail(order)] for order in (rows, keys))
     tokens = np.flatnonzero(np.asarray(pos) >= 0).astype(np.int32)
     before = attention_map(q, k, pos, tokens, tokens, scale=scale)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mmi_jax.engine.prefill import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.method.attention import attend_sparsely
+from mmi_jax.method.dispatch import attend_sparsely
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
 from mmi_jax.method.tables.pattern_table import PatternTable

@@ -141,7 +141,7 @@ def mask_image(mask: Bool[np.ndarray, "t s"], *, max_pixels: int = MAX_PIXELS) -
 
 def _host(plan: Plan, head: int) -> _Head:
     index = plan.index
-    extra_order = plan.extra_order[head]
+    extra_order = plan.gathered_order[head]
     parts = dict(
         order=plan.q_order.order[head],
         q_pos=plan.q_pos[head],

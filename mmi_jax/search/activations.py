@@ -12,8 +12,7 @@ from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.dense_attention import is_plain
+from mmi_jax.method.dispatch import attend_sparsely, position_equals_index
 from mmi_jax.method.patterns import Dense
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import AnyArray, Array, Bool, Float
@@ -65,7 +64,7 @@ def layer_activations(
     padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
     is_answer = np.isin(np.arange(padded.tokens.shape[1]), np.asarray(answer_rows, np.int64))[None]
     x, rotary = model.embed(padded), model.rotary(jnp.asarray(padded.rope_pos))
-    starts_plain, layout = is_plain(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
+    starts_plain, layout = position_equals_index(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
     graphdef, weights = split_layers(model)
     for n in range(model.config.num_layers if num_layers is None else num_layers):
         x, (q, k, v, out) = _dense_layer(graphdef, blocks, starts_plain, weights(n), x, rotary, layout)
@@ -112,7 +111,7 @@ def _dense_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotar
     """The layer's output, and what its attention read and gave."""
 
     def attend(q, k, v):
-        out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out
+        out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out
         return out, (q, k, v, out)
 
     return run_layer(graphdef, weights, x, rotary, attend)

@@ -15,8 +15,7 @@ import numpy as np
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
-from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.dense_attention import is_plain
+from mmi_jax.method.dispatch import attend_sparsely, position_equals_index
 from mmi_jax.method.patterns import AShape, Dense, Pattern
 from mmi_jax.search.activations import check_prompt, run_layer, split_layers
 from mmi_jax.search.trials.measurement import relative_error
@@ -70,7 +69,7 @@ def ablate_heads(
     num_tokens, config = check_prompt(prompt, answer_rows), model.config
     rows = np.asarray(answer_rows if len(answer_rows) else (num_tokens - 1,), np.int32)
     padded = fit_prompt(prompt, buckets.length_for(num_tokens))
-    starts_plain = is_plain(padded.layout)
+    starts_plain = position_equals_index(padded.layout)
     is_answer = jnp.asarray(np.isin(np.arange(padded.tokens.shape[1]), rows))
 
     def copies(x: Array | np.ndarray, axis: int) -> Array:
@@ -115,7 +114,7 @@ def _ablated_layer(
 
     def attend(q, k, v):
         one = (q[:1], k[:1], v[:1])
-        dense = attend_sparsely(*one, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out
+        dense = attend_sparsely(*one, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out
         sparse = attend_sparsely(*one, ablated, layout=layout, blocks=blocks).out
         number, head = jnp.arange(q.shape[0])[:, None], jnp.arange(q.shape[2])[None]
         out = jnp.where((number == head)[:, None, :, None], sparse, dense)
@@ -129,7 +128,7 @@ def _dense_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotar
     """A layer on the copies."""
 
     def attend(q, k, v):
-        return attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, starts_plain=starts_plain).out, None
+        return attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out, None
 
     return run_layer(graphdef, weights, x, rotary, attend)[0]
 

@@ -16,7 +16,7 @@ import mmi_jax.flax
 from mmi_jax import AShape, Blocks, Dense, TriShape, VerticalSlash
 from mmi_jax.flax import MMIAttention, attention_fn
 from mmi_jax.layout import TokenLayout, concatenate, stack, text_tokens, vision_tokens
-from mmi_jax.method.attention import attend_sparsely
+from mmi_jax.method.dispatch import attend_sparsely
 
 BLOCKS = Blocks(q=16, kv=16, granule=16)
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, WIDTH = 50, 4, 2, 16

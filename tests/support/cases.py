@@ -127,13 +127,13 @@ def causal(layout: TokenLayout) -> np.ndarray:
 
 def visit_counts(plan: Plan) -> np.ndarray:
     """How often each (query, key) pair is attended, [h, t, s]: `Plan.coverage` without its code, token by token."""
-    order, inverse, extra, row_pos, kv_pos = map(
-        np.asarray, (plan.kv_order, plan.q_order.inverse, plan.extra_order, plan.q_pos, plan.kv_pos)
+    order, inverse, gathered, row_pos, kv_pos = map(
+        np.asarray, (plan.kv_order, plan.q_order.inverse, plan.gathered_order, plan.q_pos, plan.kv_pos)
     )
     index = jax.tree.map(np.asarray, plan.index)
     counts = np.zeros((inverse.shape[0], inverse.shape[2], plan.num_keys), np.int32)
-    for h, view, t in np.argwhere(inverse >= 0):
-        row, tokens = inverse[h, view, t], np.concatenate([order, extra[h]])
+    for h, query_pass, t in np.argwhere(inverse >= 0):
+        row, tokens = inverse[h, query_pass, t], np.concatenate([order, gathered[h]])
         i = row // index.block_q
         for n in range(index.count[h, i]):
             entry = index.first[h, i] + n

@@ -14,9 +14,10 @@ from mmi_jax.engine.reporting.stages import LAYER_STAGES, MEMORY_STAGES, Stage
 from mmi_jax.engine.settings.padded_lengths import PaddedLengths
 from mmi_jax.engine.settings.request import PrefillRequest
 from mmi_jax.layout import text_tokens
-from mmi_jax.method.attention import batch_geometry, permute, plan_batch
-from mmi_jax.method.dense_attention import CUDNN_TOKENS
+from mmi_jax.method.attention import permute
+from mmi_jax.method.dispatch import CUDNN_TOKENS
 from mmi_jax.method.patterns import Dense, Pattern
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 PIECE_ARRAYS = 6

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from mmi_jax.engine.reporting.stages import Stage
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.method import estimate
-from mmi_jax.method.attention import SparseAttention, Vendor, attend_sparsely, batch_geometry
+from mmi_jax.method.dispatch import SparseAttention, Vendor, attend_sparsely
 from mmi_jax.method.kv_views import AllKeys
 from mmi_jax.method.patterns import Pattern
+from mmi_jax.method.plan import batch_geometry
 from mmi_jax.sharding import (
     CACHE_SPEC,
     OWN_SPEC,
@@ -214,7 +215,7 @@ def _attention(program: Program, shards: Shards, row: tuple[Pattern, ...], geome
                 q_start=first_query,
                 blocks=program.blocks,
                 implementation=program.implementation,
-                starts_plain=program.starts_plain,
+                position_is_index=program.starts_plain,
                 padding_is_finite=True,  # prefill pads with a token of its own
             )
             return result.out, _statistics(program, result, sample)

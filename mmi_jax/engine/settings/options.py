@@ -17,7 +17,7 @@ from typing import TypedDict
 from jax.sharding import Mesh
 
 from mmi_jax.engine.settings.buckets import Buckets, default_buckets
-from mmi_jax.method.attention import Vendor
+from mmi_jax.method.dispatch import Vendor
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.pattern_table import PatternTable
 from mmi_jax.sharding import Shards

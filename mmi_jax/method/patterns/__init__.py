@@ -1,4 +1,8 @@
-"""The patterns: one file each, a union of frozen dataclasses with a single duty, `parts`."""
+"""The patterns: one file each, a union of frozen dataclasses with a single duty, `parts`; registered once, here.
+
+To add one, write its file, import it here and add it to `PATTERNS`. JSON tables, the search, the gallery of pictures
+and the tests read that tuple.
+"""
 
 from mmi_jax.method.patterns.base import Pattern as Pattern
 from mmi_jax.method.patterns.block_top_k import BlockTopK as BlockTopK
@@ -12,3 +16,18 @@ from mmi_jax.method.patterns.static import SwinWindow as SwinWindow
 from mmi_jax.method.patterns.streaming import AShape as AShape
 from mmi_jax.method.patterns.streaming import TriShape as TriShape
 from mmi_jax.method.patterns.vertical_slash import VerticalSlash as VerticalSlash
+
+PATTERNS: tuple[type[Pattern], ...] = (
+    Dense,
+    Grid,
+    VerticalSlash,
+    AShape,
+    TriShape,
+    SparseTransformerFixed,
+    SparseTransformerStrided,
+    SwinWindow,
+    BlockTopK,
+    QBoundary,
+    Boundary2D,
+)
+"""Every pattern of the package, in the order in which commands list their families."""

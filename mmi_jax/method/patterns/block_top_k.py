@@ -1,14 +1,17 @@
 """BlockTopK: the kv blocks whose pooled keys score best against pooled queries (MInference's block-sparse)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
-from mmi_jax.method.patterns.checks import check_at_least
-from mmi_jax.method.query_parts import Part, QBlocks, Runs
+from mmi_jax.method.checks import check_at_least
+from mmi_jax.method.patterns.base import Family, Pattern, in_blocks
+from mmi_jax.method.patterns.runs import mean_up_to
+from mmi_jax.method.query_parts import Part, QBlocks, Runs, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
+from pallas_kernels.notation import Array, Float, Int32
 
 Q_BLOCKS_AT_ONCE = 1024
 """Q blocks whose scores against all kv blocks are held at once: all of them would be quadratic in memory."""
@@ -16,13 +19,27 @@ Q_BLOCKS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class BlockTopK(Pattern):
-    """For each q block, its `num_blocks` best kv blocks; its queries' own, then the first one, come before all others.
+    """For each q block, its `num_blocks` best kv blocks; those that hold its queries, then the first one, come first.
 
     Args:
       num_blocks: kv blocks that a q block visits; blocks.
     """
 
-    num_blocks: int = 100
+    num_blocks: int = in_blocks(100)
+
+    family: ClassVar = Family(
+        name="block-topk", make=lambda size: BlockTopK(num_blocks=size), min_size=2, unit=128, published=50
+    )
+
+    @classmethod
+    def example(cls) -> "BlockTopK":
+        """An instance for a prompt of about a hundred tokens."""
+        return cls(num_blocks=3)
+
+    @classmethod
+    def search_candidates(cls) -> tuple[Pattern, ...]:
+        """Whole blocks by pooled score, which Table 4 lacks."""
+        return cls(num_blocks=8), cls(num_blocks=16), cls(num_blocks=32)
 
     def __post_init__(self):
         """Raises ValueError for fewer than two blocks."""
@@ -48,27 +65,27 @@ class BlockTopK(Pattern):
         pooled, num_rows = _pooled_keys(scope)
         block = jnp.arange(scope.num_kv_blocks)
         is_first = block == jnp.argmax(num_rows > 0)
-        reach = -(-view.rank(q_blocks.highest + 1) // size)
+        reach = -(-view.rank(q_blocks.max_pos + 1) // size)
         pos = scope.geometry.q_pos[jnp.maximum(q_blocks.order, 0)]
         begins, ends = view.rank(pos) // size, -(-view.rank(pos + 1) // size)
         is_row = (q_blocks.order >= 0).astype(jnp.int32)
 
-        def one(q_block):
+        def best_of(q_block: tuple[Array, ...]) -> tuple[Array, Array]:
             mean, reach, begins, ends, is_row = q_block
             edges = jnp.zeros(len(block) + 1, jnp.int32).at[begins].add(is_row).at[ends].add(-is_row)
-            holds_own_position = jnp.cumsum(edges)[:-1] > 0
+            holds_a_query = jnp.cumsum(edges)[:-1] > 0
             scores = jnp.where(is_first, jnp.finfo(jnp.float32).max, pooled @ mean)
-            scores = jnp.where(holds_own_position, jnp.inf, scores)
+            scores = jnp.where(holds_a_query, jnp.inf, scores)
             return jax.lax.top_k(jnp.where((block < reach) & (num_rows > 0), scores, -jnp.inf), num_chosen)
 
         of_each = (q_blocks.mean(scope.q), reach, begins, ends, is_row)
-        best, chosen = jax.lax.map(one, of_each, batch_size=min(len(reach), Q_BLOCKS_AT_ONCE))
+        best, chosen = jax.lax.map(best_of, of_each, batch_size=min(len(reach), Q_BLOCKS_AT_ONCE))
         is_seen = (best > -jnp.inf).astype(jnp.int32)
         return Runs(start=view.offset + chosen.astype(jnp.int32) * size, num_blocks=is_seen)
 
 
-def _pooled_keys(scope: Scope):
-    """Mean key of each kv block of the group's view, float32 [kv blocks, d]; and the keys in it."""
+def _pooled_keys(scope: Scope) -> tuple[Float[Array, "j d"], Int32[Array, " j"]]:
+    """Mean key of each kv block of the key set's view, float32; and the number of keys in it."""
     order, size = scope.view.order, scope.blocks.kv
     is_row = order >= 0
     num_rows = is_row.reshape(-1, size).sum(axis=1)

@@ -5,21 +5,25 @@ No-Boundary and K-Boundary heads need nothing special: an intra-modality pattern
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 
-from mmi_jax.layout import VISION
-from mmi_jax.method.kv_views import AllKeys, Group, OfModality, View
-from mmi_jax.method.patterns.base import Pattern, Scope
+from mmi_jax.layout import TEXT, VISION
+from mmi_jax.method.kv_views import AllKeys, KeySet, OfModality, View
+from mmi_jax.method.patterns.base import Pattern
+from mmi_jax.method.patterns.block_top_k import BlockTopK
 from mmi_jax.method.patterns.dense import Dense
-from mmi_jax.method.query_parts import Everything, Part, QBlocks, Runs
+from mmi_jax.method.patterns.grid import Grid
+from mmi_jax.method.patterns.streaming import AShape
+from mmi_jax.method.patterns.vertical_slash import VerticalSlash
+from mmi_jax.method.query_parts import Everything, Part, QBlocks, Runs, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class QBoundary(Pattern):
-    """Queries grouped by modality, each group with a pattern of its own over all keys.
+    """Queries grouped by modality, each group with its pattern over all keys.
 
     Text sees everything, vision a window of one, over t v v t:
 
@@ -38,7 +42,12 @@ class QBoundary(Pattern):
     inner: Mapping[int, Pattern]
     other: Pattern = Dense()
 
-    def __post_init__(self):
+    @classmethod
+    def example(cls) -> "QBoundary":
+        """An instance for a prompt of about a hundred tokens."""
+        return cls({VISION: Grid.example(), TEXT: VerticalSlash.example()})
+
+    def __post_init__(self) -> None:
         """Stores `inner` in hashable form; raises ValueError for an empty mapping or a nested boundary."""
         object.__setattr__(self, "inner", _Frozen(self.inner))
         _check_inner(self)
@@ -48,9 +57,9 @@ class QBoundary(Pattern):
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
-    def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
+    def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
         """The views of every inner pattern."""
-        return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(group, blocks))
+        return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(key_set, blocks))
 
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""
@@ -62,12 +71,12 @@ class QBoundary(Pattern):
         patterns = [(OfModality(m, listed), pattern) for m, pattern in self.inner.items()]
         patterns.append((OfModality(None, listed), self.other))
         queries = scope.geometry.queries
-        return [part for group, pattern in patterns for part in pattern.parts(scope.restrict(group.holds(queries)))]
+        return sum(_numbered_apart([p.parts(scope.restrict(m.holds(queries))) for m, p in patterns]), [])
 
 
 @dataclasses.dataclass(frozen=True)
 class Boundary2D(Pattern):
-    """Queries and keys grouped by modality; each pair of modalities has a pattern of its own, one softmax over all.
+    """Queries and keys grouped by modality; each pair of modalities has its pattern, one softmax over all.
 
     Vision to vision a window of one, everything else dense, over t v v t:
 
@@ -84,20 +93,26 @@ class Boundary2D(Pattern):
     inner: Mapping[tuple[int, int], Pattern]
     other: Pattern = Dense()
 
-    def __post_init__(self):
+    @classmethod
+    def example(cls) -> "Boundary2D":
+        """An instance for a prompt of about a hundred tokens."""
+        lines, window = VerticalSlash.example(), AShape.example()
+        return cls({(VISION, VISION): lines, (TEXT, VISION): window, (VISION, TEXT): BlockTopK(2)})
+
+    def __post_init__(self) -> None:
         """Stores `inner` in hashable form; raises ValueError for an empty mapping or a nested boundary."""
         object.__setattr__(self, "inner", _Frozen(self.inner))
         _check_inner(self)
 
     @property
     def _modalities(self) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-        """Modality groups, the unlisted rest last, and the listed modalities."""
+        """The listed modalities, None last for all others; and the listed ones alone."""
         listed = tuple(sorted({m for pair in self.inner for m in pair}))
         return (*listed, None), listed
 
-    def _pairs(self):
-        groups, listed = self._modalities
-        for q, k in itertools.product(groups, groups):
+    def _pairs(self) -> Iterator[tuple[int | None, OfModality, Pattern]]:
+        modalities, listed = self._modalities
+        for q, k in itertools.product(modalities, modalities):
             pattern = self.other if q is None or k is None else self.inner.get((q, k), self.other)
             yield q, OfModality(k, listed), pattern
 
@@ -106,10 +121,10 @@ class Boundary2D(Pattern):
         """Whether an inner pattern does."""
         return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
 
-    def views(self, group: Group, blocks: Blocks) -> tuple[View, ...]:
+    def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""
-        if group != AllKeys():
-            raise ValueError("Boundary2D groups the keys itself and cannot stand inside another group of keys")
+        if key_set != AllKeys():
+            raise ValueError("Boundary2D divides the keys itself and cannot be used inside a set of keys")
         return tuple(view for _, keys, pattern in self._pairs() for view in (keys, *pattern.views(keys, blocks)))
 
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
@@ -118,32 +133,59 @@ class Boundary2D(Pattern):
 
     def parts(self, scope: Scope) -> list[Part]:
         """For each query modality, the common refinement of its inner patterns' parts."""
-        groups, listed = self._modalities
-        by_query = {m: [] for m in groups}
-        for m, keys, pattern in self._pairs():
-            by_query[m].append((keys, pattern))
-        parts = []
-        for m, pairs in by_query.items():
-            own = scope.restrict(OfModality(m, listed).holds(scope.geometry.queries))
+        modalities, listed = self._modalities
+        parts: list[Part] = []
+        first_number = 0
+        for m in modalities:
+            queries = scope.restrict(OfModality(m, listed).holds(scope.geometry.queries))
+            pairs = [(keys, pattern) for q, keys, pattern in self._pairs() if q == m]
             if all(pattern == Dense() for _, pattern in pairs):
-                parts += Dense().parts(own)  # one list of all keys, which such queries share
-            else:
-                parts += _joined([pattern.parts(own.restrict(group=keys)) for keys, pattern in pairs])
+                parts += Dense().parts(queries)  # one list of all keys, to which all such q blocks point
+                continue
+            per_key_set = [pattern.parts(queries.restrict(key_set=keys)) for keys, pattern in pairs]
+            per_key_set = _numbered_apart(per_key_set, first_number)
+            first_number = _next_number(per_key_set, first_number)
+            parts += _joined(per_key_set)
         return parts
 
 
-def _joined(per_key_group: list[list[Part]]) -> list[Part]:
+def _numbered_apart(per_pattern: Sequence[list[Part]], first_number: int = 0) -> list[list[Part]]:
+    """The parts of several patterns, their gathered sets numbered on from pattern to pattern."""
+    numbered: list[list[Part]] = []
+    for parts in per_pattern:
+        numbered.append(
+            [
+                dataclasses.replace(
+                    part,
+                    gathered=tuple(
+                        dataclasses.replace(rows, number=first_number + rows.number) for rows in part.gathered
+                    ),
+                )
+                for part in parts
+            ]
+        )
+        first_number = _next_number(numbered, first_number)
+    return numbered
+
+
+def _next_number(per_pattern: Sequence[list[Part]], first_number: int) -> int:
+    """The first number that no gathered set has."""
+    numbers = [rows.number for parts in per_pattern for part in parts for rows in part.gathered]
+    return max(numbers, default=first_number - 1) + 1
+
+
+def _joined(per_key_set: Sequence[list[Part]]) -> list[Part]:
     """Parts of several patterns over disjoint keys, as parts that visit what all of them visit.
 
-    Repeated views of different patterns hold the same queries, so they become views of their own.
+    Further passes of different patterns hold the same queries, so they become separate passes.
     """
-    first_views = [[part for part in parts if part.view == 0] for parts in per_key_group]
-    joined = [_intersection(choice) for choice in itertools.product(*first_views)]
-    next_view = 1
-    for parts in per_key_group:
-        repeated = [part for part in parts if part.view > 0]
-        joined += [dataclasses.replace(part, view=next_view + part.view - 1) for part in repeated]
-        next_view += max((part.view for part in repeated), default=0)
+    first_passes = [[part for part in parts if part.query_pass == 0] for parts in per_key_set]
+    joined = [_intersection(choice) for choice in itertools.product(*first_passes)]
+    next_pass = 1
+    for parts in per_key_set:
+        further = [part for part in parts if part.query_pass > 0]
+        joined += [dataclasses.replace(part, query_pass=next_pass + part.query_pass - 1) for part in further]
+        next_pass += max((part.query_pass for part in further), default=0)
     return joined
 
 
@@ -152,14 +194,14 @@ def _intersection(parts: tuple[Part, ...]) -> Part:
         return [runs for part in parts for runs in _visits(part, q_blocks)]
 
     member = jnp.stack([part.member for part in parts]).all(axis=0)
-    columns = tuple(columns for part in parts for columns in part.columns)
+    gathered = tuple(rows for part in parts for rows in part.gathered)
     order = next((part.order for part in parts if part.order is not None), None)  # any order is right, this one tight
     max_blocks = sum(part.max_blocks for part in parts)
-    return Part(member=member, visits=visits, max_blocks=max_blocks, columns=columns, order=order)
+    return Part(member=member, visits=visits, max_blocks=max_blocks, gathered=gathered, order=order)
 
 
 def _visits(part: Part, q_blocks: QBlocks) -> list[Runs]:
-    assert not isinstance(part.visits, Everything), "inside a group of keys a part lists its runs"
+    assert not isinstance(part.visits, Everything), "within a set of keys a part lists its runs"
     return part.visits(q_blocks)
 
 
@@ -171,13 +213,13 @@ def _vision_blocks(pattern: "QBoundary | Boundary2D", num_kv_blocks: int, blocks
     return None if None in visited else max(x for x in visited if x is not None)
 
 
-class _Frozen(dict):
+class _Frozen[K, V](dict[K, V]):
     """A mapping that can be part of a static argument."""
 
-    def __hash__(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: K, value: V) -> None:
         raise TypeError("a pattern's mapping is fixed once it is made")
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
-from mmi_jax.method.query_parts import Part
+from mmi_jax.method.patterns.base import Pattern
+from mmi_jax.method.patterns.runs import all_keys_part, mean_up_to
+from mmi_jax.method.query_parts import Part, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
@@ -29,8 +30,3 @@ class Dense(Pattern):
     def parts(self, scope: Scope) -> list[Part]:
         """One part that sees everything."""
         return [all_keys_part(scope)]
-
-
-def all_keys_part(scope: Scope) -> Part:
-    """The scope's members, each seeing all keys of the group."""
-    return Part(member=scope.member, visits=scope.all_keys(), max_blocks=scope.bound(-(-scope.num_kv_blocks // 8)))

@@ -1,11 +1,12 @@
 """A-shape and Tri-shape: sinks and a local window, fixed before the prompt is seen (StreamingLLM; paper App. C.3)."""
 
 import dataclasses
+from typing import ClassVar
 
-from mmi_jax.method.patterns.base import Pattern, Scope, mean_up_to
-from mmi_jax.method.patterns.checks import check_at_least
-from mmi_jax.method.patterns.dense import all_keys_part
-from mmi_jax.method.query_parts import Part, last_members, sink_and_window
+from mmi_jax.method.checks import check_at_least
+from mmi_jax.method.patterns.base import Family, Pattern, in_tokens
+from mmi_jax.method.patterns.runs import all_keys_part, last_members, mean_up_to, sink_and_window
+from mmi_jax.method.query_parts import Part, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
@@ -27,8 +28,22 @@ class AShape(Pattern):
       local: nearest keys, the query's own included, exact to the token (Table 3: 4096).
     """
 
-    sink: int = 128
-    local: int = 4096
+    sink: int = in_tokens(128)
+    local: int = in_tokens(4096)
+
+    family: ClassVar = Family(
+        name="a-shape", make=lambda size: AShape(sink=128, local=size), min_size=16, step=16, published=4096
+    )
+
+    @classmethod
+    def example(cls) -> "AShape":
+        """An instance for a prompt of about a hundred tokens."""
+        return cls(sink=4, local=12)
+
+    @classmethod
+    def search_candidates(cls) -> tuple[Pattern, ...]:
+        """A cheaper window than those of Table 4."""
+        return (cls(sink=128, local=256),)
 
     def __post_init__(self):
         """Raises ValueError for a negative sink or a window without the query itself."""
@@ -66,9 +81,23 @@ class TriShape(Pattern):
       last: queries at the end of the prompt that see every key (Table 3: 128).
     """
 
-    sink: int = 128
-    local: int = 4096
-    last: int = 128
+    sink: int = in_tokens(128)
+    local: int = in_tokens(4096)
+    last: int = in_tokens(128)
+
+    family: ClassVar = Family(
+        name="tri-shape", make=lambda size: TriShape(sink=128, local=size), min_size=16, step=16, published=4096
+    )
+
+    @classmethod
+    def example(cls) -> "TriShape":
+        """An instance for a prompt of about a hundred tokens."""
+        return cls(sink=4, local=12, last=10)
+
+    @classmethod
+    def search_candidates(cls) -> tuple[Pattern, ...]:
+        """The windows of `AShape` with the last queries dense."""
+        return cls(sink=128, local=256), cls(sink=128, local=1024)
 
     def __post_init__(self):
         """Raises ValueError for sizes out of range."""

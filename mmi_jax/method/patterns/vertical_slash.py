@@ -1,19 +1,22 @@
 """Vertical-Slash: the columns and diagonals on which the last queries spend most attention (MInference 1.0, Alg. 2)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.method.patterns.base import Pattern, Scope, gathered_columns, mean_up_to
-from mmi_jax.method.patterns.checks import check_at_least
-from mmi_jax.method.query_parts import Columns, Part, Runs
+from mmi_jax.method.checks import check_at_least
+from mmi_jax.method.patterns.base import Family, Pattern, in_tokens
+from mmi_jax.method.patterns.runs import gather_rows, mean_up_to
+from mmi_jax.method.query_parts import GatheredRows, Part, Runs, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.block_lists.integers import floor_divide
 from pallas_kernels.estimate.top_k import largest_places
+from pallas_kernels.notation import Array, Float, Int32
 
 BANDS_AT_ONCE = 64
-"""Bands laid out per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
+"""Bands covered per step of a loop: on an accelerator a step costs kernel launches, whatever its size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +32,11 @@ class VerticalSlash(Pattern):
         1 1 1 0 1 0
         1 0 1 0 0 1
 
-    Columns are exact to the token and gathered into kv blocks of their own; the first kv block of keys is always among
+    Columns are exact to the token and gathered into kv blocks; the first kv block of keys is always among
     them. Diagonals are kept in bands one granule wide and computed in whole tiles that start at any granule, so
     neighbours of a chosen diagonal inside a tile are attended too, and at a distance that is not a multiple of the
     granule at most half a granule of queries at an edge of their q block miss it. Distance is counted in keys of the
-    group, from the last key at or before the query.
+    set, from the last key at or before the query.
 
     Args:
       vertical: columns, the forced first block included; tokens.
@@ -42,10 +45,29 @@ class VerticalSlash(Pattern):
       last_q: queries that the estimate reads.
     """
 
-    vertical: int = 1000
-    slash: int = 4096
-    local: int = 100
+    vertical: int = in_tokens(1000)
+    slash: int = in_tokens(4096)
+    local: int = in_tokens(100)
     last_q: int = 64
+
+    # MInference's columns are a quarter of its diagonals (1000 and 4096).
+    family: ClassVar = Family(
+        name="minference",
+        make=lambda size: VerticalSlash(vertical=max(128, size // 4), slash=size),
+        min_size=64,
+        step=16,
+        published=4096,
+    )
+
+    @classmethod
+    def example(cls) -> "VerticalSlash":
+        """An instance for a prompt of about a hundred tokens."""
+        return cls(vertical=20, slash=24, local=8, last_q=8)
+
+    @classmethod
+    def search_candidates(cls) -> tuple[Pattern, ...]:
+        """Fewer lines than those of Table 4."""
+        return cls(vertical=256, slash=256), cls(vertical=512, slash=512)
 
     def __post_init__(self):
         """Raises ValueError for sizes below 1."""
@@ -57,7 +79,7 @@ class VerticalSlash(Pattern):
         return mean_up_to(self.vertical / blocks.kv + bands + 1, num_kv_blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
-        """One part in prompt order, with gathered columns."""
+        """One part in prompt order, its columns gathered."""
         view, blocks = scope.view, scope.blocks
         column_mass, band_mass = scope.last_line_mass(self.last_q)
         anchor = view.rank(scope.geometry.q_pos + 1) - 1
@@ -66,40 +88,49 @@ class VerticalSlash(Pattern):
             Part(
                 member=scope.member,
                 visits=lambda q_blocks: _slash_runs(
-                    bands, view.offset, view.rank(q_blocks.lowest), *q_blocks.extent(anchor), blocks
+                    bands, view.offset, view.rank(q_blocks.min_pos), *q_blocks.extent(anchor), blocks
                 ),
                 max_blocks=scope.bound(len(bands) + 2) + scope.num_kv_blocks,
-                columns=(self._columns(column_mass, scope),),
+                gathered=(self._columns(column_mass, scope),),
             )
         ]
 
-    def _columns(self, mass, scope: Scope) -> Columns:
+    def _columns(self, mass: Float[Array, " s"], scope: Scope) -> GatheredRows:
         """The heaviest columns, the first keys forced, in order of position."""
         view, blocks = scope.view, scope.blocks
         num_columns = min(max(self.vertical, blocks.kv), len(view.order))
         mass = jnp.where(jnp.cumsum(view.order >= 0) <= blocks.kv, jnp.inf, mass)
-        return gathered_columns(scope, largest_places(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns))
+        return gather_rows(scope, largest_places(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns))
 
-    def _bands(self, mass, blocks: Blocks):
-        """The heaviest bands of diagonals, the nearest forced, nearest first; int32 [n]."""
+    def _bands(self, mass: Float[Array, " n"], blocks: Blocks) -> Int32[Array, " n"]:
+        """The heaviest bands of diagonals, the nearest forced, nearest first."""
         num_forced = -(-self.local // blocks.granule)
         num_bands = min(max(-(-self.slash // blocks.granule), 1), len(mass))
         mass = jnp.where(jnp.arange(len(mass)) < min(num_forced, num_bands), jnp.inf, mass)
         return largest_places(mass, num_bands)
 
 
-def _slash_runs(bands, offset, first_own, first_anchor, last_anchor, blocks: Blocks) -> list[Runs]:
+def _slash_runs(
+    bands: Int32[Array, " n"],
+    offset: Int32[Array, ""],
+    first_self: Int32[Array, " i"],
+    first_anchor: Int32[Array, " i"],
+    last_anchor: Int32[Array, " i"],
+    blocks: Blocks,
+) -> list[Runs]:
     """Tiles that cover the bands for queries whose anchors lie between two rows, from the nearest band to the farthest.
 
-    Each band needs the rows its diagonals cross; tiles are laid against the lower edge of what is covered already, so
+    Each band needs the rows its diagonals cross; tiles begin at the lower edge of what is covered already, so
     they never overlap. The nearest band reaches back to the first key that shares a position with a query, so that a
     query inside an image of one position sees all of it.
     """
     tile = blocks.kv // blocks.granule
-    first, end, own = (floor_divide(x, blocks.granule) for x in (first_anchor, last_anchor + blocks.granule, first_own))
+    first, end, self_row = (
+        floor_divide(x, blocks.granule) for x in (first_anchor, last_anchor + blocks.granule, first_self)
+    )
 
-    def cover(covered_from, band):
-        low = jnp.where(band == 0, jnp.minimum(first, own), first - band)
+    def cover(covered_from: Array, band: Array) -> tuple[Array, Array]:
+        low = jnp.where(band == 0, jnp.minimum(first, self_row), first - band)
         high = jnp.minimum(end - band, covered_from)
         number = jnp.where(high > 0, jnp.maximum(-floor_divide(low - high, tile), 0), 0)
         covered_from = jnp.where(number > 0, high - number * tile, covered_from)

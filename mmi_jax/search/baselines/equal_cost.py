@@ -10,8 +10,8 @@ import numpy as np
 from mmi_jax.engine.programs.compilation import compile_options
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.attention import batch_geometry, plan_batch
 from mmi_jax.method.patterns import Dense, Pattern
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.activations import num_tokens_of
 from mmi_jax.search.costs import layer_cost

@@ -12,7 +12,7 @@ import numpy as np
 from mmi_jax.engine.programs.compilation import compile_options
 from mmi_jax.engine.programs.program_cache import PROGRAMS, ProgramKey
 from mmi_jax.layout import TokenLayout
-from mmi_jax.method.attention import attend_sparsely
+from mmi_jax.method.dispatch import attend_sparsely
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import Plan
 from mmi_jax.search.activations import LayerActivations

@@ -10,8 +10,8 @@ from cases import plan_of, video_with_timestamps, visit_counts
 
 from mmi_jax import Boundary2D, Grid, QBoundary, VerticalSlash
 from mmi_jax.layout import TEXT, VISION, concatenate, text_tokens, vision_tokens
-from mmi_jax.method.patterns.base import Scope
 from mmi_jax.method.plan import prompt_geometry
+from mmi_jax.method.query_parts import Scope
 from mmi_jax.method.token_groups import FramePlace, RankPhase, RowPlace
 from pallas_kernels.block_lists.block_sizes import Blocks
 

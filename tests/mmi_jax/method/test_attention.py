@@ -22,9 +22,10 @@ from closeness import (
 
 from mmi_jax import AShape, Dense, Grid, Pattern, VerticalSlash, sparse_attention
 from mmi_jax.layout import concatenate, stack, text_tokens, vision_tokens
-from mmi_jax.method.attention import attend_by_plan, attend_sparsely, batch_geometry, plan_batch
-from mmi_jax.method.patterns.base import Scope
-from mmi_jax.method.query_parts import Part, Runs
+from mmi_jax.method.attention import attend_by_plan
+from mmi_jax.method.dispatch import attend_sparsely
+from mmi_jax.method.plan import batch_geometry, plan_batch
+from mmi_jax.method.query_parts import Part, Runs, Scope
 from pallas_kernels.block_lists import xla
 from pallas_kernels.block_lists.block_sizes import Blocks
 
@@ -182,19 +183,19 @@ def test_gradients_are_those_of_masked_dense_attention(rng, name):
 class EveryOther(Pattern):
     """A researcher's pattern in one file: the q block itself and every second kv block before it."""
 
-    most_blocks: int
+    max_blocks: int
 
     def parts(self, scope: Scope) -> list[Part]:
         def visits(q_blocks):
             blocks, view = scope.blocks, scope.view
             start = jnp.arange(scope.num_kv_blocks)[None] * blocks.kv
-            own = view.rank(q_blocks.lowest)[:, None] // blocks.kv * blocks.kv
-            is_seen = (start == own) | ((start < own) & (start // blocks.kv % 2 == 0))
+            here = view.rank(q_blocks.min_pos)[:, None] // blocks.kv * blocks.kv
+            is_seen = (start == here) | ((start < here) & (start // blocks.kv % 2 == 0))
             return [
                 Runs(start=view.offset + jnp.broadcast_to(start, is_seen.shape), num_blocks=is_seen.astype(jnp.int32))
             ]
 
-        return [Part(member=scope.member, visits=visits, max_blocks=self.most_blocks)]
+        return [Part(member=scope.member, visits=visits, max_blocks=self.max_blocks)]
 
 
 def every_other(num_tokens, block):
@@ -203,7 +204,7 @@ def every_other(num_tokens, block):
     return is_seen & np.tril(np.ones((num_tokens, num_tokens), bool))
 
 
-def test_a_pattern_of_ones_own_is_one_file(rng):
+def test_a_pattern_of_a_user_is_one_file(rng):
     q, k, v = random_qkv(rng, batch=1, t=75, s=75, heads=2, kv_heads=1, head_dim=16)
     out = sparse_attention(q, k, v, EveryOther(100), layout=text_tokens(75), blocks=SMALL)
     plan = plan_of(EveryOther(100), text_tokens(75))
@@ -229,7 +230,7 @@ def test_lists_are_the_same_from_the_short_program_and_from_the_long_one(room, m
     assert (masks == every_other(90, 16)[None]).all()
 
 
-def test_lists_that_do_not_fit_make_a_head_with_columns_and_views_dense():
+def test_lists_that_do_not_fit_make_a_head_with_gathered_rows_and_passes_dense():
     class Tight(Grid):
         """Grid whose lists are bounded far too tightly."""
 

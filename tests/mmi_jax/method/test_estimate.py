@@ -8,7 +8,7 @@ from closeness import assert_same_up_to_order, attention_terms
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.estimate import fold_score, last_queries, salience
 from mmi_jax.method.kv_views import SortedBy, build_geometry
-from mmi_jax.method.token_groups import NO_KEY, RowPlace
+from mmi_jax.method.token_groups import NO_GROUP, RowPlace
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.estimate.xla import attention_rows, diagonal_mass
 
@@ -59,8 +59,8 @@ def test_one_heavy_token_counts_no_more_than_one_of_a_line():
     counted = jnp.asarray(VIDEO.frame >= 0)
     view = SortedBy(RowPlace(), 0)
     geometry = build_geometry(VIDEO, (view,), Blocks(q=1, kv=1, granule=1), num_queries=25, q_start=0)
-    score, key = fold_score(salience(mass, counted, VIDEO), counted, geometry.view(view))
-    assert int(key) == 1 and float(score) > 0
+    score, group = fold_score(salience(mass, counted, VIDEO), counted, geometry.view(view))
+    assert int(group) == 1 and float(score) > 0
 
 
 def test_without_a_token_to_look_at_there_is_no_score():
@@ -68,5 +68,5 @@ def test_without_a_token_to_look_at_there_is_no_score():
     view = SortedBy(RowPlace(), 0)
     geometry = build_geometry(layout, (view,), Blocks(q=1, kv=1, granule=1), num_queries=3, q_start=0)
     counted = jnp.zeros(3, bool)
-    score, key = fold_score(salience(jnp.ones(3), counted, layout), counted, geometry.view(view))
-    assert float(score) == -np.inf and int(key) == NO_KEY
+    score, group = fold_score(salience(jnp.ones(3), counted, layout), counted, geometry.view(view))
+    assert float(score) == -np.inf and int(group) == NO_GROUP

@@ -15,7 +15,8 @@ from closeness import assert_same_up_to_order, attention_terms, reordering_error
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.method.attention import batch_geometry, permute, plan_batch
+from mmi_jax.method.attention import permute
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.hopper import mosaic_gpu
 from pallas_kernels.attention.hopper.gpu_config import HopperConfig
@@ -81,7 +82,8 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from mmi_jax import Boundary2D, Grid, VerticalSlash
-from mmi_jax.method.attention import batch_geometry, permute, plan_batch
+from mmi_jax.method.plan import batch_geometry, plan_batch
+from mmi_jax.method.attention import permute
 from pallas_kernels.block_lists.block_sizes import Blocks
 from mmi_jax.layout import text_tokens
 from pallas_kernels.attention.tpu import mosaic_tpu

@@ -7,7 +7,7 @@ from cases import padded_left, words
 
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.kv_views import AllKeys, OfModality, SortedBy, build_geometry
-from mmi_jax.method.token_groups import NO_KEY, PositionPhase, RowPlace
+from mmi_jax.method.token_groups import NO_GROUP, PositionPhase, RowPlace
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import PAD_KV_POS
 
@@ -52,10 +52,10 @@ def test_keys_sorted_by_column_without_the_sinks():
     view = SortedBy(RowPlace(), 3)  # rounded up to one block of four
     by_column = geometry_of(layout, view).view(view)
     assert rows(by_column) == [5, 6, 4, 7, -1, -1, -1, -1]
-    assert np.asarray(by_column.key).tolist() == [0, 1, 2, 2, *[NO_KEY] * 4]
-    first, end = by_column.rows_of_key(jnp.int32(2), jnp.int32(2))
+    assert np.asarray(by_column.group).tolist() == [0, 1, 2, 2, *[NO_GROUP] * 4]
+    first, end = by_column.rows_of_groups(jnp.int32(2), jnp.int32(2))
     assert (int(first), int(end)) == (2, 4)
-    first, end = by_column.rows_of_key(jnp.int32(3), jnp.int32(9))
+    first, end = by_column.rows_of_groups(jnp.int32(3), jnp.int32(9))
     assert first == end
 
 
@@ -73,5 +73,6 @@ def test_queries_are_a_window_of_the_keys():
     layout = words("t v v t - -")
     geometry = build_geometry(layout, (SortedBy(PositionPhase(2), 0),), BLOCKS, num_queries=3, q_start=2)
     assert np.asarray(geometry.q_pos).tolist() == [2, 3, -1]
-    keys, order = geometry.queries_by(PositionPhase(2))
-    assert np.asarray(keys).tolist() == [0, 1, NO_KEY] and np.asarray(order).tolist() == [0, 1, 2]
+    queries = geometry.queries_by(PositionPhase(2))
+    assert np.asarray(queries.group).tolist() == [0, 1, NO_GROUP]
+    assert np.asarray(queries.order).tolist() == [0, 1, 2]

@@ -11,7 +11,8 @@ from closeness import assert_same_up_to_order, attention_terms, model_terms, squ
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
 from mmi_jax.bench.synthetic import LOCAL, HeadStructure, planted_qkv, video_prompt
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
-from mmi_jax.method.attention import attend_sparsely, batch_geometry, plan_batch
+from mmi_jax.method.dispatch import attend_sparsely
+from mmi_jax.method.plan import batch_geometry, plan_batch
 from mmi_jax.method.token_groups import FramePlace
 from mmi_jax.search import Candidates, Journal, Search, TargetDensity, choose_patterns
 from mmi_jax.search.activations import LayerActivations, layer_activations

@@ -1,4 +1,4 @@
-"""Plain prompts: what counts as one, and dense attention without a plan."""
+"""The vendor's dense path: prompts whose positions equal indices, and dense attention without a plan."""
 
 import dataclasses
 import functools
@@ -15,9 +15,8 @@ from mmi_jax.engine.programs import compilation
 from mmi_jax.engine.programs.program_cache import ProgramCache
 from mmi_jax.engine.settings import request
 from mmi_jax.layout import PADDING, concatenate, stack, text_tokens, vision_tokens
-from mmi_jax.method import attention, dense_attention
-from mmi_jax.method.attention import attend_sparsely
-from mmi_jax.method.dense_attention import attend_densely, is_plain
+from mmi_jax.method import dispatch
+from mmi_jax.method.dispatch import attend_densely, attend_sparsely, position_equals_index
 from mmi_jax.method.patterns import AShape, Dense
 from mmi_jax.method.tables.cost_model import CostModel
 from models.testing import BLOCKS, BUCKETS, TINY_CONFIG, prompt, tiny_model
@@ -46,13 +45,13 @@ def moved(**changes):
     ],
     ids=["prompt", "padded", "batch", "shared position", "padding first"],
 )
-def test_a_prompt_is_plain_iff_tokens_stand_at_their_place(layout, expected):
-    assert is_plain(layout) is expected
+def test_positions_equal_indices_iff_no_position_is_shared_and_padding_is_last(layout, expected):
+    assert position_equals_index(layout) is expected
 
 
-def test_a_traced_layout_is_not_known_to_be_plain():
+def test_a_traced_layout_hides_its_positions():
     seen = []
-    jax.jit(lambda layout: seen.append(is_plain(layout)))(jax.tree.map(jnp.asarray, PROMPT))
+    jax.jit(lambda layout: seen.append(position_equals_index(layout)))(jax.tree.map(jnp.asarray, PROMPT))
     assert seen == [False]
 
 
@@ -65,7 +64,7 @@ def inputs(rng, layout, num_keys):
     return q, *(jnp.where(is_real, x, jnp.nan) for x in (k, v))
 
 
-def test_dense_attention_of_a_plain_prompt_equals_the_dense_plan(rng):
+def test_dense_attention_without_a_plan_equals_the_dense_plan(rng):
     layout = stack([PROMPT.pad_to(48), text_tokens(48)])
     q, k, v = inputs(rng, layout, 64)
     got, lse = attend_densely(q, k, v, layout=layout, scale=0.125, implementation="xla")
@@ -94,14 +93,14 @@ def cudnn_by_xla(monkeypatch):
     def attend(q, k, v, **options: Any):
         calls.append(q.shape)
         options["implementation"] = "xla"
-        return dense_attention.attend_densely(q, k, v, **options)
+        return attend_densely(q, k, v, **options)
 
-    monkeypatch.setattr(attention, "cudnn_takes", lambda q: True)
-    monkeypatch.setattr(attention, "attend_densely", attend)
+    monkeypatch.setattr(dispatch, "cudnn_takes", lambda q: True)
+    monkeypatch.setattr(dispatch, "attend_densely", attend)
     return calls
 
 
-def test_dense_heads_of_a_plain_prompt_need_no_plan(rng, cudnn_by_xla):
+def test_dense_heads_of_positions_that_equal_indices_need_no_plan(rng, cudnn_by_xla):
     layout = PROMPT.pad_to(48)
     q, k, v = inputs(rng, stack([layout, layout]), 48)
     result = attend_sparsely(q, k, v, Dense(), layout=layout)
@@ -112,7 +111,7 @@ def test_dense_heads_of_a_plain_prompt_need_no_plan(rng, cudnn_by_xla):
     assert_same_up_to_order(result.out, planned.out, terms=attention_terms(48, 64))
 
 
-@pytest.mark.parametrize("layout", [moved(pos=(6, 7)), PROMPT], ids=["not plain", "one head sparse"])
+@pytest.mark.parametrize("layout", [moved(pos=(6, 7)), PROMPT], ids=["shared position", "one head sparse"])
 def test_everything_else_is_planned(rng, cudnn_by_xla, layout):
     patterns = [Dense()] * 4 if layout is not PROMPT else [Dense()] * 3 + [AShape(sink=8, local=8)]
     q, k, v = inputs(rng, stack([layout, layout]), layout.num_tokens)
@@ -132,7 +131,7 @@ def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_
     monkeypatch.setattr(request, "costs_of_device", lambda: DENSE_IS_FREE)
     monkeypatch.setattr(compilation, "PROGRAMS", ProgramCache())  # programs of other tests know nothing of this kernel
     got = run(table=AShape(sink=1, local=2))
-    assert cudnn_by_xla, "dense layers of a plain prompt went to the vendor's kernel"
+    assert cudnn_by_xla, "dense layers went to the vendor's kernel"
     assert (got.report.density == 1).all() and (got.report.recall == 1).all()
     assert_same_up_to_order(got.logits, expected.logits, terms=model_terms(TINY_CONFIG, num_keys=64))
     asked = run(table=AShape(sink=1, local=2), may_run_dense=False)
