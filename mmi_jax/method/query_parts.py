@@ -10,7 +10,7 @@ blocks. Six queries in two parts, the even ones and the odd ones, in q blocks of
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +210,7 @@ class Part:
     gathered: tuple[GatheredRows, ...] = ()
 
 
+@runtime_checkable
 class PlansQueries(Protocol):
     """A pattern, as far as planning knows it; see `patterns.base.Pattern`. Hashable: it is static under jit."""
 

@@ -64,10 +64,10 @@ def layer_activations(
     padded = fit_prompt(prompt, (buckets or Buckets()).length_for(num_tokens))
     is_answer = np.isin(np.arange(padded.tokens.shape[1]), np.asarray(answer_rows, np.int64))[None]
     x, rotary = model.embed(padded), model.rotary(jnp.asarray(padded.rope_pos))
-    starts_plain, layout = position_equals_index(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
+    position_is_index, layout = position_equals_index(padded.layout), jax.tree.map(jnp.asarray, padded.layout)
     graphdef, weights = split_layers(model)
     for n in range(model.config.num_layers if num_layers is None else num_layers):
-        x, (q, k, v, out) = _dense_layer(graphdef, blocks, starts_plain, weights(n), x, rotary, layout)
+        x, (q, k, v, out) = _dense_layer(graphdef, blocks, position_is_index, weights(n), x, rotary, layout)
         yield LayerActivations(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
 
 
@@ -107,11 +107,11 @@ def check_answer_rows(rows: Sequence[int], num_tokens: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _dense_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
+def _dense_layer(graphdef, blocks: Blocks, position_is_index: bool, weights, x, rotary, layout):
     """The layer's output, and what its attention read and gave."""
 
     def attend(q, k, v):
-        out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out
+        out = attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=position_is_index).out
         return out, (q, k, v, out)
 
     return run_layer(graphdef, weights, x, rotary, attend)

@@ -69,7 +69,7 @@ def ablate_heads(
     num_tokens, config = check_prompt(prompt, answer_rows), model.config
     rows = np.asarray(answer_rows if len(answer_rows) else (num_tokens - 1,), np.int32)
     padded = fit_prompt(prompt, buckets.length_for(num_tokens))
-    starts_plain = position_equals_index(padded.layout)
+    position_is_index = position_equals_index(padded.layout)
     is_answer = jnp.asarray(np.isin(np.arange(padded.tokens.shape[1]), rows))
 
     def copies(x: Array | np.ndarray, axis: int) -> Array:
@@ -82,11 +82,11 @@ def ablate_heads(
     x, effects = copies(model.embed(padded), 0), []
     for n in range(config.num_layers):
         ablations, error = _ablated_layer(
-            graphdef, blocks, starts_plain, ablated, weights(n), x, rotary, one, is_answer
+            graphdef, blocks, position_is_index, ablated, weights(n), x, rotary, one, is_answer
         )
         x = jnp.repeat(ablations[-1:], len(x), axis=0)  # the last copy is dense: it goes on to the next layer
         for later in range(n + 1, config.num_layers):
-            ablations = _dense_layer(graphdef, blocks, starts_plain, weights(later), ablations, rotary, layout)
+            ablations = _dense_layer(graphdef, blocks, position_is_index, weights(later), ablations, rotary, layout)
         logits = model.unembed(ablations[:, rows].reshape(-1, x.shape[-1]))
         effects.append((_change(logits, len(rows)), error))
     logits, error = (np.stack(jax.device_get(values)) for values in zip(*effects, strict=True))
@@ -108,13 +108,13 @@ def head_weights(effects: Sequence[AblationEffect]) -> Float[np.ndarray, "l h"]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _ablated_layer(
-    graphdef, blocks: Blocks, starts_plain: bool, ablated: Pattern, weights, x, rotary, layout, is_answer
+    graphdef, blocks: Blocks, position_is_index: bool, ablated: Pattern, weights, x, rotary, layout, is_answer
 ):
     """A layer on equal copies of a prompt, head n of copy n ablated, the last copy dense; and the heads' errors."""
 
     def attend(q, k, v):
         one = (q[:1], k[:1], v[:1])
-        dense = attend_sparsely(*one, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out
+        dense = attend_sparsely(*one, Dense(), layout=layout, blocks=blocks, position_is_index=position_is_index).out
         sparse = attend_sparsely(*one, ablated, layout=layout, blocks=blocks).out
         number, head = jnp.arange(q.shape[0])[:, None], jnp.arange(q.shape[2])[None]
         out = jnp.where((number == head)[:, None, :, None], sparse, dense)
@@ -124,11 +124,13 @@ def _ablated_layer(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _dense_layer(graphdef, blocks: Blocks, starts_plain: bool, weights, x, rotary, layout):
+def _dense_layer(graphdef, blocks: Blocks, position_is_index: bool, weights, x, rotary, layout):
     """A layer on the copies."""
 
     def attend(q, k, v):
-        return attend_sparsely(q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=starts_plain).out, None
+        return attend_sparsely(
+            q, k, v, Dense(), layout=layout, blocks=blocks, position_is_index=position_is_index
+        ).out, None
 
     return run_layer(graphdef, weights, x, rotary, attend)[0]
 

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from mmi_jax.layout import TokenLayout
 from mmi_jax.method.checks import check_example
@@ -86,7 +86,7 @@ class Pattern(abc.ABC):
     def parts(self, scope: Scope) -> list[Part]:
         """Parts of the scope's queries; those of pass 0 hold each member once."""
 
-    def scaled(self, factor: float) -> Self:
+    def scaled(self, factor: float) -> "Pattern":
         """The pattern for prompts `factor` times as long: sizes in tokens multiplied, blocks too but at least two."""
         sizes: dict[str, int] = {}
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
