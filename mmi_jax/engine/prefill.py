@@ -167,7 +167,7 @@ class _Run:
         request, mesh = self.request, self.request.options.mesh
         with clock(Stage.VISION):
             x = jax.block_until_ready(self.model.embed(self.prompt))
-        program = request.program(self.model, is_plain=position_equals_index(self.prompt.layout))
+        program = request.program(self.model, position_is_index=position_equals_index(self.prompt.layout))
         cache, rope_pos = self._described_cache(x)
         graphdef, state = nnx.split(self.model)
         state = place(state, mesh, weight_specs(state, request.shards))

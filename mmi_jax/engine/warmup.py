@@ -66,7 +66,9 @@ def prepare_requests(model: VisionLanguageModel, requests: Iterable[PrefillReque
     longest_first = sorted(requests, key=lambda request: -request.batch * request.num_tokens)  # quick ones end the wait
     for request in longest_first[:1]:
         check_memory(memory_request(request, model, embed_bytes=0), 0)
-    compiled_chunks((request.program(model, is_plain=True), chunk_shapes(model, request)) for request in longest_first)
+    compiled_chunks(
+        (request.program(model, position_is_index=True), chunk_shapes(model, request)) for request in longest_first
+    )
     _run_the_rest(model, longest_first)
 
 

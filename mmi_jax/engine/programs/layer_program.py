@@ -49,7 +49,7 @@ class Program:
       layers: a pattern for each layer and query head.
       implementation: see `block_sparse_attention`.
       measures_recall: estimate the fraction of attention that was kept.
-      starts_plain: see `attend_sparsely`.
+      position_is_index: see `attend_sparsely`.
       mesh: splits the chunk, which is then the whole prompt; None for one device.
     """
 
@@ -59,7 +59,7 @@ class Program:
     blocks: Blocks
     implementation: Backend | Vendor | None = None
     measures_recall: bool = True
-    starts_plain: bool = False
+    position_is_index: bool = False
     mesh: Mesh | None = None
 
     def of(self, *rows: tuple[Pattern, ...]) -> "Program":
@@ -215,7 +215,7 @@ def _attention(program: Program, shards: Shards, row: tuple[Pattern, ...], geome
                 q_start=first_query,
                 blocks=program.blocks,
                 implementation=program.implementation,
-                position_is_index=program.starts_plain,
+                position_is_index=program.position_is_index,
                 padding_is_finite=True,  # prefill pads with a token of its own
             )
             return result.out, _statistics(program, result, sample)

@@ -49,8 +49,8 @@ class PrefillRequest:
         """Padded lengths of this prefill; raises ValueError where the sizes do not fit each other."""
         return padded_lengths(self.num_tokens, self.options, self.shards, self.prior)
 
-    def program(self, model: VisionLanguageModel, *, is_plain: bool) -> Program:
-        """What its chunks run; `is_plain` as the function of that name says of the padded prompt."""
+    def program(self, model: VisionLanguageModel, *, position_is_index: bool) -> Program:
+        """What its chunks run; `position_is_index` as `position_equals_index` says of the padded prompt."""
         from flax import nnx  # here, so that attention and its benchmarks need no flax
 
         mesh = self.options.mesh
@@ -61,7 +61,10 @@ class PrefillRequest:
             blocks=self.options.block_sizes,
             implementation=self.options.implementation,
             measures_recall=self.options.measures_recall,
-            starts_plain=is_plain and self.lengths.is_whole and mesh is None and _has_dense_layer(self.table),
+            position_is_index=position_is_index
+            and self.lengths.is_whole
+            and mesh is None
+            and _has_dense_layer(self.table),
             mesh=mesh,
         )
 
