@@ -1,6 +1,7 @@
 """BlockTopK: the kv blocks whose pooled keys score best against pooled queries (MInference's block-sparse)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -70,7 +71,7 @@ class BlockTopK(Pattern):
         begins, ends = view.rank(pos) // size, -(-view.rank(pos + 1) // size)
         is_row = (q_blocks.order >= 0).astype(jnp.int32)
 
-        def best_of(q_block: tuple[Array, ...]) -> tuple[Array, Array]:
+        def best_of(q_block: tuple[Array, ...]) -> Sequence[Array]:
             mean, reach, begins, ends, is_row = q_block
             edges = jnp.zeros(len(block) + 1, jnp.int32).at[begins].add(is_row).at[ends].add(-is_row)
             holds_a_query = jnp.cumsum(edges)[:-1] > 0
