@@ -106,7 +106,7 @@ def assert_same_up_to_order(got, want, *, terms: int, dtype=jnp.float32, of_scor
     assert got.shape == want.shape, f"{what}: {got.shape=} {want.shape=}"
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{what}: where it is not finite")
-    error = float(np.abs(got - want)[finite].max(initial=0.0)) if np.isfinite(got[finite]).all() else np.nan
+    error = float(np.abs(got[finite] - want[finite]).max(initial=0.0)) if np.isfinite(got[finite]).all() else np.nan
     largest = float(np.abs(want[finite]).max(initial=0.0))
     allowed = reordering_error(want, terms, dtype) + float(of_scores) * largest
     # A NaN compares false, so it fails here too.
