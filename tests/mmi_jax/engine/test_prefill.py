@@ -29,7 +29,7 @@ from mmi_jax import prefill as run_prefill
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.protocols import ModelConfig, Prompt, VisionLanguageModel
 from mmi_jax.layout import VISION
-from mmi_jax.method.attention import attend_sparsely
+from mmi_jax.method.dispatch import attend_sparsely
 from models.testing import BLOCKS, BUCKETS, STATIC, TINY_CONFIG, batch, forward, last_logits, pad, prompt, tiny_model
 
 TERMS = model_terms(TINY_CONFIG, num_keys=64)
