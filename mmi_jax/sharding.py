@@ -1,4 +1,4 @@
-"""Several chips: how a prefill is cut over a mesh with an axis for the sequence and one for the heads.
+"""Sharding: a prefill split over a mesh with an axis for the sequence and one for the heads.
 
 Device `(r, c)` of a mesh of R x C holds, of a prompt of `t` tokens:
 
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 SEQUENCE, HEADS = "sequence", "heads"
 BOTH = (SEQUENCE, HEADS)
-"""All devices, as tokens between layers and weights are cut."""
+"""All devices, as tokens between layers and weights are split."""
 
 TOKENS_SPEC = P(None, BOTH, None)
 """Embeddings `[b, t, e]`."""
@@ -95,14 +95,14 @@ class Shards:
             return branches[0](*operands)
         return jax.lax.switch(jax.lax.axis_index(HEADS), branches, *operands)
 
-    def whole(self, weights, cuts: Sequence[int | None]):
-        """One layer's weights, gathered; `cuts` as `layer_cuts` gives them."""
+    def whole(self, weights, axes: Sequence[int | None]):
+        """One layer's weights, gathered; `axes` as `split_axes` gives them."""
         if self.num_devices == 1:
             return weights
         leaves, tree = jax.tree.flatten(weights)
         gathered = [
-            leaf if cut is None else jax.lax.all_gather(leaf, BOTH, axis=cut - 1, tiled=True)
-            for leaf, cut in zip(leaves, cuts, strict=True)
+            leaf if axis is None else jax.lax.all_gather(leaf, BOTH, axis=axis - 1, tiled=True)
+            for leaf, axis in zip(leaves, axes, strict=True)
         ]
         return jax.tree.unflatten(tree, gathered)
 
@@ -137,7 +137,7 @@ def make_mesh(devices: Sequence[Any] | None = None, *, num_kv_heads: int) -> Mes
 
 
 def shards_of(mesh: Mesh | None, *, num_kv_heads: int) -> Shards:
-    """How the mesh cuts; one device without a mesh.
+    """How the mesh splits; one device without a mesh.
 
     Raises:
       ValueError: the mesh has other axes, or more devices along `heads` than divide the kv heads.
@@ -153,31 +153,29 @@ def shards_of(mesh: Mesh | None, *, num_kv_heads: int) -> Shards:
 
 
 def weight_specs(state: Any, shards: Shards) -> Any:
-    """The partition of every weight: matrices are cut along their first axis that all devices divide, never along the
-    layers; norms and biases are held whole by every device.
+    """The partition of every weight: matrices are split along their first axis that all devices divide, never along the
+    layers; every device holds norms and biases whole.
     """
 
     def spec(path, leaf):
-        cut = _cut(leaf.shape, _is_layer(path), shards)
-        return P() if cut is None else P(*[None] * cut, BOTH)
+        return _spec(_split_axis(leaf.shape, _is_layer(path), shards))
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def layer_cuts(layers: Any, shards: Shards) -> tuple[int | None, ...]:
-    """For each weight of `model.layers`, the axis along which it is cut, None where it is not."""
-    return tuple(_cut(leaf.shape, True, shards) for leaf in jax.tree.leaves(layers))
+def split_axes(layers: Any, shards: Shards) -> tuple[int | None, ...]:
+    """For each weight of `model.layers`, the axis along which it is split, None where it is not."""
+    return tuple(_split_axis(leaf.shape, True, shards) for leaf in jax.tree.leaves(layers))
 
 
-def layer_specs(layers: Any, cuts: Sequence[int | None]) -> Any:
-    """The partition of every weight of `model.layers`; `cuts` as `layer_cuts` gives them."""
+def layer_specs(layers: Any, axes: Sequence[int | None]) -> Any:
+    """The partition of every weight of `model.layers`; `axes` as `split_axes` gives them."""
     leaves, tree = jax.tree.flatten(layers)
-    specs = [P() if cut is None else P(*[None] * cut, BOTH) for _, cut in zip(leaves, cuts, strict=True)]
-    return jax.tree.unflatten(tree, specs)
+    return jax.tree.unflatten(tree, [_spec(axis) for _, axis in zip(leaves, axes, strict=True)])
 
 
 def shard_model(model: Any, mesh: Mesh) -> Any:
-    """The model with its weights cut over the mesh, as `prefill(..., mesh=mesh)` and `decode` read them."""
+    """The model with its weights split over the mesh, as `prefill(..., mesh=mesh)` and `decode` read them."""
     from flax import nnx  # here, as in `prefill`
 
     graphdef, state = nnx.split(model)
@@ -186,7 +184,7 @@ def shard_model(model: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
-    """The arrays laid out over the mesh as `specs` say, one for all or one for each; as they are without a mesh."""
+    """The arrays on the devices of the mesh as `specs` say, one for all or one for each; as they are without a mesh."""
     if mesh is None:
         return tree
     if isinstance(specs, P):
@@ -198,7 +196,11 @@ def _is_layer(path) -> bool:
     return any(getattr(entry, "key", None) == "layers" for entry in path)
 
 
-def _cut(shape: tuple[int, ...], is_layer: bool, shards: Shards) -> int | None:
+def _spec(axis: int | None) -> P:
+    return P() if axis is None else P(*[None] * axis, BOTH)
+
+
+def _split_axis(shape: tuple[int, ...], is_layer: bool, shards: Shards) -> int | None:
     axes = range(1 if is_layer else 0, len(shape))
     if len(axes) < 2:
         return None

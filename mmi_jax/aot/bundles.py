@@ -1,6 +1,6 @@
-"""What the TPU compiler made of a kernel: bundles and busy units of every straight-line region of its final schedule.
+"""Bundles and busy units of every straight-line region of a TPU kernel, from the compiler's final schedule.
 
-The compiler writes one line per bundle (a bundle issues every cycle), and beside it a table of how many slots of each
+The compiler writes one line per bundle (a bundle issues every cycle), and another table of how many slots of each
 unit the bundle uses. Waits for copies and semaphores are in neither: they bound the compute side and no more.
 """
 
@@ -43,8 +43,8 @@ class Region:
     capacity: dict[str, int]
     is_loop_body: bool
 
-    def share(self, unit: str) -> float:
-        """Slots of the unit that are used, between 0 and 1."""
+    def utilization(self, unit: str) -> float:
+        """The fraction of the unit's slots that is used."""
         return self.used[unit] / (self.bundles * self.capacity[unit])
 
 
@@ -67,15 +67,17 @@ def read_schedules(directory: Path, name: str) -> list[KernelSchedule]:
     Raises:
       ValueError: there is none.
     """
-    found = []
+    schedules = []
     for path in sorted(directory.glob(f"*-{SCHEDULE}")):
         match = _FILE.fullmatch(path.name)
         if match and match["kernel"].startswith(name):
             units = _sibling(directory, match)
-            found.append(KernelSchedule(kernel=match["kernel"], regions=_regions(path.read_text(), units.read_text())))
-    if not found:
+            schedules.append(
+                KernelSchedule(kernel=match["kernel"], regions=_regions(path.read_text(), units.read_text()))
+            )
+    if not schedules:
         raise ValueError(f"the compiler wrote no schedule of a kernel {name!r}: got {_kernels(directory)}")
-    return found
+    return schedules
 
 
 def _sibling(directory: Path, match: re.Match) -> Path:
@@ -92,20 +94,20 @@ def _kernels(directory: Path) -> list[str]:
 
 
 def _regions(schedule: str, units: str) -> tuple[Region, ...]:
-    """The regions of a schedule: cut before every mark and after every branch."""
+    """The regions of a schedule: split before every mark and after every branch."""
     capacity, rows = _use_of_units(units.splitlines())
-    cuts, bodies = {0, len(rows)}, set()
+    edges, bodies = {0, len(rows)}, set()
     for line in schedule.splitlines():
         if not (bundle := _BUNDLE.match(line)):
             continue
         number = int(bundle["number"], 16)
         if bundle["mark"]:
-            cuts.add(number)
+            edges.add(number)
         if bundle["mark"] == LOOP_BODY:
             bodies.add(number)
         if BRANCH in line:
-            cuts.add(number + 1)
-    edges = sorted(cut for cut in cuts if cut <= len(rows))
+            edges.add(number + 1)
+    inside = sorted(edge for edge in edges if edge <= len(rows))
     return tuple(
         Region(
             first=begin,
@@ -114,7 +116,7 @@ def _regions(schedule: str, units: str) -> tuple[Region, ...]:
             capacity=capacity,
             is_loop_body=begin in bodies,
         )
-        for begin, end in itertools.pairwise(edges)
+        for begin, end in itertools.pairwise(inside)
     )
 
 

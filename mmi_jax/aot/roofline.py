@@ -1,4 +1,4 @@
-"""The least time that a prefill can take on a mesh of TPUs, from what its busiest device must compute and move."""
+"""The roofline lower bound on a prefill's time on a mesh of TPUs: what its busiest device must compute and move."""
 
 import dataclasses
 import functools
@@ -37,8 +37,8 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bound:
-    """Seconds that the device cannot be faster than, by what it waits for; its parts overlap at best."""
+class LowerBound:
+    """Roofline lower bound in seconds, by what the device waits for; its parts overlap at best."""
 
     matmul: float
     attention: float
@@ -47,15 +47,15 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The least time: units that work at once, each never idle."""
+        """The lower bound of all: units that work at once, each never idle."""
         return max(self.matmul + self.attention, self.hbm, self.links)
 
 
-def work(target: Target, num_tokens: int, *, density: float) -> Work:
+def work_of(target: Target, num_tokens: int, *, density: float) -> Work:
     """What the last sequence piece, which sees the most keys, does in all layers.
 
     Args:
-      density: share of the causal tiles that a head visits whose pattern is chosen when the prompt is seen.
+      density: fraction of the causal tiles that a head visits whose pattern is chosen when the prompt is seen.
     """
     config, shards = target.model.config, target.shards
     item = jnp.dtype(target.dtype).itemsize
@@ -79,21 +79,23 @@ def work(target: Target, num_tokens: int, *, density: float) -> Work:
         link_bytes={
             "weights": elsewhere * weights * item,
             "keys and values": layers * kv_heads * key_bytes * (num_tokens - queries),
-            "heads": layers * (1 - 1 / shards.heads) * tokens * (2 * config.num_heads * head_dim * item
-                     + config.num_kv_heads * key_bytes),
+            "heads": layers
+            * (1 - 1 / shards.heads)
+            * tokens
+            * (2 * config.num_heads * head_dim * item + config.num_kv_heads * key_bytes),
         },
-    )  # fmt: skip
+    )
 
 
-def bound(found: Work, target: Target, chip: Chip, *, cycles_per_tile: float, devices_per_chip: int) -> Bound:
-    """The least seconds of that work on one of the chip's devices."""
-    share = 1 / devices_per_chip
-    cores = chip.cores * share
-    return Bound(
-        matmul=found.matmul_flops / (chip.flops_per_second * share),
-        attention=found.tiles * cycles_per_tile / (chip.clock * cores),
-        hbm=sum(found.hbm_bytes.values()) / (chip.hbm_bytes_per_second * share),
-        links=sum(found.link_bytes.values()) / (chip.link_bytes_per_second * share),
+def lower_bound(work: Work, chip: Chip, *, cycles_per_tile: float, devices_per_chip: int) -> LowerBound:
+    """The roofline lower bound of that work on one of the chip's devices."""
+    fraction = 1 / devices_per_chip
+    cores = chip.cores * fraction
+    return LowerBound(
+        matmul=work.matmul_flops / (chip.flops_per_second * fraction),
+        attention=work.tiles * cycles_per_tile / (chip.clock * cores),
+        hbm=sum(work.hbm_bytes.values()) / (chip.hbm_bytes_per_second * fraction),
+        links=sum(work.link_bytes.values()) / (chip.link_bytes_per_second * fraction),
     )
 
 
@@ -117,8 +119,8 @@ def cycles_per_tile(
 
 def compute_regions(schedule: KernelSchedule) -> list[Region]:
     """The regions with most of the matrix products: those with at least half of the slots of the fullest."""
-    most = max(region.used["MXU"] for region in schedule.regions)
-    return [region for region in schedule.regions if region.used["MXU"] >= max(most / 2, 1)]
+    fullest = max(region.used["MXU"] for region in schedule.regions)
+    return [region for region in schedule.regions if region.used["MXU"] >= max(fullest / 2, 1)]
 
 
 def _busiest_tiles(target: Target, num_tokens: int, density: float) -> float:
@@ -151,8 +153,8 @@ def _tiles(target: Target, pattern: Pattern, num_tokens: int) -> float:
 
 
 def assumptions(patterns: Sequence[Pattern], density: float) -> list[str]:
-    """What the bound rests on, as sentences."""
-    named = [
+    """What the lower bound assumes, as sentences."""
+    sentences = [
         "Each unit is never idle: matrix units at their peak in projections, the kernel at the bundles of its fastest "
         "compute region with one bundle a cycle, memory and links at their published rates, all of them at once.",
         "Left out: estimates and lists of dynamic patterns, reordering of queries, waits for copies, the recall "
@@ -160,11 +162,11 @@ def assumptions(patterns: Sequence[Pattern], density: float) -> list[str]:
         "Fixed patterns visit what they visit on a video of 16 x 16 tokens a frame with text around it.",
     ]
     if any(pattern.reads_scores for pattern in patterns):
-        named.append(f"A pattern that is chosen when the prompt is seen visits {density:.1%} of the causal tiles.")
-    return named
+        sentences.append(f"A pattern that is chosen when the prompt is seen visits {density:.1%} of the causal tiles.")
+    return sentences
 
 
-def sizes_json(found: Work, least: Bound) -> dict[str, Any]:
+def roofline_json(work: Work, bound: LowerBound) -> dict[str, Any]:
     """Both as JSON values."""
-    rounded = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(least).items()}
-    return {"work": dataclasses.asdict(found), "least_seconds": rounded | {"all": float(f"{least.seconds:.4g}")}}
+    rounded = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(bound).items()}
+    return {"work": dataclasses.asdict(work), "lower_bound_seconds": rounded | {"all": float(f"{bound.seconds:.4g}")}}

@@ -97,7 +97,7 @@ def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
 
 
 def _attend(q: Array, cache: KVCache, implementation: Implementation | None, layer: Any = 0):
-    nothing = jnp.zeros((*cache.k.shape[:2], decode_step.LEAST_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
+    nothing = jnp.zeros((*cache.k.shape[:2], decode_step.MIN_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
     return decode_attention(
         q, cache.k, cache.v, layer=layer, lengths=cache.lengths, k_new=nothing, v_new=nothing, num_new=0,
         implementation=implementation,
@@ -152,7 +152,7 @@ def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_step.Decoding:
 
     model: Any = nnx.merge(graphdef, state)
     logits = jnp.zeros((len(cache.lengths), model.config.vocab_size), jnp.float32)
-    room = decode_step.LEAST_NEW_TOKENS
+    room = decode_step.MIN_NEW_TOKENS
     return decode_step.start(logits, cache, jax.random.key(0), choice=_greedy(), room=room, sharding=None)
 
 

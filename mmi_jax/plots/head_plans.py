@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mmi_jax.engine.prefill import VisionLanguageModel
+from mmi_jax.engine.programs.single_layer import run_layer, split_layers
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.dispatch import attend_sparsely
 from mmi_jax.method.patterns import Pattern
@@ -48,35 +48,31 @@ def plan_of_heads(
     x = jnp.pad(model.embed(prompt), ((0, 0), (0, pad), (0, 0)))
     rotary = model.rotary(jnp.pad(jnp.asarray(prompt.rope_pos), ((0, 0), (0, 0), (0, pad))))
     layout = jax.tree.map(jnp.asarray, prompt.layout.pad_to(x.shape[1]))
-    graphdef, state = nnx.split(model.layers)
+    graphdef, weights = split_layers(model)
     for n in range(layer):
-        x = _run_layer(graphdef, table.layers[n], blocks, _layer(state, n), x, rotary, layout)
-    return _plan(graphdef, table.layers[layer], tuple(heads), blocks, _layer(state, layer), x, rotary, layout)
+        x = _sparse_layer(graphdef, table.layers[n], blocks, weights(n), x, rotary, layout)
+    return _plan(graphdef, table.layers[layer], tuple(heads), blocks, weights(layer), x, rotary, layout)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_layer(graphdef, patterns: tuple[Pattern, ...], blocks: Blocks, state, x, rotary, layout):
+def _sparse_layer(graphdef, patterns: tuple[Pattern, ...], blocks: Blocks, weights, x, rotary, layout):
     """The layer's output."""
 
     def attend(q, k, v):
         return attend_sparsely(q, k, v, patterns, layout=layout, blocks=blocks).out, None
 
-    return nnx.merge(graphdef, state)(x, rotary, attend)[0]
+    return run_layer(graphdef, weights, x, rotary, attend)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _plan(
-    graphdef, patterns: tuple[Pattern, ...], heads: tuple[int, ...], blocks: Blocks, state, x, rotary, layout
+    graphdef, patterns: tuple[Pattern, ...], heads: tuple[int, ...], blocks: Blocks, weights, x, rotary, layout
 ) -> Plan:
     """The plan of the layer's heads."""
-    _, (q, k) = nnx.merge(graphdef, state)(x, rotary, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
+    _, (q, k) = run_layer(graphdef, weights, x, rotary, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     ratio = q.shape[2] // k.shape[2]
     chosen = [patterns[head] for head in heads]
     layout = jax.tree.map(lambda a: a[0], layout)
     geometry = prompt_geometry(layout, chosen, num_queries=q.shape[1], q_start=jnp.int32(0), blocks=blocks)
     q, k = q[0][:, list(heads)], k[0][:, [head // ratio for head in heads]]
     return plan_heads(chosen, q, k, geometry, scale=q.shape[-1] ** -0.5, blocks=blocks)
-
-
-def _layer(state, n: int):
-    return jax.tree.map(lambda a: a[n], state)

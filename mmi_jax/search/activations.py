@@ -1,13 +1,14 @@
 """Activations of a prompt's attention, layer by layer: queries, keys, values, dense output; one layer at a time."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmi_jax.engine.programs.single_layer import run_layer, split_layers
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
@@ -17,9 +18,6 @@ from mmi_jax.method.patterns import Dense
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import AnyArray, Array, Bool, Float
 from pallas_kernels.pytree import pytree
-
-type Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""What a layer calls on its queries, keys and values, after rotation: output, and anything else."""
 
 
 @pytree
@@ -69,21 +67,6 @@ def layer_activations(
     for n in range(model.config.num_layers if num_layers is None else num_layers):
         x, (q, k, v, out) = _dense_layer(graphdef, blocks, position_is_index, weights(n), x, rotary, layout)
         yield LayerActivations(q=q, k=k, v=v, out=out, layout=layout, is_answer=is_answer)
-
-
-def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], Any]]:
-    """The definition that all layers share, and the weights of each by its number."""
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
-
-    graphdef, state = nnx.split(model.layers)
-    return graphdef, lambda n: jax.tree.map(lambda a: a[n], state)
-
-
-def run_layer(graphdef, weights, x: Float[Array, "b t e"], rotary, attend: Attend) -> tuple[Float[Array, "b t e"], Any]:
-    """One layer with attention of one's own: its output, and what `attend` gives besides its own output."""
-    from flax import nnx
-
-    return nnx.merge(graphdef, weights)(x, rotary, attend)
 
 
 def num_tokens_of(prompt: Any) -> int:

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmi_jax.engine.programs.single_layer import run_layer, split_layers
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.dispatch import attend_sparsely, position_equals_index
 from mmi_jax.method.patterns import AShape, Dense, Pattern
-from mmi_jax.search.activations import check_prompt, run_layer, split_layers
+from mmi_jax.search.activations import check_prompt
 from mmi_jax.search.trials.measurement import relative_error
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Bool, Float

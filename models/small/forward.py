@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from mmi_jax.engine.programs.single_layer import run_layer
 from models.interface import Model
 from models.small.bank import Bank, patches
 from models.small.config import GRID, GRID_TOKENS
@@ -51,7 +52,7 @@ def row_logits(model: Model, batch: Batch, bank: Bank, compute: Compute) -> Floa
     graphdef, state = nnx.split(model.layers)
 
     def step(x, layer):
-        return nnx.merge(graphdef, layer)(x, rotary, attend)[0], None
+        return run_layer(graphdef, layer, x, rotary, attend)[0], None
 
     x, _ = jax.lax.scan(jax.checkpoint(step) if compute.remats else step, x, state)
     return model.unembed(jnp.take_along_axis(x, batch.rows[..., None], axis=1))

@@ -22,9 +22,9 @@ def kernel_figures(options: AotOptions, target: compile_ahead.Target, dump: Path
     (schedule, *_) = read_schedules(dump, compile_ahead.KERNEL)
     block_kv, head_dim = target.blocks.kv, target.model.config.head_dim
     cycles = roofline.cycles_per_tile(schedule, chip, tile=tile, block_kv=block_kv, head_dim=head_dim)
-    found = roofline.work(target, num_tokens, density=options.density)
+    work = roofline.work_of(target, num_tokens, density=options.density)
     per_chip = devices_per_chip(list(target.mesh.devices.flat))
-    least = roofline.bound(found, target, chip, cycles_per_tile=cycles, devices_per_chip=per_chip)
+    bound = roofline.lower_bound(work, chip, cycles_per_tile=cycles, devices_per_chip=per_chip)
     patterns = {pattern for heads in target.table.layers for pattern in heads}
     return {
         "kernel": tile
@@ -34,7 +34,7 @@ def kernel_figures(options: AotOptions, target: compile_ahead.Target, dump: Path
             "bundles_elsewhere": schedule.bundles - sum(r.bundles for r in roofline.compute_regions(schedule)),
             "cycles_per_visited_block": round(cycles, 1),
         },
-        **roofline.sizes_json(found, least),
+        **roofline.roofline_json(work, bound),
         "assumptions": roofline.assumptions(sorted(patterns, key=repr), options.density),
     }
 
@@ -73,8 +73,8 @@ def memory_figures(options: AotOptions, target: compile_ahead.Target):
 
 
 def _region(region: Any) -> dict[str, Any]:
-    shares = {unit.lower(): round(region.share(unit), 3) for unit in ("MXU", "VALU", "XLU")}
-    return {"first_bundle": region.first, "bundles": region.bundles, **shares}
+    utilization = {unit.lower(): round(region.utilization(unit), 3) for unit in ("MXU", "VALU", "XLU")}
+    return {"first_bundle": region.first, "bundles": region.bundles, **utilization}
 
 
 def main(arguments: list[str]) -> int:

@@ -169,7 +169,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _print_kernel(out: Console, found: dict[str, Any]) -> None:
     """The kernel's tile and schedule, bytes moved and the roofline lower bound."""
-    kernel, bound = found["kernel"], found["least_seconds"]
+    kernel, bound = found["kernel"], found["lower_bound_seconds"]
     vmem, vmem_limit = kernel["vmem_bytes"] / 2**20, kernel["vmem_limit_bytes"] / 2**20
     out.print(
         f"kernel tile: {kernel['block_q']} queries x {kernel['tile_kv']} keys, {vmem:.1f} of {vmem_limit:.1f} MiB VMEM"

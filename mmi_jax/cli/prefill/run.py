@@ -151,7 +151,7 @@ def _decode(model, prefilled: PrefillResult, sampling: SamplingOptions, end_toke
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        key=jax.random.key(sampling.seed),
+        rng=jax.random.key(sampling.seed),
         end_tokens=end_tokens,
     )
     return np.asarray(tokens)[0].tolist()

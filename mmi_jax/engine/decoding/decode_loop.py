@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmi_jax.engine.decoding.decode_step import Choice, Decoding, choice_of, replicated, room_for, run_block, start
+from mmi_jax.engine.decoding.decode_step import Choice, Decoding, choice_of, new_rows, replicated, run_block, start
 from mmi_jax.engine.kv_cache import KVCache
 from mmi_jax.engine.prefill import PrefillResult
 from mmi_jax.engine.protocols import VisionLanguageModel
@@ -32,7 +32,7 @@ def decode(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key: Array | None = None,
+    rng: Array | None = None,
     end_tokens: tuple[int, ...] = (),
     on_tokens: OnTokens | None = None,
     implementation: Implementation | None = None,
@@ -43,16 +43,16 @@ def decode(
       prefilled: of a `prefill`; stays as it is, and needs no room for the new tokens.
       temperature: 0 takes the most likely token; above, samples from `softmax(logits / temperature)`.
       top_p: samples among the fewest tokens that hold this probability.
-      key: a JAX random key; needed when `temperature` is above 0.
+      rng: a JAX random key; needed when `temperature` is above 0.
       end_tokens: decoding stops once every row has produced one of them.
       on_tokens: called with the first token of each row, then with every block of tokens: for streaming.
       implementation: of the attention, see `decode_attention`.
 
     Raises:
-      ValueError: `max_new_tokens` or `temperature` is negative, `top_p` is not in (0, 1], or a key is missing.
+      ValueError: `max_new_tokens` or `temperature` is negative, `top_p` is not in (0, 1], or `rng` is missing.
     """
-    choice = _checked(max_new_tokens, temperature, top_p, key, end_tokens)
-    return _decode(model, prefilled, max_new_tokens, choice, key, on_tokens, implementation)[0]
+    choice = _checked(max_new_tokens, temperature, top_p, rng, end_tokens)
+    return _decode(model, prefilled, max_new_tokens, choice, rng, on_tokens, implementation)[0]
 
 
 def decode_with_cache(
@@ -62,12 +62,12 @@ def decode_with_cache(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key: Array | None = None,
+    rng: Array | None = None,
     end_tokens: tuple[int, ...] = (),
     on_tokens: OnTokens | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Int32[np.ndarray, "b n"], KVCache]:
-    """The tokens of `decode`, and the cache grown by them, in the memory of `prefilled.cache`, which is given up.
+    """The tokens of `decode`, and the cache grown by them, in the memory of `prefilled.cache`, which is donated.
 
     A row's cache ends with its end token, or before its last token where it has none or ended last: a token's keys are
     computed with the token after it.
@@ -79,12 +79,12 @@ def decode_with_cache(
     Raises:
       ValueError: as in `decode`, or the cache has no room.
     """
-    choice = _checked(max_new_tokens, temperature, top_p, key, end_tokens)
+    choice = _checked(max_new_tokens, temperature, top_p, rng, end_tokens)
     cache = prefilled.cache
     room = cache.capacity - int(np.asarray(cache.lengths).max())
     if max_new_tokens > room + 1:  # the last one is not written
         raise ValueError(f"the cache must have room for {max_new_tokens=}: it has room for {room + 1}")
-    tokens, decoding = _decode(model, prefilled, max_new_tokens, choice, key, on_tokens, implementation)
+    tokens, decoding = _decode(model, prefilled, max_new_tokens, choice, rng, on_tokens, implementation)
     if decoding is None:
         return tokens, cache
     is_end = np.isin(tokens, choice.end_tokens)
@@ -93,20 +93,27 @@ def decode_with_cache(
     return tokens, _grown(cache, decoding.k_new, decoding.v_new, num_kept)
 
 
-def _checked(max_new_tokens: int, temperature: float, top_p: float, key, end_tokens: tuple[int, ...]) -> Choice:
+def _checked(
+    max_new_tokens: int, temperature: float, top_p: float, rng: Array | None, end_tokens: tuple[int, ...]
+) -> Choice:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens=}")
-    if temperature < 0 or not 0 < top_p <= 1 or (temperature > 0 and key is None):
+    if temperature < 0 or not 0 < top_p <= 1 or (temperature > 0 and rng is None):
         raise ValueError(
-            f"sampling needs temperature >= 0, 0 < top_p <= 1 and a key: got {temperature=}, {top_p=}, {key=}"
+            f"sampling needs temperature >= 0, 0 < top_p <= 1 and an rng: got {temperature=}, {top_p=}, {rng=}"
         )
     return choice_of(temperature, top_p, end_tokens)
 
 
 def _decode(
-    model: VisionLanguageModel, prefilled: PrefillResult, max_new_tokens: int, choice: Choice, key: Array | None,
-    on_tokens: OnTokens | None, implementation: Implementation | None,
-) -> tuple[np.ndarray, Decoding | None]:  # fmt: skip
+    model: VisionLanguageModel,
+    prefilled: PrefillResult,
+    max_new_tokens: int,
+    choice: Choice,
+    rng: Array | None,
+    on_tokens: OnTokens | None,
+    implementation: Implementation | None,
+) -> tuple[np.ndarray, Decoding | None]:
     """All tokens, block by block, and what is on the device at the end; None for no tokens."""
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
@@ -115,10 +122,10 @@ def _decode(
         return np.zeros((len(cache.lengths), 0), np.int32), None
     sharding = replicated(cache)
     if sharding is not None and implementation is None:
-        implementation = "xla"  # which the compiler can cut
-    key = jax.random.key(0) if key is None else key
+        implementation = "xla"  # which the compiler can partition
+    rng = jax.random.key(0) if rng is None else rng
     graphdef, state = nnx.split(model)
-    decoding = start(prefilled.logits, cache, key, choice=choice, room=room_for(max_new_tokens), sharding=sharding)
+    decoding = start(prefilled.logits, cache, rng, choice=choice, room=new_rows(max_new_tokens), sharding=sharding)
     pieces = [np.asarray(decoding.token)[:, None]]
     num_tokens = 1
     while True:
@@ -127,9 +134,16 @@ def _decode(
         if num_tokens == max_new_tokens or np.isin(pieces[-1][:, -1], choice.end_tokens).all():
             return np.concatenate(pieces, axis=1).astype(np.int32), decoding
         decoding, tokens, n = run_block(
-            graphdef, state, cache, decoding, key, jnp.int32(max_new_tokens),
-            choice=choice, implementation=implementation, sharding=sharding,
-        )  # fmt: skip
+            graphdef,
+            state,
+            cache,
+            decoding,
+            rng,
+            jnp.int32(max_new_tokens),
+            choice=choice,
+            implementation=implementation,
+            sharding=sharding,
+        )
         pieces.append(np.asarray(tokens)[:, : int(n)])
         num_tokens += int(n)
 

@@ -18,7 +18,7 @@ from pallas_kernels.pytree import pytree, static_field
 BLOCK_TOKENS = 16
 """Tokens of one program run: the host looks at what was decoded once in so many tokens."""
 
-LEAST_NEW_TOKENS = 64
+MIN_NEW_TOKENS = 64
 """Room for new tokens is this or a larger power of two: few programs, and whole tiles of the decode kernel."""
 
 
@@ -41,7 +41,7 @@ class Choice:
 
 
 def choice_of(temperature: float, top_p: float, end_tokens: tuple[int, ...]) -> Choice:
-    """The choice that `decode` is asked for."""
+    """The choice of these settings of `decode`."""
     return Choice(
         temperature=jnp.float32(temperature),
         top_p=jnp.float32(top_p),
@@ -69,36 +69,49 @@ class Decoding:
     v_new: Float[Array, "layers b n g d"]
 
 
-def room_for(max_new_tokens: int) -> int:
+def new_rows(max_new_tokens: int) -> int:
     """Rows that the new tokens' keys get."""
-    return max(LEAST_NEW_TOKENS, 1 << max(0, math.ceil(math.log2(max(max_new_tokens, 1)))))
+    return max(MIN_NEW_TOKENS, 1 << max(0, math.ceil(math.log2(max(max_new_tokens, 1)))))
 
 
 @functools.partial(jax.jit, static_argnames=("room", "sharding"))
 def start(
-    logits: Float[Array, "b v"], cache: KVCache, key: Array, *,
-    choice: Choice, room: int, sharding: NamedSharding | None,
-) -> Decoding:  # fmt: skip
+    logits: Float[Array, "b v"],
+    cache: KVCache,
+    rng: Array,
+    *,
+    choice: Choice,
+    room: int,
+    sharding: NamedSharding | None,
+) -> Decoding:
     """The first token, chosen from the prefill's logits, and room for the keys of all that follow."""
     num_layers, b, _, num_kv_heads, head_dim = cache.k.shape
-    token = _everywhere(sample(logits, jax.random.fold_in(key, 0), choice), sharding)
+    token = _everywhere(sample(logits, jax.random.fold_in(rng, 0), choice), sharding)
     k_new, v_new = (jnp.zeros((num_layers, b, room, num_kv_heads, head_dim), cache.k.dtype) for _ in range(2))
     return Decoding(token=token, is_done=_ends(token, choice), num_new=jnp.int32(1), k_new=k_new, v_new=v_new)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("implementation", "sharding"), donate_argnums=3)
 def run_block(
-    graphdef: Any, state: Any, cache: KVCache, decoding: Decoding, key: Array, limit: Int32[Array, ""], *,
-    choice: Choice, implementation: Implementation | None, sharding: NamedSharding | None,
-) -> tuple[Decoding, Int32[Array, "b n"], Int32[Array, ""]]:  # fmt: skip
+    graphdef: Any,
+    state: Any,
+    cache: KVCache,
+    decoding: Decoding,
+    rng: Array,
+    limit: Int32[Array, ""],
+    *,
+    choice: Choice,
+    implementation: Implementation | None,
+    sharding: NamedSharding | None,
+) -> tuple[Decoding, Int32[Array, "b n"], Int32[Array, ""]]:
     """Up to `BLOCK_TOKENS` more tokens of each prompt, and how many they are.
 
     Args:
       graphdef, state: of the model.
       cache: of the prompts; read only.
-      decoding: given up to the result.
+      decoding: donated.
       limit: tokens after which decoding ends, over all blocks.
-      sharding: of a value that every device holds, where the cache is cut over several.
+      sharding: of a value that every device holds, where the cache is split over several.
     """
     from flax import nnx
 
@@ -111,7 +124,7 @@ def run_block(
     def one_token(carry):
         decoding, tokens, n = carry
         logits, k_new, v_new = step(model, cache, decoding, implementation)
-        token = sample(logits, jax.random.fold_in(key, decoding.num_new), choice)
+        token = sample(logits, jax.random.fold_in(rng, decoding.num_new), choice)
         token = jnp.where(decoding.is_done, decoding.token, token)
         decoding = Decoding(
             token=token,
@@ -145,9 +158,16 @@ def step(model: Any, cache: KVCache, decoding: Decoding, implementation: Impleme
                 for old, new in ((k_new, k), (v_new, v))
             )
             out = decode_attention(
-                q[:, 0].astype(cache.k.dtype), cache.k, cache.v, layer=n, lengths=cache.lengths,
-                k_new=written[0], v_new=written[1], num_new=place + 1, implementation=implementation,
-            )  # fmt: skip
+                q[:, 0].astype(cache.k.dtype),
+                cache.k,
+                cache.v,
+                layer=n,
+                lengths=cache.lengths,
+                k_new=written[0],
+                v_new=written[1],
+                num_new=place + 1,
+                implementation=implementation,
+            )
             return out[:, None].astype(q.dtype), written
 
         x, written = layer_of_stack(layer_graphdef, layer_state, n, implementation)(x, rotary, attend)
@@ -181,17 +201,17 @@ def layer_of_stack(graphdef: Any, stacked: Any, n: Array, implementation: Implem
     return module
 
 
-def sample(logits: Float[Array, "b v"], key: Array, choice: Choice) -> Int32[Array, " b"]:
+def sample(logits: Float[Array, "b v"], rng: Array, choice: Choice) -> Int32[Array, " b"]:
     """One token of each prompt."""
     if choice.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / choice.temperature
     if choice.takes_all:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return jax.random.categorical(rng, logits).astype(jnp.int32)
     ordered = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    least = jnp.min(jnp.where(before < choice.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.random.categorical(key, jnp.where(logits >= least, logits, -jnp.inf)).astype(jnp.int32)
+    min_logit = jnp.min(jnp.where(before < choice.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jax.random.categorical(rng, jnp.where(logits >= min_logit, logits, -jnp.inf)).astype(jnp.int32)
 
 
 def _ends(token: Int32[Array, " b"], choice: Choice) -> Bool[Array, " b"]:
@@ -204,7 +224,7 @@ def _everywhere(x, sharding: NamedSharding | None):
 
 
 def replicated(cache: KVCache) -> NamedSharding | None:
-    """The sharding of a value that every device of the cache's mesh holds; None where the cache is not cut."""
+    """The sharding of a value that every device of the cache's mesh holds; None where the cache is not split."""
     sharding = cache.k.sharding
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
         return None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mmi_jax.engine.programs.single_layer import run_layer
 from mmi_jax.engine.reporting.stages import Stage
 from mmi_jax.layout import PADDING, TokenLayout
 from mmi_jax.method import estimate
@@ -22,9 +23,9 @@ from mmi_jax.sharding import (
     ROPE_SPEC,
     TOKENS_SPEC,
     Shards,
-    layer_cuts,
     layer_specs,
     shards_of,
+    split_axes,
     weight_specs,
 )
 from pallas_kernels.attention.api import Backend
@@ -105,13 +106,13 @@ class Program:
         """
         (row,) = self.layers
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
-        cuts = layer_cuts(weights, shards)
+        axes = split_axes(weights, shards)
 
         def prefill_layer(*args):
-            return _layer(self, row, shards, cuts, *args)
+            return _layer(self, row, shards, axes, *args)
 
         carry_specs = (TOKENS_SPEC, CACHE_SPEC, CACHE_SPEC)
-        in_specs = (layer_specs(weights, cuts), P(), OWN_SPEC, P(), P(), *carry_specs)
+        in_specs = (layer_specs(weights, axes), P(), OWN_SPEC, P(), P(), *carry_specs)
         return self._jit(prefill_layer, in_specs, (*carry_specs, P()), donate_argnums=(5, 6, 7))
 
     def end(self, num_kv_heads: int):
@@ -155,7 +156,7 @@ def _layer(
     program: Program,
     row: tuple[Pattern, ...],
     shards: Shards,
-    cuts: tuple[int | None, ...],
+    axes: tuple[int | None, ...],
     weights,
     n,
     shared,
@@ -177,11 +178,10 @@ def _layer(
       The layer's output, the caches, and its statistics on every device: density and recall `[pieces, 1, b, h]`, the
       queries behind the recall and whether q and k were finite `[pieces, 1, b]`.
     """
-    from flax import nnx
 
     rotary, geometries = shared
     attend_heads = _attention(program, shards, row, geometries, x, layout, q_start)
-    module: Any = nnx.merge(program.layer_graphdef, shards.whole(jax.tree.map(lambda a: a[n], weights), cuts))
+    own_weights = shards.whole(jax.tree.map(lambda a: a[n], weights), axes)
 
     def attend(q, k_new, v_new):
         q, k_new, v_new = (shards.by_heads(new) for new in (q, k_new, v_new))
@@ -193,7 +193,7 @@ def _layer(
         out, statistics = attend_heads(q, shards.all_tokens(k_all[n]), shards.all_tokens(v_all[n]))
         return shards.by_tokens(out), (k_all, v_all, statistics)
 
-    x, (k, v, statistics) = module(x, rotary, attend)
+    x, (k, v, statistics) = run_layer(program.layer_graphdef, own_weights, x, rotary, attend)
     return x, k, v, _join(shards, jax.tree.map(lambda a: a[None], statistics))
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a prefill goes: a profiler trace, and the device time of each stage read from it.
+"""The profile of a prefill: a profiler trace, and the device time of each stage read from it.
 
 The stages are named scopes in the code. A compiled program keeps the scope of every instruction, and the trace names
 the instruction behind every kernel, so that the two together say which stage a kernel belongs to.
@@ -14,17 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-STAGES = {
-    "mmi.project": "norms, projections, rotary",
-    "mmi.estimate": "estimates",
-    "mmi.plan": "lists and orders",
-    "mmi.recall": "recall measurement",
-    "mmi.permute": "permute",
-    "mmi.attend": "attend",
-    "mmi.undo": "undo",
-    "mmi.mlp": "output projection, MLP",
-}
-"""Scopes and what they hold; an instruction belongs to the innermost of them."""
+from mmi_jax.engine.reporting.stages import PROFILED_STAGES, Stage
+
+LABELS = {stage.scope: label for stage, label in PROFILED_STAGES.items()}
+"""What a profile calls each scope; an instruction belongs to the innermost of them."""
 
 VISION, REST = "vision tower", "rest"
 VISION_MODULE = "encode_batch"
@@ -33,10 +26,10 @@ VISION_MODULE = "encode_batch"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*?\s(?P<opcode>[a-z][\w\-]*)\(", re.MULTILINE)
 _OP_NAME = re.compile(r'op_name="(?P<path>[^"]*)"')
 KERNEL_NAMES = {
-    "block_sparse_attention": "mmi.attend",
-    "attention_mass": "mmi.estimate",
-    "fmha": "mmi.attend",
-    "flash": "mmi.attend",
+    "block_sparse_attention": Stage.ATTEND,
+    "attention_mass": Stage.ESTIMATE,
+    "fmha": Stage.ATTEND,
+    "flash": Stage.ATTEND,
 }
 """Parts of the names of our own kernels and of cuDNN's, by which a trace calls them."""
 
@@ -49,7 +42,7 @@ class StageTimes:
     """Device time by stage.
 
     Args:
-      seconds: of each stage, summed over kernels; of threads where there is no device beside the host.
+      seconds: of each stage, summed over kernels; of threads where the host is the only device.
       span: seconds from the first kernel's begin to the last one's end; 0 without any.
       is_device: whether the trace has a device's own timeline.
       directory: of the trace.
@@ -78,7 +71,7 @@ def profiled(
 
     Args:
       run: compiled before, so that the trace holds its work alone.
-      programs: the texts of the programs that may have run, asked for afterwards; None for one without a text.
+      programs: the texts of the programs that may have run, read afterwards; None for one without a text.
 
     Raises:
       OSError: the trace cannot be written.
@@ -88,10 +81,10 @@ def profiled(
     before = set(directory.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(directory)):
         result = jax.block_until_ready(run())
-    found = sorted(set(directory.rglob("*.xplane.pb")) - before)
-    if not found:
+    traces = sorted(set(directory.rglob("*.xplane.pb")) - before)
+    if not traces:
         raise ValueError(f"the profiler must leave a trace in {directory}: got none; is the disk full?")
-    return result, stage_times(found[-1], programs(), directory)
+    return result, stage_times(traces[-1], programs(), directory)
 
 
 def stage_times(trace: Path, programs: Iterable[str | None], directory: Path) -> StageTimes:
@@ -111,7 +104,7 @@ def stage_times(trace: Path, programs: Iterable[str | None], directory: Path) ->
             begins.append(kernel.start)
             ends.append(kernel.start + kernel.duration)
     span = (max(ends) - min(begins)) * 1e-9 if ends else 0.0
-    order = [VISION, *STAGES.values(), REST]
+    order = [VISION, *PROFILED_STAGES.values(), REST]
     seconds = {stage: totals[stage] * 1e-9 for stage in order if stage in totals}
     return StageTimes(seconds=seconds, span=span, is_device=bool(devices), directory=directory)
 
@@ -128,7 +121,7 @@ def _stages_of(programs: Iterable[str | None]) -> tuple[dict[str, str], set[str]
                 holders.add(name)
             path = _OP_NAME.search(line)
             scopes = _scopes(path["path"]) if path else []
-            stage = STAGES[scopes[-1]] if scopes else REST
+            stage = LABELS[scopes[-1]] if scopes else REST
             stage_of[name] = stage_of[_flat(name)] = stage
     return stage_of, holders
 
@@ -155,8 +148,8 @@ def _stages_in_order(kernels: Sequence[_Kernel], stage_of: Mapping[str, str]) ->
     A GPU replays recorded sequences of kernels, in which a library's kernel, such as a matrix product, bears no name of
     the program's: it belongs where the kernel before it does, else where the next one does, if of the same program.
     """
-    own = [_own_stage(kernel, stage_of) for kernel in kernels]
-    filled = _filled(kernels, own, range(len(kernels)))
+    named = [_named_stage(kernel, stage_of) for kernel in kernels]
+    filled = _filled(kernels, named, range(len(kernels)))
     filled = _filled(kernels, filled, range(len(kernels) - 1, -1, -1))
     return [stage or REST for stage in filled]
 
@@ -171,15 +164,15 @@ def _filled(kernels: Sequence[_Kernel], stages: Sequence[str | None], order: ran
     return filled
 
 
-def _own_stage(kernel: _Kernel, stage_of: Mapping[str, str]) -> str | None:
+def _named_stage(kernel: _Kernel, stage_of: Mapping[str, str]) -> str | None:
     """The stage that the kernel's names tell: `REST` for a named instruction outside all scopes, None for no name."""
     if VISION_MODULE in kernel.module:
         return VISION
     if scopes := _scopes(kernel.path):
-        return STAGES[scopes[-1]]
-    for part, scope in KERNEL_NAMES.items():
+        return LABELS[scopes[-1]]
+    for part, stage in KERNEL_NAMES.items():
         if part in kernel.name:
-            return STAGES[scope]
+            return PROFILED_STAGES[stage]
     for name in (kernel.instruction, kernel.name):
         if name in stage_of:
             return stage_of[name]
@@ -188,7 +181,7 @@ def _own_stage(kernel: _Kernel, stage_of: Mapping[str, str]) -> str | None:
 
 def _scopes(path: str) -> list[str]:
     """The stages' scopes on the path of an operation, the innermost last."""
-    return [part for part in re.split(r"[/()]", path) if part in STAGES]
+    return [part for part in re.split(r"[/()]", path) if part in LABELS]
 
 
 def _timelines(planes: Sequence[Any]) -> Iterator[Iterator[_Kernel]]:

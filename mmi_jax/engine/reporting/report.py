@@ -1,4 +1,4 @@
-"""What a prefill skipped, what it cost, and how close it came to dense attention."""
+"""The report of a prefill: what it skipped, what it cost, and how close it came to dense attention."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ class PrefillReport:
       tokens: tokens of each modality, summed over the batch.
       lengths: tokens of each prompt.
       padded_tokens: length of the bucket; tokens.
-      seconds: wall time by stage: vision, compile, prefill; the caller may add its own.
+      seconds: wall time by stage, see `CLOCK_STAGES`; the caller may add its own.
       table: the patterns that ran.
       density: visited tiles over those of dense causal attention, mean over the batch; float [layers, heads].
-      recall: share of dense attention that the visited keys hold, mean over 64 queries; NaN where not measured.
+      recall: fraction of dense attention that the visited keys hold, mean over 64 queries; NaN where not measured.
     """
 
     tokens: dict[str, int]
@@ -38,9 +38,14 @@ class PrefillReport:
 
     @classmethod
     def build(
-        cls, *, layout: TokenLayout, table: PatternTable, padded_tokens: int, seconds: dict[str, float],
+        cls,
+        *,
+        layout: TokenLayout,
+        table: PatternTable,
+        padded_tokens: int,
+        seconds: dict[str, float],
         statistics: Sequence[Mapping[str, np.ndarray]],
-    ) -> "PrefillReport":  # fmt: skip
+    ) -> "PrefillReport":
         """The report of a prefill whose chunks left these statistics, `[layers, b, h]` each."""
         modality = np.asarray(layout.modality)
         names, counts = np.unique(modality[modality >= 0], return_counts=True)
@@ -82,8 +87,8 @@ class Agreement:
     """How close a sparse prefill's next-token distribution is to the dense one's; means over the batch.
 
     Args:
-      same_next_token: share of prompts whose most likely token is the same.
-      top5_overlap: share of the dense top five that is in the sparse top five.
+      same_next_token: fraction of prompts whose most likely token is the same.
+      top5_overlap: fraction of the dense top five that is in the sparse top five.
       kl: KL divergence of the sparse distribution from the dense one, in nats.
       hidden_error: relative error of the last hidden state, 2-norm.
     """

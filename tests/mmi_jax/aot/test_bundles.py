@@ -58,7 +58,7 @@ def test_regions_begin_at_marks_and_end_at_branches(dump):
 def test_slots_are_counted_per_region(dump):
     loop = read_schedules(dump, "block_sparse_attention.2")[0].regions[1]
     assert loop.used == {"MXU": 6, "XLU": 3, "VALU": 1}
-    assert loop.share("MXU") == 6 / 12 and loop.share("XLU") == 3 / 9 and loop.share("VALU") == 1 / 6
+    assert loop.utilization("MXU") == 6 / 12 and loop.utilization("XLU") == 3 / 9 and loop.utilization("VALU") == 1 / 6
 
 
 def test_a_kernel_that_is_not_there_names_those_that_are(dump):

@@ -11,7 +11,7 @@ from flax import nnx
 from mmi_jax import AShape, Blocks, Dense, PatternTable, VerticalSlash
 from mmi_jax.aot.bundles import KernelSchedule, Region
 from mmi_jax.aot.compile_ahead import Target
-from mmi_jax.aot.roofline import Work, assumptions, bound, compute_regions, cycles_per_tile, work
+from mmi_jax.aot.roofline import Work, assumptions, compute_regions, cycles_per_tile, lower_bound, work_of
 from mmi_jax.engine.memory.chips import CHIPS, chip_of
 from mmi_jax.method.tables.pattern_table import uniform_table
 from mmi_jax.sharding import make_mesh
@@ -30,18 +30,18 @@ def target(table: PatternTable | None = None, *, devices: int = 1, num_kv_heads:
 
 
 def test_work_of_one_device_by_hand():
-    found = work(target(), TOKENS, density=1.0)
+    work = work_of(target(), TOKENS, density=1.0)
     weights = 3 * (16 * 32 + 32 + 2 * (16 * 16 + 16) + 32 * 16 + 2 * 16 + 3 * 16 * 24)
-    assert found.matmul_flops == 2 * weights * TOKENS
-    assert found.tiles == 3 * 4 * sum(2 * (n + 1) for n in range(8))  # q blocks of 256, kv blocks of 128
-    assert found.link_bytes == {"weights": 0, "keys and values": 0, "heads": 0}
-    assert found.hbm_bytes["weights"] == 2 * weights
-    assert found.hbm_bytes["cache"] == 3 * TOKENS * 2 * (2 * 8 * 2)
-    assert found.hbm_bytes["visited keys and values"] == found.tiles * 128 * (2 * 8 * 2)
+    assert work.matmul_flops == 2 * weights * TOKENS
+    assert work.tiles == 3 * 4 * sum(2 * (n + 1) for n in range(8))  # q blocks of 256, kv blocks of 128
+    assert work.link_bytes == {"weights": 0, "keys and values": 0, "heads": 0}
+    assert work.hbm_bytes["weights"] == 2 * weights
+    assert work.hbm_bytes["cache"] == 3 * TOKENS * 2 * (2 * 8 * 2)
+    assert work.hbm_bytes["visited keys and values"] == work.tiles * 128 * (2 * 8 * 2)
 
 
 def test_the_last_of_four_sequence_pieces_has_seven_sixteenths_of_the_work():
-    one, four = work(target(), TOKENS, density=1.0), work(target(devices=4, num_kv_heads=1), TOKENS, density=1.0)
+    one, four = work_of(target(), TOKENS, density=1.0), work_of(target(devices=4, num_kv_heads=1), TOKENS, density=1.0)
     tiles = [2 * (n + 1) for n in range(8)]
     assert four.tiles == 3 * 4 * sum(tiles[6:])
     assert four.matmul_flops == one.matmul_flops / 4
@@ -52,7 +52,7 @@ def test_the_last_of_four_sequence_pieces_has_seven_sixteenths_of_the_work():
 def test_the_busiest_group_of_heads_counts():
     layers = ((FEW[0], FEW[0], FEW[1], FEW[1]),) * 3
     dense, window, mixed = (
-        work(target(table, devices=2), TOKENS, density=1.0).tiles
+        work_of(target(table, devices=2), TOKENS, density=1.0).tiles
         for table in (None, uniform_table(FEW[1], num_layers=3, num_heads=4), PatternTable(layers=layers))
     )
     assert mixed == dense > window
@@ -60,8 +60,8 @@ def test_the_busiest_group_of_heads_counts():
 
 def test_dynamic_patterns_visit_the_density_that_is_given():
     table = uniform_table(VerticalSlash(), num_layers=3, num_heads=4)
-    assert work(target(table), TOKENS, density=0.1).tiles == pytest.approx(
-        0.1 * work(target(), TOKENS, density=1.0).tiles
+    assert work_of(target(table), TOKENS, density=0.1).tiles == pytest.approx(
+        0.1 * work_of(target(), TOKENS, density=1.0).tiles
     )
     assert "visits 10.0% of the causal tiles" in assumptions([VerticalSlash()], 0.1)[-1]
     assert not any("chosen when the prompt is seen" in line for line in assumptions([Dense()], 0.1))
@@ -92,18 +92,18 @@ def test_half_filled_units_hold_half_the_products():
 
 def test_the_slowest_of_what_overlaps_is_the_bound():
     some = Work(matmul_flops=197e12, tiles=1e6, hbm_bytes={"a": 819e9, "b": 819e9}, link_bytes={"c": 200e9})
-    least = bound(some, target(), CHIPS["v5e"], cycles_per_tile=1503.0, devices_per_chip=1)
-    assert least.matmul == 1 and least.hbm == 2 and least.links == 1
-    assert least.attention == pytest.approx(1, rel=1e-3)
-    assert least.seconds == pytest.approx(2, rel=1e-3)
+    bound = lower_bound(some, CHIPS["v5e"], cycles_per_tile=1503.0, devices_per_chip=1)
+    assert bound.matmul == 1 and bound.hbm == 2 and bound.links == 1
+    assert bound.attention == pytest.approx(1, rel=1e-3)
+    assert bound.seconds == pytest.approx(2, rel=1e-3)
     memory_bound = dataclasses.replace(some, matmul_flops=0.0, hbm_bytes={"a": 8 * 819e9})
-    assert bound(memory_bound, target(), CHIPS["v5e"], cycles_per_tile=1503.0, devices_per_chip=1).seconds == 8
+    assert lower_bound(memory_bound, CHIPS["v5e"], cycles_per_tile=1503.0, devices_per_chip=1).seconds == 8
 
 
 def test_a_core_of_two_has_half_of_the_chip():
     some = Work(matmul_flops=1e12, tiles=1e6, hbm_bytes={"a": 1e9}, link_bytes={"c": 1e9})
     whole, half = (
-        bound(some, target(), CHIPS["v4"], cycles_per_tile=100.0, devices_per_chip=n) for n in (1, 2)
+        lower_bound(some, CHIPS["v4"], cycles_per_tile=100.0, devices_per_chip=n) for n in (1, 2)
     )  # as one device of two cores, and as two devices
     assert [getattr(half, f.name) / getattr(whole, f.name) for f in dataclasses.fields(whole)] == [2] * 4
 

@@ -145,13 +145,13 @@ def test_no_tokens():
 
 def draws(result, number: int, **kwargs) -> np.ndarray:
     keys = jax.random.split(jax.random.key(3), number)
-    return np.concatenate([decode(tiny_model(), result, max_new_tokens=1, key=key, **kwargs) for key in keys], axis=1)
+    return np.concatenate([decode(tiny_model(), result, max_new_tokens=1, rng=key, **kwargs) for key in keys], axis=1)
 
 
 def test_one_key_gives_one_answer():
     result = prefilled(*PROMPTS)
     sample = [
-        decode(tiny_model(), result, max_new_tokens=6, temperature=1.5, key=jax.random.key(seed)) for seed in (7, 7, 8)
+        decode(tiny_model(), result, max_new_tokens=6, temperature=1.5, rng=jax.random.key(seed)) for seed in (7, 7, 8)
     ]
     np.testing.assert_array_equal(sample[0], sample[1])
     assert (sample[0] != sample[2]).any()
@@ -182,7 +182,7 @@ def test_another_temperature_or_top_p_compiles_nothing():
     result = prefilled(*PROMPTS)
     run_block.clear_cache()
     for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
-        decode(tiny_model(), result, max_new_tokens=2, temperature=temperature, top_p=top_p, key=jax.random.key(0))
+        decode(tiny_model(), result, max_new_tokens=2, temperature=temperature, top_p=top_p, rng=jax.random.key(0))
     assert run_block._cache_size() == 1
 
 
@@ -191,7 +191,7 @@ def test_a_tiny_top_p_or_temperature_is_greedy():
     greedy = decode(tiny_model(), result, max_new_tokens=4)
     for temperature, top_p in ((2.0, 1e-6), (1e-4, 1.0)):
         sampled = decode(
-            tiny_model(), result, max_new_tokens=4, temperature=temperature, top_p=top_p, key=jax.random.key(0)
+            tiny_model(), result, max_new_tokens=4, temperature=temperature, top_p=top_p, rng=jax.random.key(0)
         )
         np.testing.assert_array_equal(sampled, greedy)
 
@@ -199,8 +199,8 @@ def test_a_tiny_top_p_or_temperature_is_greedy():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(temperature=-1.0, key=jax.random.key(0)), "temperature=-1.0"),
-        (dict(temperature=1.0), "a key: got temperature=1.0, top_p=1.0, key=None"),
+        (dict(temperature=-1.0, rng=jax.random.key(0)), "temperature=-1.0"),
+        (dict(temperature=1.0), "an rng: got temperature=1.0, top_p=1.0, rng=None"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_p=1.5), "top_p=1.5"),
     ],

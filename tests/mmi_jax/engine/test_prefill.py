@@ -27,6 +27,7 @@ from mmi_jax import (
 )
 from mmi_jax import prefill as run_prefill
 from mmi_jax.engine.programs.compilation import num_compiled_programs
+from mmi_jax.engine.programs.single_layer import run_layer, split_layers
 from mmi_jax.engine.protocols import ModelConfig, Prompt, VisionLanguageModel
 from mmi_jax.layout import VISION
 from mmi_jax.method.dispatch import attend_sparsely
@@ -61,7 +62,7 @@ def prefill(prompt, *, model=None, **kwargs) -> PrefillResult:
 def masked_forward(model: Any, prompt, layers) -> jax.Array:
     """Logits of every token by dense attention, masked in each layer to what its plan visits."""
     x, rotary = model.embed(prompt), model.rotary(prompt.rope_pos)
-    graphdef, state = nnx.split(model.layers)
+    graphdef, weights = split_layers(model)
     for n, patterns in enumerate(layers):
 
         def attend(q, k, v, patterns=patterns):
@@ -69,8 +70,7 @@ def masked_forward(model: Any, prompt, layers) -> jax.Array:
             mask = jax.vmap(lambda plan: plan.to_mask())(plan)
             return jax.nn.dot_product_attention(q, k, v, mask=mask), None
 
-        layer: Any = nnx.merge(graphdef, jax.tree.map(lambda a, n=n: a[n], state))
-        x, _ = layer(x, rotary, attend)
+        x, _ = run_layer(graphdef, weights(n), x, rotary, attend)
     return model.unembed(x)
 
 

@@ -10,6 +10,7 @@ from closeness import assert_same_up_to_order, attention_terms, model_terms, squ
 
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
 from mmi_jax.bench.synthetic import LOCAL, HeadStructure, planted_qkv, video_prompt
+from mmi_jax.engine.programs.single_layer import run_layer, split_layers
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.dispatch import attend_sparsely
 from mmi_jax.method.plan import batch_geometry, plan_batch
@@ -225,11 +226,9 @@ def test_captured_layers_continue_with_the_dense_output():
         return out, None
 
     x, rotary = model.embed(prompt), model.rotary(prompt.rope_pos)
-    from flax import nnx
-
-    graphdef, state = nnx.split(model.layers)
+    graphdef, weights = split_layers(model)
     for n in range(model.config.num_layers):
-        x, _ = nnx.merge(graphdef, jax.tree.map(lambda a, n=n: a[n], state))(x, rotary, attend)
+        x, _ = run_layer(graphdef, weights(n), x, rotary, attend)
     *expected, t = seen[-1]
     for name, value in zip(("q", "k", "v", "out"), expected, strict=True):
         assert_same_up_to_order(getattr(last, name)[:, :t], value, terms=model_terms(tiny.CONFIG, num_keys=t))
