@@ -180,7 +180,7 @@ def test_prefill_refuses_before_it_allocates(monkeypatch):
 
 def test_exhausted_memory_is_explained_and_the_next_run_works(monkeypatch):
     before = prefill()
-    whole = prefill.compiled_chunk
+    whole = engine_prefill.compiled_chunk
 
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
