@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mmi_jax.method.patterns import AShape, BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_jax.method.patterns import PATTERNS, AShape, BlockTopK, Dense, Grid, Pattern, VerticalSlash
 from mmi_jax.method.token_groups import FramePlace, RowPlace
 
 FRAME, ROW = (FramePlace(),), (RowPlace(),)
@@ -35,20 +35,8 @@ TABLE_4: tuple[Pattern, ...] = (
 )
 """Paper, Table 4. Its fifth number of a Grid, 1024, is read as the local window (PAPER: section 3.1 does not say)."""
 
-OURS: tuple[Pattern, ...] = (
-    Grid(FRAME, use_hline=False, use_vline=False, use_slash=True, local=256),
-    Grid(FRAME, use_hline=False, use_vline=True, use_slash=True, local=256),
-    Grid(FRAME, use_hline=False, use_vline=True, use_slash=False, local=256),
-    AShape(sink=128, local=256),
-    TriShape(sink=128, local=256, last=128),
-    TriShape(sink=128, local=1024, last=128),
-    VerticalSlash(vertical=256, slash=256),
-    VerticalSlash(vertical=512, slash=512),
-    BlockTopK(num_blocks=8),
-    BlockTopK(num_blocks=16),
-    BlockTopK(num_blocks=32),
-)
-"""Cheaper windows, the last queries dense, and whole blocks by pooled score."""
+OURS: tuple[Pattern, ...] = tuple(pattern for cls in PATTERNS for pattern in cls.search_candidates())
+"""Those of each pattern's own class: cheaper windows, the last queries dense, and whole blocks by pooled score."""
 
 ACROSS: tuple[Pattern, ...] = (
     AShape(sink=128, local=1024),
@@ -86,28 +74,9 @@ class Candidates:
         if not 0 < factor:
             raise ValueError(f"sizes are scaled by a positive factor, got {factor}")
         return Candidates(
-            within=tuple(_scaled(pattern, factor) for pattern in self.within),
-            across=tuple(_scaled(pattern, factor) for pattern in self.across),
+            within=tuple(pattern.scaled(factor) for pattern in self.within),
+            across=tuple(pattern.scaled(factor) for pattern in self.across),
         )
-
-
-SIZE_STEP = 16
-"""Scaled sizes are multiples of this, and at least as large; tokens."""
-
-_IN_TOKENS = ("sink", "local", "last", "tail", "vertical", "slash")
-
-
-def _scaled(pattern: Pattern, factor: float) -> Pattern:
-    """The pattern with sizes in tokens multiplied, and blocks likewise but at least two."""
-
-    def tokens(size: int) -> int:
-        return max(SIZE_STEP, round(size * factor / SIZE_STEP) * SIZE_STEP)
-
-    names = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}  # pyright: ignore[reportArgumentType]
-    sizes = {name: tokens(size) for name, size in names.items() if name in _IN_TOKENS and not isinstance(size, bool)}
-    if isinstance(pattern, BlockTopK):
-        sizes = {"num_blocks": max(2, round(pattern.num_blocks * factor))}
-    return dataclasses.replace(pattern, **sizes)  # pyright: ignore[reportArgumentType]
 
 
 SETS = {

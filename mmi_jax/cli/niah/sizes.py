@@ -16,7 +16,7 @@ from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.activations import layer_activations
 from mmi_jax.search.baselines.equal_cost import PlanInputs, member_at_cost
-from mmi_jax.search.baselines.families import FAMILIES, published_pattern
+from mmi_jax.search.baselines.families import ladder_of, published_pattern
 from mmi_jax.search.trials.journal import Journal
 
 NUM_LAYERS_LOOKED_AT = 4
@@ -74,7 +74,7 @@ class Sizes:
 
         def member(method: str) -> tuple[Pattern, float]:
             # The ladder is that of the asked length, so that tasks try the same members and share their programs.
-            return member_at_cost(FAMILIES[method].ladder(tokens), share, layers, self.costs, Blocks())
+            return member_at_cost(ladder_of(method, tokens), share, layers, self.costs, Blocks())
 
         with ThreadPoolExecutor(max_workers=len(methods)) as pool:  # compiling takes most of it, and little memory
             return list(pool.map(member, methods))

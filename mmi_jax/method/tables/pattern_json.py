@@ -5,26 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from mmi_jax.method import patterns, token_groups
-from mmi_jax.method.patterns.base import Pattern
+from mmi_jax.method import token_groups
+from mmi_jax.method.patterns import PATTERNS, Pattern
 from mmi_jax.method.tables.strict_json import check_keys
 
-_PATTERNS = {
-    cls.__name__: cls
-    for cls in (
-        patterns.Dense,
-        patterns.AShape,
-        patterns.TriShape,
-        patterns.VerticalSlash,
-        patterns.Grid,
-        patterns.BlockTopK,
-        patterns.QBoundary,
-        patterns.Boundary2D,
-        patterns.SparseTransformerFixed,
-        patterns.SparseTransformerStrided,
-        patterns.SwinWindow,
-    )
-}
+_PATTERNS = {cls.__name__: cls for cls in PATTERNS}
 _KEYS = {cls.__name__: cls for cls in (token_groups.FramePlace, token_groups.RowPlace, token_groups.RankPhase)}
 _MODALITIES = {"text": 0, "vision": 1, "audio": 2}
 
@@ -45,7 +30,7 @@ def to_json(pattern: Pattern) -> dict[str, Any]:
     return {"pattern": type(pattern).__name__, **_fields(pattern)}
 
 
-def from_json(value: Any) -> Pattern:
+def from_json(value: object) -> Pattern:
     """The pattern that `to_json` wrote.
 
     Raises:

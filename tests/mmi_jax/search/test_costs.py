@@ -20,7 +20,7 @@ from mmi_jax.search.baselines.equal_cost import (
     report_cost,
     visited_tiles,
 )
-from mmi_jax.search.baselines.families import FAMILIES, published_pattern
+from mmi_jax.search.baselines.families import FAMILIES, ladder_of, published_pattern
 from mmi_jax.search.candidates import SETS, Candidates
 from mmi_jax.search.costs import DENSITY, TILES, cost_models, default_costs, layer_cost
 from pallas_kernels.block_lists.block_sizes import Blocks
@@ -133,14 +133,14 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
 
 def test_minference_has_a_member_at_a_cost_although_its_cost_depends_on_the_prompt():
     layer = inputs(text_tokens(2048))
-    pattern, share = member_at_cost(FAMILIES["minference"].ladder(2048), 0.525, [layer], TILES, Blocks())
+    pattern, share = member_at_cost(ladder_of("minference", 2048), 0.525, [layer], TILES, Blocks())
     assert share == pytest.approx(0.525, rel=0.05), pattern
     assert share == pytest.approx(relative_cost(pattern, [layer], TILES, Blocks()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_ladder_climbs_from_small_to_the_whole_prompt(name):
-    ladder = FAMILIES[name].ladder(32768)
+    ladder = ladder_of(name, 32768)
     assert len(ladder) == len(set(ladder)) > 40
     costs = [pattern.typical_blocks(256, Blocks()) or 0.0 for pattern in ladder]
     # One block more or less of a straddled boundary aside; a longer stride has fewer dilated keys.
