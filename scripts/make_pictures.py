@@ -9,8 +9,6 @@ import io
 import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 from method_pictures import METHOD_PICTURES
 from PIL import Image
@@ -18,8 +16,7 @@ from PIL import Image
 from mmi_jax import Blocks, Boundary2D, Dense, Grid, Pattern, Plan, QBoundary, TokenLayout, VerticalSlash
 from mmi_jax.bench.synthetic import GRID_SLASH, planted_qkv
 from mmi_jax.layout import TEXT, VISION, concatenate, text_tokens, vision_tokens
-from mmi_jax.method import patterns
-from mmi_jax.method.plan import plan_heads, prompt_geometry
+from mmi_jax.method.patterns import PATTERNS
 from mmi_jax.method.token_groups import FramePlace
 from mmi_jax.plots.mask_plot import plot_mask
 
@@ -52,30 +49,23 @@ SMALL = {
 
 def plan_of(pattern: Pattern, layout: TokenLayout) -> Plan:
     """The plan of one head whose synthetic queries and keys show a grid with slashes."""
-    layout = jax.tree.map(jnp.asarray, layout)
     q, k, _ = planted_qkv(layout, (GRID_SLASH,), num_kv_heads=1, head_dim=HEAD_DIM, dtype="float32")
-    geometry = prompt_geometry(layout, [pattern], num_queries=layout.num_tokens, q_start=jnp.int32(0), blocks=BLOCKS)
-    return plan_heads([pattern], q, k, geometry, scale=HEAD_DIM**-0.5, blocks=BLOCKS)
-
-
-def registered_patterns() -> list[type[Pattern]]:
-    """All patterns of the package, in the order in which it lists them."""
-    members = vars(patterns).values()
-    return [c for c in members if isinstance(c, type) and issubclass(c, Pattern) and c is not Pattern]
+    return pattern.plan(q, k, layout, blocks=BLOCKS)
 
 
 def example_of(cls: type[Pattern]) -> Pattern:
-    """The pattern with sizes that suit the pictures' prompt."""
+    """The pattern with sizes that suit the pictures' prompt, where `SMALL` knows them; its own example otherwise."""
     if cls in EXAMPLES:
         return EXAMPLES[cls]
-    fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    return cls(**{name: value for name, value in SMALL.items() if name in fields})
+    example = cls.example()
+    fields = {field.name for field in dataclasses.fields(example)}  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(example, **{name: size for name, size in SMALL.items() if name in fields})
 
 
 def gallery() -> str:
     """The gallery's Markdown; draws its pictures."""
     entries = []
-    for cls in registered_patterns():
+    for cls in PATTERNS:
         pattern = example_of(cls)
         plan = plan_of(pattern, LAYOUT)
         title = f"{cls.__name__}, density {float(plan.density()[0]):.2f}"
