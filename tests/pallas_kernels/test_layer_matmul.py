@@ -75,7 +75,7 @@ def test_check_supported_names_the_limit(rng, change, message):
 @pytest.mark.usefixtures("no_shape_checks")
 def test_bad_arguments_are_named(rng):
     x, w, layer = problem(rng)
-    with pytest.raises(ValueError, match="must split e and dtype"):
+    with pytest.raises(ValueError, match="must share e and dtype"):
         layer_matmul(x[:, 1:], w, layer)
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         layer_matmul(x, w, layer, implementation="cuda")  # pyright: ignore[reportArgumentType]

@@ -8,32 +8,34 @@ was brought to SMEM meanwhile:
     compute  tile 0      tile 1      tile 2                 store
 
 Tiles of full blocks alone are computed without a mask. Others mix full, partial and missing blocks; each of their
-blocks obeys `0 <= q_pos - kv_pos - low < width`, one comparison of offset integers (see `_masked`).
+blocks obeys `0 <= q_pos - kv_pos - low < width`, one comparison of offset integers (see `_write_limits`).
 
 The softmax keeps no running maximum. Weights are `exp2(score - reference)` with one reference per query, the highest
 score of a sample of the first tile's keys: a float's exponent has room for scores that rise 2^7 above it, so nothing is
 ever rescaled, and the vector units have half the work. A q block whose sums leave that room, or fall so low that
-weights were flushed to zero, is computed once more with a running maximum (Dao et al. 2022, "FlashAttention",
+weights were flushed to zero, is computed once more by an online softmax (Dao et al. 2022, "FlashAttention",
 Algorithm 1). Sums stay spread over 128 lanes until the end.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.tpu import mosaic_tpu_loads as loads
 from pallas_kernels.attention.tpu.mosaic_tpu_loads import KernelShape, Refs, Row
 from pallas_kernels.attention.tpu.tpu_config import LANES, MAX_INTERVALS, START_TOKENS
-from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE
+from pallas_kernels.notation import INITIAL_ROW_MAX, MASKED_SCORE, Array, Scalar
 
 SAFE_SUM_RANGE = 2.0**-80, 2.0**96
 """Sums of weights that lost nothing: a million weights flushed below 2^-126 would not show in them, and values up to
-2^31 do not overflow; whether any did is looked at."""
+2^31 do not overflow; whether any did is checked."""
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
@@ -54,6 +56,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
             loads.start_tile(refs, shape, row, 0, 0)
 
     loads.start_piece(refs, shape, following, 0)
+    # A row of positions becomes a column that is repeated over 128 lanes, so that comparisons need no relayout.
     refs.q_pos_column[...] = jnp.broadcast_to(refs.q_pos[0], (LANES, refs.q.shape[1])).T
     _reset(refs)
     num_tiles = pl.cdiv(row.count, shape.blocks)
@@ -62,7 +65,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
     def _nothing_to_compute():
         loads.start_tile(refs, shape, following, 0, refs.slot[0])
 
-    def tile(n, slot):
+    def tile(n: Array, slot: Array) -> Array:
         loads.start_next(refs, shape, row, following, n, num_tiles, 1 - slot)
         is_dense = row.is_dense(shape, n)
 
@@ -76,7 +79,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
             loads.wait_tile(refs, shape, row, n, slot)
 
             @pl.when(n == 0)
-            def _first():  # together, so that the scalar unit works beside the vector unit
+            def _first():  # together, so that the scalar unit works while the vector unit does
                 _choose_reference(refs, shape, slot)
                 _write_limits(refs, shape, row, n, slot)
 
@@ -99,11 +102,12 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
 
 def _reset(refs: Refs) -> None:
+    """Empties the sums of the q block."""
     refs.acc[...] = jnp.zeros_like(refs.acc)
     refs.row_sum[...] = jnp.zeros_like(refs.row_sum)
 
 
-def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
+def _choose_reference(refs: Refs, shape: KernelShape, slot: Scalar) -> None:
     """Sets the exponent that weights are taken relative to: the highest score of keys of the first two blocks.
 
     Masked ones count as well, unless they are NaN: any number will do that is near a query's true maximum.
@@ -116,7 +120,7 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot) -> None:
     refs.row_max[...] = jnp.broadcast_to(highest * shape.score_scale, refs.row_max.shape)
 
 
-def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
+def _write_limits(refs: Refs, shape: KernelShape, row: Row, n: Scalar, slot: Scalar) -> None:
     """Writes what `_masked` compares, for each block of a tile: its offset positions, and in the last row a bound.
 
     A pair is attended iff `0 <= distance < width`, `distance = q_pos - kv_pos - low`. As unsigned integers that is one
@@ -129,7 +133,7 @@ def _write_limits(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
         refs.limits[b, len(positions)] = jnp.full((1, LANES), bound, jnp.int32)
 
 
-def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
+def _limits(refs: Refs, shape: KernelShape, row: Row, n: Scalar, b: int, slot: Scalar):
     """Of place `b` of a tile: offset positions, a list of int32 [1, 128], and the bound."""
     e = n * shape.blocks + b
     start, interval = loads.entry(refs, shape, row, jnp.minimum(e, row.count - 1))
@@ -138,6 +142,8 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
     bound = jnp.where(is_full, INT_MAX, jnp.where(is_missing, INT_MIN, width + INT_MIN))
     is_partial = jnp.logical_not(is_full | is_missing)
     lane = start & (LANES - 1)
+    # Positions arrive in rows of 128 lanes, and a block may start at any lane that is a multiple of 16: two rows are
+    # rolled and joined. `roll` takes whole register tiles of 8 sublanes.
     rolled = [
         pltpu.roll(jnp.broadcast_to(refs.pos_rows[slot, b, r], (8, LANES)), (LANES - lane) & (LANES - 1), 1)
         for r in range(shape.block_rows)
@@ -148,7 +154,7 @@ def _limits(refs: Refs, shape: KernelShape, row: Row, n, b: int, slot):
     return [jnp.where(is_partial, p, 0)[:1] for p in positions], bound
 
 
-def _compute(refs: Refs, shape: KernelShape, slot, *, is_dense: bool) -> None:
+def _compute(refs: Refs, shape: KernelShape, slot: Scalar, *, is_dense: bool) -> None:
     """Adds a tile to the sums, some keys at a time; without masks where it is dense.
 
     Groups of `config.compute_q` queries are independent of each other: the compiler runs the matrix products of one
@@ -168,27 +174,28 @@ def _compute(refs: Refs, shape: KernelShape, slot, *, is_dense: bool) -> None:
         refs.acc[q_rows] += _weighted(weights, values)
 
 
-def _keys_and_values(refs: Refs, shape: KernelShape, slot, begin, step):
+def _keys_and_values(refs: Refs, shape: KernelShape, slot: Scalar, begin: int, step: int):
     groups = pl.ds(begin // START_TOKENS, step // START_TOKENS)
     part = lambda p: refs.kv_tiles[slot, groups, p].reshape(step, LANES)  # noqa: E731
     return (jnp.concatenate([part(p) for p in parts], axis=1) for parts in (shape.k_parts, shape.v_parts))
 
 
-def _columns(scores):
-    """Cuts along the keys at every 128."""
+def _columns(scores: Array) -> list[Array]:
+    """Cuts along the keys at every 128: a vector register has 128 lanes, so a cut moves nothing."""
     return [scores[:, at : at + LANES] for at in range(0, scores.shape[1], LANES)]
 
 
-def _precision(dtype):
+def _precision(dtype: DTypeLike) -> lax.Precision | None:
+    # The matrix unit multiplies bfloat16; float32 takes several passes, and by default gets one.
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _scores(q_td, k_sd):
+def _scores(q_td: Array, k_sd: Array) -> Array:
     contract = (((1,), (1,)), ((), ()))
     return lax.dot_general(q_td, k_sd, contract, precision=_precision(q_td.dtype), preferred_element_type=jnp.float32)
 
 
-def _weighted(weights, v_sd):
+def _weighted(weights: list[Array], v_sd: Array) -> Array:
     """The sum of values by their weights, given as columns of 128 keys."""
     weights = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
     contract = (((1,), (0,)), ((), ()))
@@ -197,7 +204,7 @@ def _weighted(weights, v_sd):
     )
 
 
-def _masked(refs: Refs, shape: KernelShape, scores, begin: int, q_rows):
+def _masked(refs: Refs, shape: KernelShape, scores: Array, begin: int, q_rows: pl.Slice) -> Array:
     """The scores with those of pairs that are not attended replaced, 128 keys at a time."""
     per_block = shape.block_kv // LANES
     q_pos = refs.q_pos_column[q_rows]
@@ -209,8 +216,8 @@ def _masked(refs: Refs, shape: KernelShape, scores, begin: int, q_rows):
     return jnp.concatenate(columns, axis=1)
 
 
-def _tree(join, items):
-    """Joins items pairwise: a chain would wait for each result in turn."""
+def _tree(join: Callable[..., Array], items: list[Array]) -> Array:
+    """Joins items pairwise: in a chain each operation would wait for the one before."""
     while len(items) > 1:
         items = [
             join(*pair) if len(pair) == 2 else pair[0] for pair in (items[n : n + 2] for n in range(0, len(items), 2))
@@ -218,8 +225,8 @@ def _tree(join, items):
     return items[0]
 
 
-def _attend_online(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot) -> None:
-    """The q block once more, with a running maximum; its loads wait, and leave the other slot to the next q block."""
+def _attend_online(refs: Refs, shape: KernelShape, row: Row, num_tiles: Scalar, slot: Scalar) -> None:
+    """The q block once more, by an online softmax; its loads wait, and leave the other slot to the next q block."""
     loads.start_piece(refs, shape, row, 0)
     _reset(refs)
     refs.row_max[...] = jnp.full_like(refs.row_max, INITIAL_ROW_MAX)
@@ -237,8 +244,8 @@ def _attend_online(refs: Refs, shape: KernelShape, row: Row, num_tiles, slot) ->
     refs.row_max[...] *= shape.score_scale
 
 
-def _online_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
-    """Adds a tile to the running softmax of some queries."""
+def _online_step(refs: Refs, shape: KernelShape, slot: Scalar, q_rows: pl.Slice) -> None:
+    """Adds a tile to the online softmax of some queries."""
     keys, values = _keys_and_values(refs, shape, slot, 0, shape.config.tile_kv)
     scores = _masked(refs, shape, _scores(refs.q[0, q_rows], keys), 0, q_rows)
     columns, row_max = _columns(scores), refs.row_max[q_rows]
@@ -251,12 +258,12 @@ def _online_step(refs: Refs, shape: KernelShape, slot, q_rows) -> None:
     refs.acc[q_rows] = refs.acc[q_rows] * _widen(rescale, added.shape[1]) + added
 
 
-def _widen(column, width: int):
+def _widen(column: Array, width: int) -> Array:
     """128 equal lanes repeated to `width` of them."""
     return jnp.concatenate([column] * (width // LANES), axis=1)
 
 
-def _store(refs: Refs, shape: KernelShape):
+def _store(refs: Refs, shape: KernelShape) -> Array:
     """Writes the output and lse, zeros and -inf where nothing was attended; returns whether the sums lost nothing."""
     row_sum = jnp.sum(refs.row_sum[...].T, axis=0, keepdims=True)
     is_empty = row_sum == 0

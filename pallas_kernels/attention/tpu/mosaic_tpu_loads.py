@@ -1,7 +1,7 @@
-"""What the TPU kernel holds, and how a q block's list and its kv blocks come from HBM.
+"""The arrays of the TPU kernel, and the DMAs that bring a q block's list and its kv blocks from HBM.
 
 A q block's list comes to SMEM in pieces of 512 entries, a ring of four, the next piece while one is read. Its entries
-are taken in a turned order, the last one first and then the others as they stand:
+are taken in a rotated order, the last one first and then the others in the order of the list:
 
     list    full 0   full 1   full 2 ... full 14   partial 15           tile 0   15  0  1  2  3  4  5  6
                                                                         tile 1    7  8  9 10 11 12 13 14
@@ -11,7 +11,7 @@ holds a sample of near and of far keys (see `_choose_reference` of the kernel).
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +26,7 @@ from pallas_kernels.attention.tpu.tpu_config import (
     START_TOKENS,
     TpuConfig,
 )
+from pallas_kernels.notation import Array, Ref, Scalar
 
 LANE_BITS = LANES.bit_length() - 1
 """Shifts and masks instead of divisions: signed ones cost the scalar unit several instructions each."""
@@ -81,67 +82,67 @@ class Refs:
     """Every array of the kernel by name."""
 
     # Inputs: SMEM, VMEM, then HBM.
-    row: Any
-    next_row: Any
-    intervals: Any
-    q: Any
-    q_pos: Any
-    entries: Any
-    kv: Any
-    kv_pos: Any
+    row: Ref
+    next_row: Ref
+    intervals: Ref
+    q: Ref
+    q_pos: Ref
+    entries: Ref
+    kv: Ref
+    kv_pos: Ref
     # Outputs.
-    out: Any
-    lse: Any
+    out: Ref
+    lse: Ref
     # Scratch.
-    kv_tiles: Any
-    pos_rows: Any
-    acc: Any
-    row_max: Any
-    row_sum: Any
-    q_pos_column: Any
-    limits: Any
-    lists: Any
-    slot: Any
-    kv_arrived: Any
-    pos_arrived: Any
-    list_arrived: Any
+    kv_tiles: Ref
+    pos_rows: Ref
+    acc: Ref
+    row_max: Ref
+    row_sum: Ref
+    q_pos_column: Ref
+    limits: Ref
+    lists: Ref
+    slot: Ref
+    kv_arrived: Ref
+    pos_arrived: Ref
+    list_arrived: Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """The list of one q block: scalars of its head, of its own, and which ring of SMEM holds its entries."""
 
-    kv_head: Any
-    own_rows: Any
-    list_begin: Any
-    first: Any
-    num_full: Any
-    count: Any
-    pos_row: Any
-    last: Any
-    ring: Any
+    kv_head: Array
+    own_rows: Array
+    list_begin: Array
+    first: Array
+    num_full: Array
+    count: Array
+    pos_row: Array
+    last: Array
+    ring: Array
 
     @property
-    def offset(self):
+    def offset(self) -> Array:
         """Lane of the list's first entry in its row of 128."""
         return self.first & (LANES - 1)
 
     @property
-    def is_full(self):
+    def is_full(self) -> Array:
         """Whether all entries are full: else the one that is taken first is partial."""
         return self.num_full == self.count
 
     @property
-    def full_end(self):
+    def full_end(self) -> Array:
         """Where the full entries end in the order they are taken in; the very first may be partial."""
         return jnp.minimum(self.num_full + 1, self.count)
 
-    def is_dense(self, shape: KernelShape, n):
+    def is_dense(self, shape: KernelShape, n: Scalar) -> Array:
         """Whether tile `n` holds full blocks alone; the first tile counts as mixed."""
         return (n > 0) & ((n + 1) * shape.blocks <= self.full_end)
 
 
-def read_row(ref, shape: KernelShape, i) -> Row:
+def read_row(ref: Ref, shape: KernelShape, i: Array) -> Row:
     """The row of q block `i` of this head."""
     field = lambda name: ref[0, 0, name]  # noqa: E731
     head = pl.program_id(0)
@@ -158,7 +159,7 @@ def read_row(ref, shape: KernelShape, i) -> Row:
     )
 
 
-def start_piece(refs: Refs, shape: KernelShape, row: Row, piece) -> None:
+def start_piece(refs: Refs, shape: KernelShape, row: Row, piece: Scalar) -> None:
     """Starts the copy of 512 entries of a list from HBM to SMEM, if the list reaches that far."""
 
     @pl.when((row.count > 0) & (piece * PIECE_ENTRIES < row.offset + row.count))
@@ -167,7 +168,7 @@ def start_piece(refs: Refs, shape: KernelShape, row: Row, piece) -> None:
         _piece_copy(refs, row, piece, begin).start()
 
 
-def _piece_copy(refs: Refs, row: Row, piece, begin):
+def _piece_copy(refs: Refs, row: Row, piece: Scalar, begin: Scalar) -> Ref:
     place = piece & (PIECES - 1)
     return pltpu.make_async_copy(
         refs.entries.at[0, pl.ds(pl.multiple_of(begin, LANES), PIECE_ENTRIES)],
@@ -176,18 +177,18 @@ def _piece_copy(refs: Refs, row: Row, piece, begin):
     )
 
 
-def _listed(refs: Refs, row: Row, e):
+def _listed(refs: Refs, row: Row, e: Scalar) -> Array:
     """Entry `e` of the list, its piece having arrived."""
     at = row.offset + e
     return refs.lists[row.ring * RING_ENTRIES + (at & (RING_ENTRIES - 1))]
 
 
-def _taken(refs: Refs, row: Row, e):
+def _taken(refs: Refs, row: Row, e: Scalar) -> Array:
     """The `e`-th entry to be taken, its piece having arrived."""
     return jnp.where(e == 0, row.last, _listed(refs, row, e - 1))
 
 
-def entry(refs: Refs, shape: KernelShape, row: Row, e):
+def entry(refs: Refs, shape: KernelShape, row: Row, e: Scalar) -> tuple[Array, Array]:
     """Of the `e`-th entry to be taken: the block's start in the kv view and the number of its interval."""
     value = _taken(refs, row, e)
     start = value & -START_TOKENS
@@ -196,7 +197,9 @@ def entry(refs: Refs, shape: KernelShape, row: Row, e):
     return start, value & (START_TOKENS - 1)
 
 
-def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_tiles, slot) -> None:
+def start_next(
+    refs: Refs, shape: KernelShape, row: Row, following: Row, n: Scalar, num_tiles: Scalar, slot: Scalar
+) -> None:
     """Starts the loads of the tile after tile `n`: of this q block, or the first of the next one."""
 
     is_dense = row.is_dense(shape, n + 1) & jnp.logical_not(_reaches_next_piece(shape, row, n + 1))
@@ -217,14 +220,14 @@ def start_next(refs: Refs, shape: KernelShape, row: Row, following: Row, n, num_
             start_tile(refs, shape, following, 0, slot)
 
 
-def _reaches_next_piece(shape: KernelShape, row: Row, n):
+def _reaches_next_piece(shape: KernelShape, row: Row, n: Scalar) -> Array:
     """Whether tile `n` is the first that needs its piece of the list."""
     before = row.offset + n * shape.blocks - 1
     end = jnp.minimum(before + shape.blocks, row.offset + row.count - 1)
     return (n == 0) | (end >> PIECE_BITS > before >> PIECE_BITS)
 
 
-def start_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
+def start_tile(refs: Refs, shape: KernelShape, row: Row, n: Scalar, slot: Scalar) -> None:
     """Starts the loads of a tile: its kv blocks, and key positions where they are partial."""
     begin = n * shape.blocks
     end = jnp.minimum(begin + shape.blocks, row.count)
@@ -243,13 +246,13 @@ def start_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     @pl.when(end - begin < shape.blocks)
     def _part():
         @pl.loop(0, end - begin)
-        def _block(b):
+        def _block(b: Array):
             _kv_copy(refs, shape, row, _taken(refs, row, begin + b), b, slot).start()
 
     _for_partial(shape, row, n, lambda b: _pos_copy(refs, shape, row, begin + b, b, slot).start())
 
 
-def _for_partial(shape: KernelShape, row: Row, n, act) -> None:
+def _for_partial(shape: KernelShape, row: Row, n: Scalar, act: Callable[[Scalar], None]) -> None:
     """Calls `act` with the place of each partial block of a tile."""
     begin = n * shape.blocks
 
@@ -258,11 +261,11 @@ def _for_partial(shape: KernelShape, row: Row, n, act) -> None:
         act(0)
 
     @pl.loop(jnp.maximum(row.full_end - begin, 0), jnp.minimum(row.count - begin, shape.blocks))
-    def _rest(b):
+    def _rest(b: Array):
         act(b)
 
 
-def _kv_copy(refs: Refs, shape: KernelShape, row: Row, value, b, slot):
+def _kv_copy(refs: Refs, shape: KernelShape, row: Row, value: Array, b: Scalar, slot: Scalar) -> Ref:
     """The copy of an entry's block to place `b` of a tile; the entry's interval, in its low bits, is shifted out."""
     groups = pl.ds(value >> START_BITS, shape.block_kv // START_TOKENS)
     return pltpu.make_async_copy(
@@ -270,13 +273,13 @@ def _kv_copy(refs: Refs, shape: KernelShape, row: Row, value, b, slot):
     )
 
 
-def _place(shape: KernelShape, b):
+def _place(shape: KernelShape, b: Scalar) -> pl.Slice:
     """The groups of 16 rows of place `b` of a tile."""
     groups = shape.block_kv // START_TOKENS
     return pl.ds(b * groups, groups)
 
 
-def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
+def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e: Scalar, b: Scalar, slot: Scalar) -> Ref:
     """The copy of the aligned rows of 128 positions that hold those of the block that is taken `e`-th."""
     start, _ = entry(refs, shape, row, e)
     begin = row.pos_row * shape.pos_rows + (start >> LANE_BITS)
@@ -285,16 +288,16 @@ def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e, b, slot):
     )
 
 
-def wait_dense(refs: Refs, slot) -> None:
+def wait_dense(refs: Refs, slot: Scalar) -> None:
     """Waits for all blocks of a tile."""
     _wait(refs.kv_tiles.at[slot], refs.kv_arrived.at[slot])
 
 
-def _wait(ref, arrived) -> None:
+def _wait(ref: Ref, arrived: Ref) -> None:
     pltpu.make_async_copy(ref, ref, arrived).wait()  # a wait counts bytes: any copy of that size will do
 
 
-def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
+def wait_tile(refs: Refs, shape: KernelShape, row: Row, n: Scalar, slot: Scalar) -> None:
     """Waits for a tile's blocks and positions; zeros the places without a block."""
     num_blocks = jnp.minimum(row.count - n * shape.blocks, shape.blocks)
 
@@ -305,11 +308,11 @@ def wait_tile(refs: Refs, shape: KernelShape, row: Row, n, slot) -> None:
     @pl.when(num_blocks < shape.blocks)
     def _part():
         @pl.loop(0, num_blocks)
-        def _present(b):
+        def _present(b: Array):
             _wait(refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot])
 
         @pl.loop(num_blocks, shape.blocks)
-        def _missing(b):  # a weight of 0 times NaN is NaN
+        def _missing(b: Array):  # a weight of 0 times NaN is NaN
             groups = shape.block_kv // START_TOKENS
             refs.kv_tiles[slot, _place(shape, b)] = jnp.zeros((groups, *refs.kv_tiles.shape[2:]), refs.kv_tiles.dtype)
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-"""Lanes of a vector register; arrays are cut along their last axis at multiples of it."""
+"""Lanes of a vector register, of 8 sublanes each: arrays are cut along their last axis at multiples of it."""
 
 START_TOKENS = 16
-"""Block starts are multiples of this: the rows of one bfloat16 register tile."""
+"""Block starts are multiples of this: a bfloat16 register tile has 16 rows; DMAs from other rows do not compile."""
 
 RING_ENTRIES, RINGS = 2048, 2
-"""List entries that SMEM holds of one q block, and q blocks whose lists are there at once."""
+"""List entries that SMEM, 1 MiB of scalars, holds of one q block, and q blocks whose lists are there at once."""
 
 PIECE_ENTRIES = 512
 """List entries that one copy brings: a quarter of the ring, so that copies run ahead of their readers."""
