@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 TPU_STAMP := $(VENV)/.installed-tpu
 DOCS_STAMP := $(VENV)/.installed-docs
 AOT_TESTS := tests/mmi_jax/cli/test_cli_aot.py tests/pallas_kernels/test_top_k.py tests/mmi_jax/method/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
+# A file stays in one process: its tests share compiled programs.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # The meaning in small: masks by hand, patterns, block lists, kernels against references.
 QUICK_TESTS := tests/test_imports.py tests/mmi_jax/test_layout.py tests/mmi_jax/method/test_patterns.py tests/mmi_jax/method/test_permutation.py tests/mmi_jax/method/test_kv_views.py tests/mmi_jax/method/test_token_groups.py tests/mmi_jax/method/test_estimate.py tests/pallas_kernels/test_block_sparse_attention.py
 # The tests that compare numbers of two programs.
@@ -22,24 +24,24 @@ demo: $(STAMP)
 	$(BIN)/mmi prefill --demo
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -m "not slow" --durations=25
+	$(PYTEST) -m "not slow" --durations=25
 
 quick: $(STAMP)
-	$(BIN)/pytest -n 2 -m "not slow" $(QUICK_TESTS)
+	$(PYTEST) -m "not slow" $(QUICK_TESTS)
 
 # Eight devices in one process, several hosts, whole scripts and whole programs.
 slow-test: $(STAMP)
-	$(BIN)/pytest -n 2 -m slow -k "not aot" --durations=25
+	$(PYTEST) -m slow -k "not aot" --durations=25
 
 # The tests that compare numbers, with the compiler's optimizations: sums are then taken in an order that depends on the
 # processor's vector instructions. Once as the processor has them, once with those of ISA (AVX, AVX2 or AVX512).
 isa-test: $(STAMP)
-	XLA_FLAGS="$(OPTIMIZED)" $(BIN)/pytest -n 2 -m "not slow" $(NUMERIC_TESTS)
-	XLA_FLAGS="$(OPTIMIZED) --xla_cpu_max_isa=$(ISA)" $(BIN)/pytest -n 2 -m "not slow" $(NUMERIC_TESTS)
+	XLA_FLAGS="$(OPTIMIZED)" $(PYTEST) -m "not slow" $(NUMERIC_TESTS)
+	XLA_FLAGS="$(OPTIMIZED) --xla_cpu_max_isa=$(ISA)" $(PYTEST) -m "not slow" $(NUMERIC_TESTS)
 
 # The tests that compile for TPUs; no TPU is needed, only its compiler, which `make test` does without.
 aot-test: $(TPU_STAMP)
-	XLA_FLAGS="$(OPTIMIZED)" $(BIN)/pytest -n 2 $(AOT_TESTS)
+	XLA_FLAGS="$(OPTIMIZED)" $(PYTEST) $(AOT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -285,6 +285,7 @@ def test_module_compiles_once_for_all_layouts_of_a_length(x):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_every_parameter_of_the_module_gets_a_gradient(x):
     layer = MMIAttention(SPARSE, in_features=WIDTH, num_heads=4, use_bias=True, blocks=BLOCKS, rngs=nnx.Rngs(0))
     gradients = nnx.jit(nnx.grad(lambda layer: (layer(x, layout=LAYOUT) ** 2).sum()))(layer)

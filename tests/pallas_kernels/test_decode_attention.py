@@ -103,6 +103,7 @@ def test_interpreted_kernel_is_right(rng, sizes, num_splits):
     assert_right(interpreted(args, num_splits=num_splits), args)
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_has_no_races(rng, capfd):
     args = problem(rng, lengths=(190, 70), num_new=5)
     assert_right(interpreted(args, num_splits=2, num_stages=3, detect_races=True), args)

@@ -68,6 +68,7 @@ def lowered_cases():
                 yield padded, block_kv, config, dtype, 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "block_kv", "config", "dtype", "num_extra"), [*lowered_cases()], ids=str)
 def test_every_config_lowers_for_cuda(head_dim, block_kv, config, dtype, num_extra):
     inputs = mixed_inputs(head_dim=head_dim, block_kv=block_kv, num_extra=num_extra, dtype=dtype)
@@ -100,6 +101,7 @@ def test_launch_refuses_a_config_that_does_not_fit():
         mosaic_gpu.launch(mixed_inputs(head_dim=256), CONFIGS[128, 128])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stagger", [0, 3])
 def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_blocks(stagger, monkeypatch):
     monkeypatch.setattr(mosaic_gpu_producer, "STAGGERED_BLOCKS", 1)
@@ -109,6 +111,7 @@ def test_interpreted_kernel_equals_reference_over_several_rounds_of_several_bloc
     assert_close(got, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_q_buffers", [1, 2])
 def test_interpreted_kernel_has_no_races(num_q_buffers, capfd):
     inputs = mixed_inputs(head_dim=64, num_q_blocks=2, num_shared=256)
@@ -196,6 +199,7 @@ def test_none_falls_through_to_xla_without_a_hopper_gpu():
     assert_close(got, inputs)
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_repeats_rows_that_outgrow_their_first_tile(monkeypatch):
     inputs = mixed_inputs(num_q_blocks=4, num_extra=0, steepness=200.0)
     repeated = []
@@ -211,6 +215,7 @@ def test_interpreted_kernel_repeats_rows_that_outgrow_their_first_tile(monkeypat
     assert_close(got, inputs)
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_repeats_rows_whose_last_tile_hides_an_overflow():
     inputs = late_peak_inputs()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):

@@ -70,6 +70,7 @@ def test_starts_are_multiples_of_16_tokens(rng):
     assert_close(run(shifted), shifted)
 
 
+@pytest.mark.slow
 def test_lists_longer_than_the_ring_in_smem():
     """Rows of two q blocks that share one list of five pieces and three entries; it begins at the end of 128 entries.
 
@@ -110,6 +111,7 @@ def far_apart(**sizes):
     return dataclasses.replace(inputs, k=k, index=jax.tree.map(jnp.asarray, index))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_scores_far_above_the_reference_are_computed_with_a_running_maximum(dtype, monkeypatch):
     inputs = far_apart(dtype=dtype)
@@ -122,6 +124,7 @@ def test_scores_far_above_the_reference_are_computed_with_a_running_maximum(dtyp
     assert not np.isfinite(np.asarray(run(inputs)[1])).all()
 
 
+@pytest.mark.slow
 def test_scores_far_below_the_reference_are_computed_with_a_running_maximum():
     """The reference sees keys that are masked for every query: their scores lie far above those that count."""
     inputs = mixed_inputs(num_q_heads=1, num_q_blocks=2, num_shared=512, num_extra=0)

@@ -110,6 +110,7 @@ def find_lines(q, k, layouts, *, grid):
     return jax.lax.map(case, (q, k, layouts), batch_size=20)
 
 
+@pytest.mark.slow
 def test_the_planted_stride_and_phase_are_found_in_every_case(rng):
     layouts, planted, inputs = [], [], []
     while len(layouts) < NUM_CASES:
@@ -203,6 +204,7 @@ def test_q_boundary_finds_the_phase_of_each_modality(rng):
         assert ((mask == 1) == (place == phase)[None])[is_far].all(), f"{modality=}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [(TEXT, VISION), (VISION, VISION), (TEXT, TEXT), (VISION, TEXT)])
 def test_boundary_2d_finds_the_columns_of_each_pair(rng, pair):
     layout = modality_prompt()

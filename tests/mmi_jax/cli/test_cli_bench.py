@@ -115,6 +115,7 @@ def peers_of(dtype):
     return bench_attention(case, implementation="xla", with_dense=False, with_peers=True, repeats=1)["others"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("takes_gqa", [True, False])
 def test_peers_get_our_arrays_and_lists_and_are_checked(monkeypatch, dtype, takes_gqa):
@@ -167,6 +168,7 @@ def test_a_plan_has_its_parts_and_the_whole():
     assert figures["overhead_fraction"] == pytest.approx(1 - figures["attend_ms"] / figures["median_ms"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_whole_that_differs_from_its_parts_is_not_timed(monkeypatch):
     monkeypatch.setattr("mmi_jax.bench.plans.attend_sparsely", lambda q, *_, **__: SimpleNamespace(out=2 * q))
     with pytest.raises(RuntimeError, match=r"the whole must equal its parts within 0.1"):

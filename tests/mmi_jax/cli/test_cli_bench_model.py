@@ -101,6 +101,7 @@ def test_bad_options_are_refused_first(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_type_that_the_message_names_is_taken(dtype):
     tower = vision.random_tower("tiny", dtype)

@@ -156,6 +156,7 @@ def test_the_demo_keeps_compiled_programs_and_leaves_jax_as_it_was(demo):
     assert jax.config.jax_compilation_cache_dir != str(demo.cache)
 
 
+@pytest.mark.slow
 def test_videos_images_and_text_stand_where_the_marks_are(run, photo, tmp_path):
     video, trace = str(DEMO_VIDEO), tmp_path / "trace"
     printed = run(
@@ -184,6 +185,7 @@ def test_sampling_follows_its_seed(run):
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.slow
 def test_a_table_and_chunks_are_obeyed(run, tmp_path):
     heads = (AShape(sink=16, local=128),) * 8
     PatternTable(layers=(heads,) * 3 + ((TriShape(sink=16, local=64, last=32),) * 8,)).save(tmp_path / "t.json")

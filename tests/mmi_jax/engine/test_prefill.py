@@ -174,6 +174,7 @@ def test_several_patterns_equal_dense_attention_masked_to_their_plans():
     assert_same_up_to_order(recall[:2, 0], np.ones_like(recall[:2, 0]), terms=2 * 64)
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_video_of_a_bucket():
     prefill(ONE, table=TABLE)
     before = num_compiled_programs()

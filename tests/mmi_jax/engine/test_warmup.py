@@ -40,6 +40,7 @@ def test_a_prefill_of_a_prepared_length_compiles_nothing():
     np.testing.assert_array_equal(results[0].logits, results[2].logits)
 
 
+@pytest.mark.slow
 def test_chunks_and_batches_are_prepared_too():
     settings: dict[str, Any] = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
     prepare(tiny_model(), [58], batch=2, **settings)

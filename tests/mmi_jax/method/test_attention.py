@@ -117,6 +117,7 @@ def test_every_pattern_is_masked_dense_attention(run, name, implementation):
     assert_heads_close(got, *expected(run), [NAMES.index(name)])
 
 
+@pytest.mark.slow
 def test_the_default_blocks(rng):
     """Blocks of 128 tokens: four q blocks and a rest, several patterns in one call, all but one leaving out pairs."""
     patterns = (AShape(sink=8, local=30), VerticalSlash(vertical=130, slash=32, local=16), Dense(), Grid(local=40))

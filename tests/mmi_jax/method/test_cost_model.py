@@ -42,6 +42,7 @@ PATTERNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: type(p).__name__)
 def test_typical_blocks_are_near_what_a_plan_visits(pattern):
     """Within a factor of two: the scores of a prompt decide how far the bands of diagonals lie apart, say."""

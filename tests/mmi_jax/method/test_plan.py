@@ -93,6 +93,7 @@ def seeded_qk(seed):
 coverage_of = jax.jit(lambda plan: plan.coverage(), compiler_options=QUICK_TO_COMPILE)
 
 
+@pytest.mark.slow
 @bounded
 @given(prompt=prompts, seed=st.integers(0, 99))
 def test_no_pair_is_visited_twice_none_from_the_future_and_each_query_sees_itself(prompt, seed):

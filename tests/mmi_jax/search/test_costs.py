@@ -101,6 +101,7 @@ def inputs(layout) -> PlanInputs:
     return PlanInputs(q=q, k=k, layout=jax.tree.map(lambda x: jnp.asarray(x)[None], layout))
 
 
+@pytest.mark.slow
 def test_a_baseline_is_brought_to_a_cost():
     layer, ladder = inputs(text_tokens(512)), [AShape(sink=16, local=n) for n in (16, 48, 96, 160, 256)]
     pattern, share = member_at_cost(ladder, 0.4, [layer], TILES, SMALL)
@@ -131,6 +132,7 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
     assert len(tried) == len(set(tried)) <= 14
 
 
+@pytest.mark.slow
 def test_minference_has_a_member_at_a_cost_although_its_cost_depends_on_the_prompt():
     layer = inputs(text_tokens(2048))
     pattern, share = member_at_cost(ladder_of("minference", 2048), 0.525, [layer], TILES, Blocks())

@@ -47,6 +47,7 @@ def logits(pattern, layer: int, head: int) -> np.ndarray:
     return found - found.mean(axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_the_change_is_that_of_a_prefill_with_the_head_cut():
     prompt = tiny.prompt(1, 9, (8, 3, 4), 20)
     found = ablate_heads(tiny.tiny_model(), prompt, ROWS, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, ablated=ABLATION)

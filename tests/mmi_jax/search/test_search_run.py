@@ -119,6 +119,7 @@ PLANTED = {
 BEST = {"slashes": Grid, "columns": VerticalSlash, "local": AShape}
 
 
+@pytest.mark.slow
 def test_planted_heads_get_their_patterns():
     """A video of 32 frames of 64 tokens: with 22 % of the tiles every head keeps what was planted in it."""
     layout, blocks = video_prompt(2048, rows=8, columns=8, head_text=0, tail_text=0), Blocks(q=64, kv=64)
@@ -148,6 +149,7 @@ def search(path, on_trial=lambda *_: None) -> Search:
     )
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_anywhere_gives_the_same_table(tmp_path, rng):
     whole = search(tmp_path / "whole.jsonl")
     scores = whole.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)

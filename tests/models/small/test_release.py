@@ -25,6 +25,7 @@ def model():
     return Qwen2_5_VL(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_release_loads_back_and_its_processor_is_the_one_trained_with(model, tmp_path):
     release(model, tmp_path / "model")
     loaded = load(tmp_path / "model")

@@ -67,6 +67,7 @@ def test_whether_to_go_on_is_asked_where_a_length_ends_and_tells_how_its_digits_
     assert stage == STAGES[0] and share == pytest.approx(0.1 * (2 + (STAGE_LINES - 1) / 2))
 
 
+@pytest.mark.slow
 def test_other_processes_make_the_same_batches():
     curriculum = Curriculum(stages=STAGES, seed=3)
     with Loader(curriculum.batch, range(4, 8), 1) as made:

@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pytest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
@@ -54,6 +55,7 @@ def test_a_mask_is_ink_in_its_square():
         assert (mask == 255).sum() == SIDE**2 - square.size
 
 
+@pytest.mark.slow
 def test_what_is_learnt_from_copies_holds_for_other_writers():
     copies = np.arange(NUM_DIGITS, NUM_DIGITS + 20 * NUM_TRAINING_DIGITS)
     ink = handwriting(np.arange(copies[-1] + 1))[0].reshape(-1, CELLS**2) / 16
