@@ -102,7 +102,7 @@ class VerticalSlash(Pattern):
         mass = jnp.where(jnp.cumsum(view.order >= 0) <= blocks.kv, jnp.inf, mass)
         return gather_rows(scope, largest_places(jnp.where(view.order >= 0, mass, -jnp.inf), num_columns))
 
-    def _bands(self, mass: Float[Array, " n"], blocks: Blocks) -> Int32[Array, " n"]:
+    def _bands(self, mass: Float[Array, " n"], blocks: Blocks) -> Int32[Array, " m"]:
         """The heaviest bands of diagonals, the nearest forced, nearest first."""
         num_forced = -(-self.local // blocks.granule)
         num_bands = min(max(-(-self.slash // blocks.granule), 1), len(mass))
