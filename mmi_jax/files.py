@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path`, which becomes `path` when the block succeeds and vanishes when it fails.
+    """A temporary directory next to `path`, which becomes `path` when the block succeeds and vanishes when it fails.
 
     Raises:
-        ValueError: something other than an empty directory stands at `path`.
+        ValueError: something other than an empty directory is at `path`.
     """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -29,17 +29,23 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file in one step, readable by all; on an error the old one stays and nothing is left beside it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        temporary = Path(file.name)
-    try:
-        temporary.write_text(text)
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path`, readable by all, when the block succeeds.
+
+    On an error the old file stays, and nothing is left next to it.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+        temporary = Path(directory) / path.name
+        yield temporary
         temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes the file in one step, as `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_target(path: Path) -> None:

@@ -1,7 +1,5 @@
 """Pictures of a prefill: which files, of which heads."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import jax
@@ -9,6 +7,7 @@ from matplotlib.figure import Figure
 
 from mmi_jax import Blocks
 from mmi_jax.engine.reporting.report import PrefillReport
+from mmi_jax.files import new_file
 from mmi_jax.plots import table_plots
 from mmi_jax.plots.head_plans import plan_of_heads
 from mmi_jax.plots.mask_plot import plot_mask
@@ -53,14 +52,7 @@ def _masks(model, prompt: Prompt, report: PrefillReport, layer: int, blocks: Blo
 
 
 def write_figure(path: Path, figure: Figure) -> Path:
-    """Writes a picture through a temporary file: a failed run leaves no half-written one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
+    """Writes a picture, whole or not at all."""
+    with new_file(path) as temporary:
         figure.savefig(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     return path

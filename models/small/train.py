@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
+from mmi_jax.files import write_whole
 from models.families import family_of
 from models.interface import ModelConfig
 from models.small.bank import Bank, make_bank
@@ -176,7 +177,7 @@ def _cut_metrics(path: Path, first_step: int) -> None:
     """Removes the lines that a run wrote after its last checkpoint."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-        path.write_text("".join(line + "\n" for line in lines))
+        write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def _goes_on(curriculum: Curriculum, step: int, path: Path, on_stage_end: Callable[[Stage, float], bool]) -> bool:

@@ -10,7 +10,6 @@ of serialized programs: whoever can write the directory can run code in the proc
 
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
+from mmi_jax.files import write_whole
 
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "MOSAIC_GPU_")
 """How the names of the environment's variables begin that compilers read."""
@@ -76,10 +76,7 @@ def write(entry: Path | None, compiled: jax.stages.Compiled) -> None:
         return
     serialized, _, out_tree = serialize_executable.serialize(compiled)
     try:
-        with tempfile.TemporaryDirectory(dir=entry.parent) as directory:  # nothing half-written bears the entry's name
-            written = Path(directory) / "program"
-            written.write_bytes(pickle.dumps((serialized, out_tree)))
-            written.replace(entry)
+        write_whole(entry, pickle.dumps((serialized, out_tree)))
     except OSError as error:
         warnings.warn(f"the program {entry.name[:32]} is not cached: {error}", stacklevel=2)
 

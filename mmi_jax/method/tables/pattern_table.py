@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmi_jax.files import write_whole
 from mmi_jax.method.patterns import Dense, Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.strict_json import check_keys, check_type, read_json
@@ -101,7 +101,7 @@ class PatternTable:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table as JSON, through a temporary file: a failed run leaves no half-written one."""
+        """Writes the table as JSON, whole or not at all."""
         names = {pattern: _name(n, pattern) for n, pattern in enumerate(dict.fromkeys(sum(self.layers, ())))}
         value = {
             "version": VERSION,
@@ -112,11 +112,7 @@ class PatternTable:
         }
         if self.scores is not None:
             value["scores"] = {k: v for k, v in dataclasses.asdict(self.scores).items() if v is not None}
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as directory:
-            whole = Path(directory) / path.name
-            whole.write_text(json.dumps(value, indent=1))
-            os.replace(whole, path)
+        write_whole(Path(path), json.dumps(value, indent=1))
 
 
 def uniform_table(pattern: Pattern, *, num_layers: int, num_heads: int) -> PatternTable:
