@@ -57,7 +57,11 @@ class Checkpoint:
         return self.family.read_processor(self.directory, **options)
 
     def load_model(
-        self, *, dtype: DTypeLike = jnp.bfloat16, on_tensor: OnTensor | None = None, mesh: Mesh | None = None
+        self,
+        *,
+        dtype: DTypeLike = jnp.bfloat16,
+        on_tensor: OnTensor | None = None,
+        mesh: Mesh | None = None,
     ) -> Any:
         """The model; see `load`."""
         return self.family.load_model(self.directory, dtype=dtype, on_tensor=on_tensor, mesh=mesh)
@@ -76,9 +80,13 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def load(
-    name: str | Path, *, dtype: DTypeLike = jnp.bfloat16, on_tensor: OnTensor | None = None, mesh: Mesh | None = None,
+    name: str | Path,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    on_tensor: OnTensor | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
-) -> tuple[Model, Processor]:  # fmt: skip
+) -> tuple[Model, Processor]:
     """The model and the processor of a checkpoint of any family, chosen by the `model_type` of its config.json.
 
     One tensor at a time is read into the parameter that it belongs to, so that the host holds one, or two.
@@ -88,7 +96,7 @@ def load(
             the Hugging Face hub.
         dtype: of parameters and computation.
         on_tensor: called with (tensors done, tensors in all, name) after each tensor.
-        mesh: as in `mmi_jax.prefill`; every device receives its own shards only.
+        mesh: as in `mmi_jax.prefill`; every device receives only its shards.
         **options: of the family's processor.
 
     Raises:

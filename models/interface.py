@@ -1,4 +1,16 @@
-"""Interface of a model family: its models, processor and checkpoints, as commands, tasks and benchmarks use them."""
+"""Interface of a model family: its models, processor and checkpoints, as commands, tasks and benchmarks use them.
+
+A new family takes four steps; no command, task or benchmark changes.
+
+1. A folder `models/<model_type>/` with the config (a frozen dataclass with the fields of `ModelConfig`), the model (an
+   `nnx.Module` with the members of `Model`, its vision tower those of `VisionTower`), and the processor (`Processor`).
+   `models/huggingface` reads tokenizers, chat templates and safetensors; `models/media` reads images and videos.
+2. `family.py` in it: one class with every method of `Family`, and `FAMILY`, an instance of it.
+3. One entry in `models.families.FAMILIES`: the `model_type` of config.json, and the module of `FAMILY`.
+4. Tests in `tests/models/<model_type>/`: the logits of a tiny random checkpoint against those that transformers gave
+   (`scripts/make_golden.py` writes such a file), positions and layout of tokens by hand, and `models.load` of it.
+   `tests/models/test_families.py` runs for every family.
+"""
 
 import abc
 import dataclasses
@@ -271,11 +283,11 @@ class Family[C, M: nnx.Module](abc.ABC):
 
     @abc.abstractmethod
     def without_vision(self, model: M) -> Any:
-        """The decoder alone, of the model's own parameters: every token is looked up in the embedding."""
+        """The decoder alone, with the parameters of the model: every token is looked up in the embedding."""
 
     @abc.abstractmethod
     def shape_heads(self, model: Any, shapes: Sequence[HeadShape]) -> None:
-        """Writes weights of a model, or of its decoder, that let each query head of every layer attend as told."""
+        """Writes weights of a model, or of its decoder, that let each query head of every layer attend so."""
 
     @abc.abstractmethod
     def num_words(self, config: C) -> int:
@@ -291,7 +303,7 @@ class Family[C, M: nnx.Module](abc.ABC):
 
     @abc.abstractmethod
     def pixel_patches(self, config: C, video: Video | VideoStream) -> LazyPatches:
-        """The patches of a video at its own size, cut on the device; `numpy.asarray` cuts them on the host."""
+        """The patches of a video, not resized, cut on the device; `numpy.asarray` cuts them on the host."""
 
     @abc.abstractmethod
     def vision_bytes(self, config: C, num_tokens: int, dtype: DTypeLike) -> int:

@@ -15,7 +15,7 @@ from pallas_kernels.pytree import pytree, static_field
 
 @runtime_checkable
 class LazyPatches(Protocol):
-    """Patches that are made where they are needed; `numpy.asarray` gives all of them."""
+    """Patches computed on demand; `numpy.asarray` gives all of them."""
 
     @property
     def shape(self) -> tuple[int, int]:

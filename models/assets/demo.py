@@ -15,5 +15,5 @@ DEMO_ANSWERS = {"red": "7", "blue": "3", "yellow": "9", "green": "4"}
 
 
 def demo_question(colour: str) -> str:
-    """What the demo's model is asked about a card."""
+    """The question about a card."""
     return f"Which digit is on the {colour} card?"

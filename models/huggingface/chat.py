@@ -13,8 +13,7 @@ type Medium = Image | Video | VideoStream
 type Part = str | Medium
 
 MARK = "\ue000"
-"""Stands, while a chat template is rendered, where a prompt is cut; of a range that no text uses (Unicode, private use
-area)."""
+"""Mark in a rendered chat template where a prompt is cut; of a range that no text uses (Unicode, private use area)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +76,10 @@ def _content(part: Part) -> dict[str, str]:
 def check_no_placeholders(messages: Sequence[Message], placeholders: Sequence[str]) -> None:
     """Raises ValueError if a text holds a placeholder of images or videos."""
     for text in (part for message in messages for part in message.parts if isinstance(part, str)):
-        if found := [token for token in placeholders if token in text]:
+        if reserved := [token for token in placeholders if token in text]:
             raise ValueError(
-                f"text must not contain the model's placeholders {placeholders}, which stand for images and videos: "
-                f"got {found} in {_excerpt(text, found[0])!r}"
+                f"text must not contain the model's placeholders {placeholders}, which represent images and videos: "
+                f"got {reserved} in {_excerpt(text, reserved[0])!r}"
             )
 
 

@@ -1,4 +1,4 @@
-"""From a model's name to its directory."""
+"""Directories of checkpoints by name: local, or downloaded from the Hugging Face hub."""
 
 from pathlib import Path
 

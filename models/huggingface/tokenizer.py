@@ -17,7 +17,7 @@ from models.huggingface.json_files import existing, read_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A checkpoint's own tokenizer and chat template.
+    """The tokenizer and chat template of a checkpoint.
 
     Args:
         backend: the tokenizer of `tokenizers`.

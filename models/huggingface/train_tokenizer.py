@@ -17,7 +17,7 @@ MAX_VOCAB_SIZE = 640
 
 
 def train_tokenizer(text: str, *, vocab_size: int = MAX_VOCAB_SIZE) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer with Qwen's special tokens; digits stand alone."""
+    """A byte-level BPE tokenizer with Qwen's special tokens; every digit is one token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -23,12 +23,12 @@ def probe(path: str | os.PathLike) -> tuple[int, float]:
     """Frames in the file and frames per second, without decoding: as its header says, or packets counted.
 
     A header counts all that is stored; where an edit list hides frames (a video trimmed on a phone), its duration is
-    shorter than that count, and only the packets tell.
+    shorter than that count, and only the packets give the number.
     """
     with av.open(os.fspath(path)) as container:
         stream = video_stream(container, path)
         if not stream.average_rate:
-            raise ValueError(f"a video must tell its frame rate, got {stream.average_rate} in path={str(path)!r}")
+            raise ValueError(f"a video must have a frame rate, got {stream.average_rate} in path={str(path)!r}")
         fps, num_frames = float(stream.average_rate), stream.frames
         seconds = float((stream.duration or 0) * (stream.time_base or 0)) or num_frames / fps
         if num_frames == 0 or round(seconds * fps) != num_frames:

@@ -11,19 +11,19 @@ from models.media.checks import check_file, check_fps
 from models.media.probing import probe, readable
 
 MAX_FRAMES = 768
-"""Frames that Qwen2-VL and Qwen2.5-VL sample from one video at most (`FPS_MAX_FRAMES` of qwen-vl-utils)."""
+"""Maximum number of frames that Qwen2-VL and Qwen2.5-VL sample from one video (`FPS_MAX_FRAMES` of qwen-vl-utils)."""
 
 MIN_FRAMES = 4
-"""Frames sampled at least, if the video has as many (`FPS_MIN_FRAMES` of qwen-vl-utils)."""
+"""Minimum number of sampled frames, if the video has as many (`FPS_MIN_FRAMES` of qwen-vl-utils)."""
 
 TEMPORAL_PATCH_LEN = 2
-"""Frames that share one vision token; the number of sampled frames is a multiple of it."""
+"""Frames of one vision token; the number of sampled frames is a multiple of it."""
 
 
 def sample_indices(
     num_frames: int, *, source_fps: float, fps: float, max_frames: int = MAX_FRAMES
 ) -> Int64[np.ndarray, " n"]:
-    """The source frames that Qwen2-VL looks at: evenly spaced, an even number of them.
+    """The source frames that Qwen2-VL samples: evenly spaced, an even number of them.
 
     10 frames at 4 per second, sampled at 2 per second: 10 / 4 * 2 = 5, made even: 4 frames, 2.5 apart:
 
@@ -41,14 +41,14 @@ def sample_indices(
             f"sampling needs a frame and a limit of {TEMPORAL_PATCH_LEN} or more: {num_frames=}, {max_frames=}"
         )
     at_most = max(min(max_frames, num_frames) // TEMPORAL_PATCH_LEN * TEMPORAL_PATCH_LEN, 1)
-    wanted = min(max(num_frames / source_fps * fps, MIN_FRAMES), at_most)
-    num_sampled = max(math.floor(wanted / TEMPORAL_PATCH_LEN) * TEMPORAL_PATCH_LEN, 1)
+    target = min(max(num_frames / source_fps * fps, MIN_FRAMES), at_most)
+    num_sampled = max(math.floor(target / TEMPORAL_PATCH_LEN) * TEMPORAL_PATCH_LEN, 1)
     return np.arange(num_sampled, dtype=np.int64) * num_frames // num_sampled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sampling:
-    """Which frames of a video file are looked at.
+    """The frames sampled from a video file.
 
     Args:
         path: of the file.

@@ -35,7 +35,7 @@ class Video:
 
     @property
     def seconds(self) -> float:
-        """Seconds of video that the sampled frames stand for."""
+        """Seconds of video that the sampled frames cover."""
         return self.num_frames / self.fps
 
 
@@ -55,7 +55,7 @@ def read_video(
     Args:
         path: any file with a video stream that FFmpeg reads.
         fps: sampled frames per second; positive.
-        max_frames: sampled frames at most.
+        max_frames: maximum number of sampled frames.
         resize: called with each sampled frame and the number of sampled frames, gives the frame to keep; from several
             threads. With it an hour of 1080p needs memory for the small frames only.
         on_frame: called after each decoded frame with the frames decoded so far and the frames to decode.

@@ -15,7 +15,7 @@ from models.media.video import Video
 
 
 class VideoStream:
-    """The sampled frames of a video file, decoded by a thread; whoever asks for frames waits until they are there.
+    """The sampled frames of a video file, decoded by a thread; a reader of frames waits until they are decoded.
 
     Attributes:
         num_frames: sampled frames.
@@ -34,8 +34,8 @@ class VideoStream:
     ):
         """Returns when the first frame is decoded; arguments and errors as of `read_video`.
 
-        Errors of later frames come where these are asked for. `on_frame` is called from the thread. Decoding stops when
-        the stream is no longer referred to.
+        Errors of later frames are raised where these are read. `on_frame` is called from the thread. Decoding stops
+        when the stream is no longer referred to.
         """
         sampling = sample_file(path, fps=fps, max_frames=max_frames)
         self.num_frames, self.fps = len(sampling.indices), sampling.fps
@@ -65,17 +65,17 @@ class VideoStream:
 
 @dataclasses.dataclass
 class _Arrival:
-    """What the thread and those who wait for it share; everything but `changed` belongs to the lock within."""
+    """Frames decoded so far; everything but `changed` is guarded by its lock."""
 
     kept: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 1, 1, 3), np.uint8))
     num_there: int = 0
     error: Exception | None = None
-    is_wanted: bool = True
+    is_read: bool = True
     waited_seconds: float = 0.0
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
     def wait_for(self, count: int) -> np.ndarray:
-        """All frames, of which at least `count` are there."""
+        """All frames, of which `count` or more are decoded."""
         start = time.perf_counter()
         with self.changed:
             self.changed.wait_for(lambda: self.num_there >= count or self.error is not None)
@@ -101,16 +101,16 @@ class _Arrival:
             self.changed.notify_all()
 
     def stop(self) -> None:
-        """Nobody wants further frames."""
-        self.is_wanted = False
+        """No further frames are read."""
+        self.is_read = False
 
 
 def _decode(arrival: _Arrival, sampling: Sampling, resize: FrameResize | None, on_frame: OnFrame | None) -> None:
     """The thread: it knows the arrival alone, so that a stream nobody refers to is noticed."""
     try:
         for frame in sampled_frames(sampling, resize, on_frame):
-            if not arrival.is_wanted:
+            if not arrival.is_read:
                 return
             arrival.put(frame, len(sampling.indices))
-    except Exception as error:  # raised again where frames are asked for
+    except Exception as error:  # raised again where frames are read
         arrival.fail(error)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -19,7 +20,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 class Attention(nnx.Module):
     """Projections around an `Attend`: biases on q, k and v, none on the output."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.config = config
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.attention_norm = rms_norm(config.embed_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)

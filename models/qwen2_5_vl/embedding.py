@@ -1,4 +1,4 @@
-"""Vision tokens into their places among the embeddings, a batch of frames at a time."""
+"""Vision tokens written over the embeddings of their placeholders, a batch of frames at a time."""
 
 import functools
 import math
@@ -102,5 +102,5 @@ def vision_places(prompt: Prompt, num_vision: int) -> Int[AnyArray, " n"]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put_rows(x: Float[Array, "b t e"], rows: Float[Array, "n e"], places: Int[AnyArray, " n"]) -> Float[Array, "b t e"]:
-    """`x` with rows written at places among its `b * t`, in its own memory; places past the end are dropped."""
+    """`x`, which is donated, with rows written at places among its `b * t`; places past the end are dropped."""
     return x.reshape(-1, x.shape[-1]).at[places].set(rows, mode="drop").reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The pieces that the vision tower and the decoder share; `dtype` holds for parameters and computation."""
+"""Building blocks of the vision tower and the decoder; `dtype` holds for parameters and computation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,22 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 State = Any
-"""An `nnx.State`; named so because runtime checks trip over that class's own annotations."""
+"""An `nnx.State`; an alias, because runtime type checks fail on that class's own annotations."""
 
 
 PIECE_TOKENS = 8192
 """Tokens of a piece in `in_pieces` and `over_pieces`: enough to fill any matrix unit."""
 
 
-def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(in_dim: int, out_dim: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     """An affine map with a kernel `[in, out]`."""
     return nnx.Linear(in_dim, out_dim, use_bias=use_bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def rms_norm(num_features: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(num_features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """A root-mean-square norm whose statistics are float32."""
     return nnx.RMSNorm(num_features, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
@@ -29,7 +30,7 @@ def rms_norm(num_features: int, epsilon: float, *, dtype: Any, rngs: nnx.Rngs) -
 class GatedMLP(nnx.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, embed_dim: int, mlp_dim: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, embed_dim: int, mlp_dim: int, *, use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights."""
         self.gate = linear(embed_dim, mlp_dim, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.up = linear(embed_dim, mlp_dim, use_bias=use_bias, dtype=dtype, rngs=rngs)

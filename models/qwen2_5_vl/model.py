@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from mmi_jax.layout import PADDING, TokenLayout
@@ -23,7 +24,7 @@ from models.qwen2_5_vl.vision.tower import VisionTower
 class Qwen2_5_VL(nnx.Module):
     """The whole model; `layers` is one `DecoderLayer` whose parameters carry a leading layer axis."""
 
-    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen2_5_VLConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         dtype = jnp.dtype(dtype)
         self.config = config

@@ -1,10 +1,9 @@
 """Frames painted on the device: the same pixels as `GeneratedHaystack` and `paint`, as normalised patches."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from models.small.config import small_processor
@@ -54,7 +53,7 @@ def draw(bank: Bank, frames: Int[Array, "n 7"]) -> UInt8[Array, "n 112 112 3"]:
     return paint(jax.vmap(cut)(look, frames[:, 1], column), frames[:, NUM_BASE:], masks, xp=jnp)
 
 
-def patches(bank: Bank, frames: Int[Array, "f 7"], dtype: Any) -> Float[Array, "n p c"]:
+def patches(bank: Bank, frames: Int[Array, "f 7"], dtype: DTypeLike) -> Float[Array, "n p c"]:
     """The patches of every pair of frames, as the small model's processor cuts them."""
     config = small_processor().video
     pixels = draw(bank, frames).astype(jnp.float32) / 255

@@ -1,4 +1,4 @@
-"""What the small model is trained on: streams of video, documents and many questions, short ones first."""
+"""Training data of the small model: streams of video, documents and many questions, short ones first."""
 
 import dataclasses
 
@@ -17,9 +17,9 @@ from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
 """A batch has room for one label per so many tokens."""
-AGAIN_SHARE = 0.4
+AGAIN_FRACTION = 0.4
 """Pictures that come again within a video, for every card or picture that is new."""
-LEAST_SEEN = 4
+MIN_SEEN = 4
 """Cards, or pictures, that must have come before one is asked for. Where few have come, attending to any of them is
 right so often that the model learns to pick one with certainty, and then learns nothing more: see docs/log.md."""
 
@@ -135,7 +135,7 @@ class _Builder:
         is_first = self.num_cards + self.num_pictures == 0
         count = min(max(int(self.rng.poisson(self.density * length)), int(is_first)), length)
         seen = self.num_pictures
-        again = int(self.rng.poisson(AGAIN_SHARE * self.density * length)) if seen >= LEAST_SEEN else 0
+        again = int(self.rng.poisson(AGAIN_FRACTION * self.density * length)) if seen >= MIN_SEEN else 0
         grids = self.rng.permutation(length)[: count + again].tolist()
         for grid in sorted(grids[:count]):
             self._put_needle(frames, grid, may_last=grid + 2 < length and not {grid + 1, grid + 2} & set(grids))
@@ -178,7 +178,7 @@ class _Builder:
     def add_questions(self) -> None:
         """A few questions; one about a picture first, which has to come again for it."""
         count = int(self.rng.integers(0, self.max_asked + 1))
-        if count and self.num_pictures >= LEAST_SEEN and self.rng.random() < 0.75 and self.room > self.reserve + 40:
+        if count and self.num_pictures >= MIN_SEEN and self.rng.random() < 0.75 and self.room > self.reserve + 40:
             self._ask_for_picture()
         for _ in range(count - 1):
             if self.room > self.reserve:
@@ -201,7 +201,7 @@ class _Builder:
 
     def _ask_for_card(self, *, is_last: bool) -> None:
         """The question for a card that came; half of the time with digits to choose from."""
-        if self.num_cards < LEAST_SEEN:
+        if self.num_cards < MIN_SEEN:
             return
         card: Card = self.cards[int(self.rng.integers(self.num_cards))]
         has_options = self.rng.random() < 0.4

@@ -20,10 +20,10 @@ from models.tasks import TASKS, GeneratedHaystack
 from models.tasks.rows import choice_ids
 from pallas_kernels.pytree import pytree
 
-MOST_QUESTIONS = 8
-"""Questions in a sample, at most."""
-MOST_CHOICES = 10
-"""Answers offered by a question, at most."""
+MAX_QUESTIONS = 8
+"""Maximum number of questions in a sample."""
+MAX_CHOICES = 10
+"""Maximum number of choices of a question."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class CellBatch:
 def cell_batch(cell: Cell) -> CellBatch:
     """The samples of a cell; the same for the same seeds."""
     processor, streams = small_processor(), []
-    choices = np.zeros((cell.num_samples, MOST_QUESTIONS, MOST_CHOICES), np.int32)
-    answer = np.full((cell.num_samples, MOST_QUESTIONS), -1, np.int32)
+    choices = np.zeros((cell.num_samples, MAX_QUESTIONS, MAX_CHOICES), np.int32)
+    answer = np.full((cell.num_samples, MAX_QUESTIONS), -1, np.int32)
     for number in range(cell.num_samples):
         script = TASKS[cell.task](
             num_tokens=cell.num_tokens,
@@ -67,28 +67,32 @@ def cell_batch(cell: Cell) -> CellBatch:
             fps=cell.fps,
         )
         streams.append(stream(script, processor))
-        assert len(streams[-1].row.tokens) <= cell.num_tokens and len(script.questions) <= MOST_QUESTIONS
+        assert len(streams[-1].row.tokens) <= cell.num_tokens and len(script.questions) <= MAX_QUESTIONS
         for place, question in enumerate(script.questions):
             ids = choice_ids(question, processor.tokenizer)
-            choices[number, place] = np.pad(ids, (0, MOST_CHOICES - len(ids)), mode="edge")
+            choices[number, place] = np.pad(ids, (0, MAX_CHOICES - len(ids)), mode="edge")
             answer[number, place] = question.answer
-    batch = stack_streams(streams, num_tokens=cell.num_tokens, num_rows=MOST_QUESTIONS)
+    batch = stack_streams(streams, num_tokens=cell.num_tokens, num_rows=MAX_QUESTIONS)
     return CellBatch(batch=batch, choices=choices, answer=answer)
 
 
 def _empty_cell(num_samples: int, num_tokens: int) -> CellBatch:
     """A cell's batch of this shape, nothing in it."""
     return CellBatch(
-        batch=empty_batch(num_samples, num_tokens, MOST_QUESTIONS),
-        choices=np.zeros((num_samples, MOST_QUESTIONS, MOST_CHOICES), np.int32),
-        answer=np.zeros((num_samples, MOST_QUESTIONS), np.int32),
+        batch=empty_batch(num_samples, num_tokens, MAX_QUESTIONS),
+        choices=np.zeros((num_samples, MAX_QUESTIONS, MAX_CHOICES), np.int32),
+        answer=np.zeros((num_samples, MAX_QUESTIONS), np.int32),
     )
 
 
 def evaluate(
-    model: Model, cells: Iterable[Cell], *, compute: Compute, num_workers: int = 0,
+    model: Model,
+    cells: Iterable[Cell],
+    *,
+    compute: Compute,
+    num_workers: int = 0,
     on_cell: Callable[[dict], None] = lambda result: None,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[dict]:
     """For each cell its fields, the number of questions, and how many were answered rightly.
 
     Every shape of cell is a program; all are compiled at once in threads, in the order of the cells.
@@ -97,10 +101,10 @@ def evaluate(
     graphdef, params = nnx.split(model)
     cells = list(cells)
 
-    def num_right(params, made: CellBatch, bank: Bank):
-        logits = row_logits(nnx.merge(graphdef, params), made.batch, bank, compute)
-        chosen = jnp.argmax(jnp.take_along_axis(logits, made.choices, axis=-1), axis=-1)
-        return jnp.sum((chosen == made.answer) & (made.answer >= 0)), jnp.sum(made.answer >= 0)
+    def num_right(params, cells: CellBatch, bank: Bank):
+        logits = row_logits(nnx.merge(graphdef, params), cells.batch, bank, compute)
+        chosen = jnp.argmax(jnp.take_along_axis(logits, cells.choices, axis=-1), axis=-1)
+        return jnp.sum((chosen == cells.answer) & (cells.answer >= 0)), jnp.sum(cells.answer >= 0)
 
     def compiled(shape: tuple[int, int]):
         return jax.jit(num_right).lower(*jax.eval_shape(lambda *x: x, params, _empty_cell(*shape), bank)).compile()
@@ -108,9 +112,9 @@ def evaluate(
     with ThreadPoolExecutor(4) as compiler, Loader(cell_batch, cells, num_workers) as batches:
         shapes = dict.fromkeys((cell.num_samples, cell.num_tokens) for cell in cells)
         programs = {shape: compiler.submit(compiled, shape) for shape in shapes}
-        for cell, made in zip(cells, batches, strict=True):
+        for cell, inputs in zip(cells, batches, strict=True):
             program = programs[cell.num_samples, cell.num_tokens].result()
-            right, asked = program(params, jax.tree.map(jnp.asarray, made), bank)
+            right, asked = program(params, jax.tree.map(jnp.asarray, inputs), bank)
             result = dataclasses.asdict(cell) | {"num_questions": int(asked), "num_right": int(right)}
             on_cell(result)
             yield result

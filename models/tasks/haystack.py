@@ -1,4 +1,4 @@
-"""Where the frames come from that a needle hides among: photographs panned over, or a folder of videos."""
+"""Haystacks, the frames among which a needle hides: photographs panned over, or a folder of videos."""
 
 import dataclasses
 import functools

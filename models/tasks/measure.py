@@ -55,16 +55,16 @@ class Measure:
             return MARKS + self.grid * math.ceil(len(part.frames) / 2)
         return MARKS + self.still
 
-    def grids_in(self, num_tokens: int, *, least: int, beside: Iterable[ScriptPart]) -> int:
-        """Pairs of video frames that fit into a prompt beside other parts.
+    def grids_in(self, num_tokens: int, *, min_grids: int, others: Iterable[ScriptPart]) -> int:
+        """Pairs of video frames that fit into a prompt with other parts.
 
         Raises:
-            ValueError: fewer than `least`.
+            ValueError: fewer than `min_grids`.
         """
-        room = (num_tokens - self.length(beside)) // self.grid
-        if room < least:
+        room = (num_tokens - self.length(others)) // self.grid
+        if room < min_grids:
             raise ValueError(
-                f"the task needs {least} pairs of frames of {self.grid} tokens beside {num_tokens - room * self.grid} "
-                f"others: {num_tokens=} has room for {max(room, 0)}"
+                f"the task needs {min_grids} pairs of frames of {self.grid} tokens and {num_tokens - room * self.grid} "
+                f"other tokens: {num_tokens=} has room for {max(room, 0)}"
             )
         return room

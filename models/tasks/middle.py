@@ -8,7 +8,7 @@ from models.tasks.cards import Card, blank_video, draw_cards, draw_digits, free_
 from models.tasks.digits import digit_labels
 from models.tasks.haystack import Haystack
 from models.tasks.measure import Measure
-from models.tasks.niah import TEXT_SHARE, choose, draw_documents
+from models.tasks.niah import TEXT_FRACTION, choose, draw_documents
 from models.tasks.sample import Question
 from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarked
 from models.tasks.text import DIGITS, MATCHING_QUESTION
@@ -18,9 +18,17 @@ FIRST, LAST = 0.4, 0.95
 
 
 def middle_questions(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
-    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_questions: int = 4,
+    num_distractors: int = 4,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """A video of cards that is interrupted by questions for the digits of cards far back; it goes on after the last.
 
     Args and errors as of `v_niah`; `depth` is the needle's place in what precedes its question.
@@ -28,8 +36,8 @@ def middle_questions(
     rng = np.random.default_rng([seed, 2])
     cards = draw_cards(num_questions + num_distractors, rng, is_held_out=is_held_out)
     asked = cards[:num_questions]
-    beside = [part for card in asked for part in (card.question, still(card))]
-    num_grids = measure.grids_in(num_tokens, least=4 * len(cards), beside=beside)
+    others = [part for card in asked for part in (card.question, still(card))]
+    num_grids = measure.grids_in(num_tokens, min_grids=4 * len(cards), others=others)
     frames = blank_video(2 * num_grids, haystack, rng)
     stops = _stops(num_questions, num_grids)
     taken: set[int] = set()
@@ -44,9 +52,17 @@ def middle_questions(
 
 
 def mm_middle_questions(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
-    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_questions: int = 4,
+    num_distractors: int = 4,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """MM-NIAH with several needles, asked for one by one between frames and documents that go on after the last.
 
     Args and errors as of `mm_niah`; `depth` is the needle's place in what precedes its question.
@@ -55,11 +71,11 @@ def mm_middle_questions(
     cards = draw_cards(num_questions + num_distractors, rng, is_held_out=is_held_out)
     asked = [choose(card, rng, after_part=None, depth=depth) for card in cards[:num_questions]]
     texts = [text for _, text in asked]
-    documents = draw_documents(int(TEXT_SHARE * num_tokens) - sum(map(measure.count, texts)), rng, measure)
+    documents = draw_documents(int(TEXT_FRACTION * num_tokens) - sum(map(measure.count, texts)), rng, measure)
     # Every document, question and image cuts the video once more; each piece has two marks.
     marks = 2 * (len(documents) + len(texts) + len(cards) + 1)
-    beside: list[ScriptPart] = [*texts, *documents, *map(still, cards)]
-    num_grids = measure.grids_in(num_tokens - marks, least=4 * len(cards), beside=beside)
+    others: list[ScriptPart] = [*texts, *documents, *map(still, cards)]
+    num_grids = measure.grids_in(num_tokens - marks, min_grids=4 * len(cards), others=others)
     stops = _stops(num_questions, num_grids)
     places = [round(depth * (stop - 1)) for stop in stops] + rng.integers(0, num_grids, num_distractors).tolist()
     events = [(2 * place, [still(card)]) for place, card in zip(places, cards, strict=True)]
@@ -72,19 +88,33 @@ def mm_middle_questions(
 
 
 def matching_frames(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
-    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_questions: int = 4,
+    num_distractors: int = 4,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """Pictures with a digit on them in a video; some come again without, and the question is which digit was there.
 
     Args and errors as of `v_niah`; `depth` is the place of the picture's first coming in what precedes its second.
     """
     rng = np.random.default_rng([seed, 3])
-    beside: list[ScriptPart] = [MATCHING_QUESTION, still(Card(colour=0, image=0))] * num_questions
+    others: list[ScriptPart] = [MATCHING_QUESTION, still(Card(colour=0, image=0))] * num_questions
     frames, stops, answers = _returning_pictures(
-        num_tokens, depth, rng, haystack, measure, beside, counts=(num_questions, num_distractors),
+        num_tokens,
+        depth,
+        rng,
+        haystack,
+        measure,
+        others,
+        counts=(num_questions, num_distractors),
         is_held_out=is_held_out,
-    )  # fmt: skip
+    )
     parts = interleave(frames, fps, [(2 * stop, [MATCHING_QUESTION]) for stop in stops])
     places = [i for i, part in enumerate(parts) if isinstance(part, str)]
     questions = tuple(
@@ -95,9 +125,17 @@ def matching_frames(
 
 
 def silent_matching(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_questions: int = 4,
-    num_distractors: int = 4, fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_questions: int = 4,
+    num_distractors: int = 4,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """The same without a word: one video, and the last token of each picture that comes again tells its digit.
 
     So a row of video must look far back, and no row of text can do it in its place. Only a model that was trained to
@@ -117,13 +155,20 @@ def silent_matching(
 
 
 def _returning_pictures(
-    num_tokens: int, depth: float, rng: np.random.Generator, haystack: Haystack, measure: Measure,
-    beside: list[ScriptPart], *, counts: tuple[int, int], is_held_out: bool,
-) -> tuple[Frames, list[int], list[int]]:  # fmt: skip
+    num_tokens: int,
+    depth: float,
+    rng: np.random.Generator,
+    haystack: Haystack,
+    measure: Measure,
+    others: list[ScriptPart],
+    *,
+    counts: tuple[int, int],
+    is_held_out: bool,
+) -> tuple[Frames, list[int], list[int]]:
     """A video of pictures with digits, some of which come again without.
 
     Args:
-        beside: what else the prompt holds.
+        others: what else the prompt holds.
         counts: pictures that come again, and others.
 
     Returns:
@@ -132,7 +177,7 @@ def _returning_pictures(
     num_questions, num_pictures = counts[0], sum(counts)
     pictures = unmarked(haystack.stills(num_pictures, rng))
     images = draw_digits(rng.integers(0, 10, num_pictures), rng, is_held_out=is_held_out)
-    num_grids = measure.grids_in(num_tokens, least=4 * num_pictures, beside=beside)
+    num_grids = measure.grids_in(num_tokens, min_grids=4 * num_pictures, others=others)
     frames = blank_video(2 * num_grids, haystack, rng)
     stops = _stops(num_questions, num_grids)
     taken = {stop - 1 for stop in stops}

@@ -12,14 +12,21 @@ from models.tasks.sample import Question
 from models.tasks.script import Script, ScriptPart
 from models.tasks.text import LETTERS, document, options
 
-TEXT_SHARE = 0.25
+TEXT_FRACTION = 0.25
 """Tokens of MM-NIAH that are text."""
 
 
 def v_niah(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_distractors: int = 3,
-    fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_distractors: int = 3,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """A video with a needle card at a depth, then the question for the card's digit.
 
     Args:
@@ -37,20 +44,27 @@ def v_niah(
     """
     rng = np.random.default_rng([seed, 0])
     cards = draw_cards(1 + num_distractors, rng, is_held_out=is_held_out)
-    num_grids = measure.grids_in(num_tokens, least=len(cards), beside=[cards[0].question, still(cards[0])])
+    num_grids = measure.grids_in(num_tokens, min_grids=len(cards), others=[cards[0].question, still(cards[0])])
     frames = blank_video(2 * num_grids, haystack, rng)
     taken: set[int] = set()
     places = [round(depth * (num_grids - 1)), *rng.integers(0, num_grids, num_distractors)]
-    for card, wanted in zip(cards, places, strict=True):
-        show(frames, card, 2 * free_grid(int(wanted), taken, num_grids))
+    for card, place in zip(cards, places, strict=True):
+        show(frames, card, 2 * free_grid(int(place), taken, num_grids))
     parts = [*interleave(frames, fps, []), cards[0].question]
     return Script(parts=tuple(parts), questions=(cards[0].ask(after_part=None, depth=depth),), depth=depth)
 
 
 def mm_niah(
-    *, num_tokens: int, depth: float, seed: int, haystack: Haystack, measure: Measure, num_distractors: int = 3,
-    fps: float = 2.0, is_held_out: bool = False,
-) -> Script:  # fmt: skip
+    *,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+    haystack: Haystack,
+    measure: Measure,
+    num_distractors: int = 3,
+    fps: float = 2.0,
+    is_held_out: bool = False,
+) -> Script:
     """A video with documents between its frames, a quarter of the tokens; a needle image at a depth; four choices.
 
     Args and errors as of `v_niah`. Needle and distractors are images, not frames of the video.
@@ -58,11 +72,11 @@ def mm_niah(
     rng = np.random.default_rng([seed, 1])
     cards = draw_cards(1 + num_distractors, rng, is_held_out=is_held_out)
     question, asked = choose(cards[0], rng, after_part=None, depth=depth)
-    documents = draw_documents(int(TEXT_SHARE * num_tokens) - measure.count(asked), rng, measure)
-    beside: list[ScriptPart] = [asked, *documents, *map(still, cards)]
+    documents = draw_documents(int(TEXT_FRACTION * num_tokens) - measure.count(asked), rng, measure)
+    others: list[ScriptPart] = [asked, *documents, *map(still, cards)]
     # Every document and image cuts the video once more, which costs the two marks of a piece.
     marks = 2 * (len(documents) + len(cards) + 1)
-    num_grids = measure.grids_in(num_tokens - marks, least=len(cards), beside=beside)
+    num_grids = measure.grids_in(num_tokens - marks, min_grids=len(cards), others=others)
     frames = blank_video(2 * num_grids, haystack, rng)
     places = [round(depth * num_grids), *rng.integers(0, num_grids + 1, num_distractors)]
     events = [(2 * int(place), [still(card)]) for place, card in zip(places, cards, strict=True)]

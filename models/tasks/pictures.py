@@ -1,4 +1,4 @@
-"""What the frames of the tasks are painted with: photographs, and on them colours and handwritten digits.
+"""Pictures of the tasks' frames: photographs, and on them colours and handwritten digits.
 
 The photographs are those of `sklearn.datasets.load_sample_images` (authors in models/assets/README.md).
 """

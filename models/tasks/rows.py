@@ -1,4 +1,4 @@
-"""In which row of the logits a question is answered, and by which token."""
+"""Rows of the logits that answer the questions of a sample, and the tokens of their choices."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,13 @@ def question_rows(sample: Sample, processor: Processor) -> Int32[np.ndarray, " n
 
 
 def answer_rows(
-    questions: Sequence[Question], parts: Sequence[str | Image | Video], ends: np.ndarray, num_tokens: int,
+    questions: Sequence[Question],
+    parts: Sequence[str | Image | Video],
+    ends: np.ndarray,
+    num_tokens: int,
     processor: Processor,
-) -> Int32[np.ndarray, " n"]:  # fmt: skip
-    """The same, given what `part_ends` found; pixels are not looked at."""
+) -> Int32[np.ndarray, " n"]:
+    """The same, given the result of `part_ends`; no pixels are read."""
 
     def row(question: Question) -> int:
         if question.after_part is None:

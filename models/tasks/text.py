@@ -1,4 +1,4 @@
-"""What the tasks say: questions, and documents that stand between the frames."""
+"""Texts of the tasks: questions, and documents that stand between the frames."""
 
 from pathlib import Path
 

@@ -74,7 +74,7 @@ def random_checkpoint_config(tokenizer: tokenizers.Tokenizer) -> Qwen2_5_VLConfi
     )
 
 
-# What the query heads that share a kv head look at: nats by which one step along time, row and column lowers attention,
+# Attention of the query heads of a kv head: nats by which one step along time, row and column lowers attention,
 # and a factor on the queries' random kernel.
 _DECAYS = (
     (2.0, 0.0, 0.0),  # near in time, and again where the few frequencies of time beat

@@ -34,7 +34,7 @@ def tiny_model() -> Qwen2_5_VL:
 
 @jax.jit
 def forward(model: Any, prompt: Prompt) -> jax.Array:
-    """Logits of every token by the model's own dense forward pass; compiled once per shape."""
+    """Logits of every token by the model's dense forward pass; compiled once per shape."""
     return model(prompt)
 
 

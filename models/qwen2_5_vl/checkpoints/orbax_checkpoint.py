@@ -1,4 +1,4 @@
-"""Converted weights saved and restored with orbax, with the configuration beside them."""
+"""Converted weights saved and restored with orbax, with the configuration next to them."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mmi_jax.files import new_directory
 from models.qwen2_5_vl.checkpoints.dialects import from_huggingface, to_huggingface
@@ -31,7 +32,7 @@ def save(model: Qwen2_5_VL, path: str | Path) -> None:
         (temporary / "model.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def restore(path: str | Path, *, dtype: Any = None) -> Qwen2_5_VL:
+def restore(path: str | Path, *, dtype: DTypeLike | None = None) -> Qwen2_5_VL:
     """The model that `save` wrote, in the dtype it was saved in unless `dtype` says otherwise.
 
     Raises:

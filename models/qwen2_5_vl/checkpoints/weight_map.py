@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter: one table, read in both directions."""
+"""Map from tensors of a Hugging Face checkpoint to parameters: one table, read in both directions."""
 
 import dataclasses
 import re
@@ -74,7 +74,7 @@ def parameters(state: State) -> dict[Path, nnx.Variable]:
 
 def slots(state: State, config: Qwen2_5_VLConfig) -> dict[str, Slot]:
     """Every tensor that a checkpoint of this model must hold, by name; `state` may be abstract."""
-    found = {}
+    by_name = {}
     for path, variable in parameters(state).items():
         name = f"{MODULES['.'.join(path[:-1])]}.{LEAVES[path[-1]]}"
         num_layers = variable.shape[0] if "*" in name else None
@@ -86,14 +86,14 @@ def slots(state: State, config: Qwen2_5_VLConfig) -> dict[str, Slot]:
             shape = (shape[0], vision.num_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
         for layer in [None] if num_layers is None else range(num_layers):
             slot = Slot(path=path, layer=layer, shape=tuple(shape), is_transposed=path[-1] == "kernel")
-            found[name.replace("*", str(layer))] = slot
-    return found
+            by_name[name.replace("*", str(layer))] = slot
+    return by_name
 
 
-def check(expected: dict[str, Slot], found: Iterable[str], shape_of: Callable[[str], tuple[int, ...]]) -> None:
-    """Raises `ValueError` unless the tensors found are those expected, in name and shape; names are canonical."""
-    found = set(found)
-    for kind, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
+def check(expected: dict[str, Slot], names_on_disk: Iterable[str], shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    """Raises `ValueError` unless the tensors on disk are those expected, in name and shape; names are canonical."""
+    on_disk = set(names_on_disk)
+    for kind, names in (("missing", expected.keys() - on_disk), ("unexpected", on_disk - expected.keys())):
         if names:
             listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(

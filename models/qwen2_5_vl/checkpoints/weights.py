@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
@@ -27,16 +27,19 @@ from models.qwen2_5_vl.model import Qwen2_5_VL
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def abstract_model(config: Qwen2_5_VLConfig, *, dtype: Any = jnp.bfloat16) -> Qwen2_5_VL:
+def abstract_model(config: Qwen2_5_VLConfig, *, dtype: DTypeLike = jnp.bfloat16) -> Qwen2_5_VL:
     """The model with shapes in place of arrays: nothing is allocated."""
     return nnx.eval_shape(lambda: Qwen2_5_VL(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def load(
-    name: str | Path, *, dtype: Any = jnp.bfloat16, on_tensor: Callable[[int, int, str], None] | None = None,
+    name: str | Path,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    on_tensor: Callable[[int, int, str], None] | None = None,
     mesh: Mesh | None = None,
-) -> Qwen2_5_VL:  # fmt: skip
-    """The model of a Hugging Face checkpoint, on the default device or cut over a mesh.
+) -> Qwen2_5_VL:
+    """The model of a Hugging Face checkpoint, on the default device or sharded over a mesh.
 
     One tensor at a time is read and written in place into the parameter it belongs to: the host holds one tensor, or
     two while the runtime lets go of the one before.
@@ -45,7 +48,7 @@ def load(
         name: a directory with config.json and safetensors, or a repository name on the hub.
         dtype: of parameters and computation.
         on_tensor: called with (tensors done, tensors in all, name) after each tensor.
-        mesh: as in `mmi_jax.prefill`; every device receives its own pieces only.
+        mesh: as in `mmi_jax.prefill`; every device receives only its shards.
 
     Raises:
         ValueError: no checkpoint, an unknown config, a missing, truncated or contradicting shard, or a tensor that
@@ -86,8 +89,8 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _pieces(tensor: np.ndarray, dtype: Any, slot: Slot, place: NamedSharding) -> Array:
-    """A tensor from disk as the parameter, or one layer of it, cut as the parameter is."""
+def _pieces(tensor: np.ndarray, dtype: DTypeLike, slot: Slot, place: NamedSharding) -> Array:
+    """A tensor from disk as the parameter, or one layer of it, sharded as the parameter is."""
     oriented = tensor.reshape(tensor.shape[0], -1).T if slot.is_transposed else tensor
     spec = place.spec if slot.layer is None else P(*place.spec[1:])
     return jax.make_array_from_callback(
@@ -96,7 +99,7 @@ def _pieces(tensor: np.ndarray, dtype: Any, slot: Slot, place: NamedSharding) ->
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "is_transposed"))
-def _orient(tensor: Array, dtype: Any, is_transposed: bool) -> Array:
+def _orient(tensor: Array, dtype: DTypeLike, is_transposed: bool) -> Array:
     """A tensor from disk as the parameter it is."""
     tensor = jnp.asarray(tensor, dtype)
     return tensor.reshape(tensor.shape[0], -1).T if is_transposed else tensor
@@ -104,7 +107,7 @@ def _orient(tensor: Array, dtype: Any, is_transposed: bool) -> Array:
 
 @functools.partial(jax.jit, static_argnames="is_transposed", donate_argnums=0)
 def _put_layer(stacked: Array, tensor: Array, layer: Array | int, is_transposed: bool) -> Array:
-    """The stacked parameter with one layer overwritten, in the parameter's own memory."""
+    """The stacked parameter with one layer overwritten, in the parameter's buffer, which is donated."""
     return stacked.at[layer].set(_orient(tensor, stacked.dtype, is_transposed))
 
 
@@ -131,9 +134,9 @@ def save_huggingface(model: Qwen2_5_VL, directory: str | Path, *, max_shard_byte
     """Writes config.json and model.safetensors, which `load` reads back; a failed save leaves nothing.
 
     Args:
-        model: what to write, in its own dtype.
+        model: what to write, in the dtype it has.
         directory: new or empty.
-        max_shard_bytes: the weights are cut into files of at most so many bytes of tensors, with an index.
+        max_shard_bytes: the weights are split into files of at most so many bytes of tensors, with an index.
 
     Raises:
         ValueError: `directory` exists and is not empty, or a tensor is larger than a shard may be.
@@ -157,7 +160,7 @@ def save_huggingface(model: Qwen2_5_VL, directory: str | Path, *, max_shard_byte
 
 
 def _tensors(model: Qwen2_5_VL) -> dict[str, np.ndarray]:
-    """The model's tensors as they stand on disk."""
+    """The model's tensors as they are on disk."""
     state = nnx.state(model, nnx.Param)
     arrays = {path: variable[...] for path, variable in parameters(state).items()}
     tensors = {}

@@ -54,7 +54,7 @@ def num_and_shape(part: Medium) -> tuple[int, tuple[int, ...]]:
 
 
 def pixel_source(part: Medium, config: Preprocess) -> PixelSource:
-    """The frames of an image or video, resized when they are asked for where they have not the size the model sees."""
+    """The frames of an image or video, resized on demand to the size that the model sees."""
     num_frames, shape = num_and_shape(part)
 
     def frames(start: int, stop: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where the images and videos of a prompt stand: runs of placeholder tokens matched with grids."""
+"""Spans of the images and videos of a prompt: runs of placeholder tokens matched with grids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def _span(tokens: np.ndarray, places: np.ndarray, grid: Grid, number: int, confi
         )
     is_image = bool(ids[0] == config.image_token)
     if is_image and grid[0] != 1:
-        raise ValueError(f"an image has one frame: grid {number} {grid=} stands at image placeholders")
+        raise ValueError(f"an image has one frame: grid {number} {grid=} has image placeholders")
     merge_size = config.vision.merge_size
     return Span(
         start=start,

@@ -27,7 +27,7 @@ class PositionRule:
 EXACT = PositionRule(keeps_fractions=True, continues_after_maximum=True)
 """Fractional seconds, every position after a video unused before: what the training code does. The default."""
 TRANSFORMERS_4_57 = PositionRule(keeps_fractions=False, continues_after_maximum=True)
-"""transformers 4.57: below one second between frames, all frames share one time position."""
+"""transformers 4.57: below one second between frames, all frames have one time position."""
 TRANSFORMERS_5_23 = PositionRule(keeps_fractions=True, continues_after_maximum=False)
 """transformers 5.3 to 5.23."""
 
@@ -79,7 +79,7 @@ def _text_positions(num_tokens: int, start: int) -> Int32[np.ndarray, "3 t"]:
 def _span_positions(
     span: Span, seconds: float, config: Qwen2_5_VLConfig, rule: PositionRule
 ) -> Int32[np.ndarray, "3 t"]:
-    """Positions of an image or video whose first token stands at 0."""
+    """Positions of an image or video whose first token is at position 0."""
     place = span.place()
     if span.is_image:
         return place

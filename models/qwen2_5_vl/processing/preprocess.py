@@ -91,8 +91,8 @@ def capped(config: Preprocess, num_frames: int) -> Preprocess:
     Never below 1.05 times `min_pixels`, as qwen-vl-utils and transformers' `cap_pixels_per_frame` have it, so a long
     video may still have more tokens.
     """
-    share = MAX_VIDEO_TOKENS * config.token_size**2 * config.temporal_patch_size // num_frames
-    max_pixels = max(min(config.max_pixels, share), int(config.min_pixels * 1.05))
+    per_frame = MAX_VIDEO_TOKENS * config.token_size**2 * config.temporal_patch_size // num_frames
+    max_pixels = max(min(config.max_pixels, per_frame), int(config.min_pixels * 1.05))
     if max_pixels < config.max_pixels:
         warnings.warn(
             f"{num_frames} frames share {MAX_VIDEO_TOKENS} tokens: pixels per frame capped at {max_pixels} instead of "

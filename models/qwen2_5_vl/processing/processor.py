@@ -44,7 +44,7 @@ class Processor:
         tokenizer: the checkpoint's.
         image, video: how images and the frames of videos become patches.
         rule: which published reading of the positions inside and after a video.
-        cap_pixels_per_frame: the frames of a long video share 115,200 tokens' worth of pixels; warns when it acts.
+        cap_pixels_per_frame: the frames of a long video have the pixels of 115,200 tokens at most; warns when it acts.
         end_tokens: ids that end an answer, ascending.
     """
 
@@ -127,7 +127,7 @@ class Processor:
         """What goes on in a turn left open by `opening`, counted from 0: for `prefill(..., cache=)`.
 
         An opening and its continuations have the tokens of one call with all their parts, where the tokenizer does not
-        join across the seam: it never does beside an image or video.
+        join across the seam: it never does next to an image or video.
 
         Args:
             *prompts: the further parts of each prompt: text, images, videos or a further piece of a video.

@@ -24,9 +24,12 @@ class FrameTables:
     """What the attention layers need to know of one frame size, as constants of the compiled program."""
 
     def __init__(
-        self, windows: Windows, rotary: tuple[np.ndarray, np.ndarray], config: VisionConfig,
+        self,
+        windows: Windows,
+        rotary: tuple[np.ndarray, np.ndarray],
+        config: VisionConfig,
         implementation: Implementation | None = None,
-    ):  # fmt: skip
+    ):
         """Reorders the rotary tables to window order; `implementation` is that of `attend`."""
         self.windows = windows
         self.implementation: Implementation | None = implementation
@@ -59,7 +62,9 @@ class FrameTables:
 
 
 def rotate(
-    x: Float[Array, "n t h d"], cos: Float[Array, "1 t d"], sin: Float[Array, "1 t d"]
+    x: Float[Array, "n t h d"],
+    cos: Float[Array, "1 t d"],
+    sin: Float[Array, "1 t d"],
 ) -> Float[Array, "n t h d"]:
     """As `rope.rotate`, by a reversal in place of a concatenation: one pass over memory on a GPU."""
     halves = (*x.shape[:-1], 2, x.shape[-1] // 2)
@@ -70,13 +75,17 @@ def rotate(
 
 
 def attend(
-    q: Float[Array, "n t h d"], k: Float[Array, "n t h d"], v: Float[Array, "n t h d"], scale: float,
-    lengths: Int32[np.ndarray, " n"] | None = None, implementation: Implementation | None = None,
-) -> Float[Array, "n t h d"]:  # fmt: skip
+    q: Float[Array, "n t h d"],
+    k: Float[Array, "n t h d"],
+    v: Float[Array, "n t h d"],
+    scale: float,
+    lengths: Int32[np.ndarray, " n"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "n t h d"]:
     """Softmax attention of every patch to all patches of its row, or the first `lengths` of them.
 
     None takes cuDNN on a Hopper GPU for 16-bit values with a head dim that is a multiple of 8 (bench/RESULTS.md has
-    both beside each other), and XLA for everything else.
+    both at the same time), and XLA for everything else.
     """
     if implementation is None:
         fits = has_hopper_gpu() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
@@ -85,7 +94,12 @@ def attend(
 
 
 def attend_fused(
-    q, k, v, scale: float, lengths: np.ndarray | None = None, implementation: Implementation = "cudnn"
+    q,
+    k,
+    v,
+    scale: float,
+    lengths: np.ndarray | None = None,
+    implementation: Implementation = "cudnn",
 ) -> Float[Array, "n t h d"]:
     """`attend` as one call of JAX's attention; rows past `lengths` come out as anything finite."""
     rows = None if lengths is None else jnp.asarray(lengths, jnp.int32)

@@ -1,4 +1,4 @@
-"""What the vision tower holds on the device while it encodes a prompt's images and videos."""
+"""Device memory of the vision tower while it encodes a prompt's images and videos."""
 
 from collections.abc import Iterator, Sequence
 
@@ -33,7 +33,7 @@ def full_batch_bytes(config: VisionConfig, num_tokens: int, dtype: DTypeLike) ->
 
 
 def activation_bytes(config: VisionConfig, num_patches: int, dtype: DTypeLike) -> int:
-    """Bytes of what a layer holds where it holds most, in its MLP: input, normed, gate, up, product; its weights."""
+    """Bytes of a layer at its peak, in the MLP: input, normed, gate, up, product, and its weights."""
     width, e = jnp.dtype(dtype).itemsize, config.embed_dim
     mlp_dim = config.mlp_dim if width == 4 else -(-config.mlp_dim // MLP_MULTIPLE) * MLP_MULTIPLE
     weights = 4 * e * e + 3 * e * mlp_dim

@@ -4,12 +4,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from models.qwen2_5_vl.config import VisionConfig
@@ -31,7 +31,7 @@ BATCHES_IN_FLIGHT = 2
 class VisionAttention(nnx.Module):
     """Attention among the patches of a frame, in windows or whole."""
 
-    def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.config = config
         self.qkv = linear(config.embed_dim, 3 * config.embed_dim, dtype=dtype, rngs=rngs)
@@ -49,7 +49,7 @@ class VisionAttention(nnx.Module):
 class VisionLayer(nnx.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.attention_norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
         self.attention = VisionAttention(config, dtype=dtype, rngs=rngs)
@@ -65,7 +65,7 @@ class VisionLayer(nnx.Module):
 class Merger(nnx.Module):
     """A block of neighbouring patches to one token of the decoder's width."""
 
-    def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.block_dim = config.block_len * config.embed_dim
         self.norm = rms_norm(config.embed_dim, RMS_NORM_EPS, dtype=dtype, rngs=rngs)
@@ -84,7 +84,7 @@ class VisionTower(nnx.Module):
     `layers` is one `VisionLayer` whose parameters carry a leading layer axis.
     """
 
-    def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         """Random weights; `dtype` holds for parameters and computation."""
         self.config = config
         self.dtype = dtype
@@ -93,9 +93,12 @@ class VisionTower(nnx.Module):
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, patches: Float[AnyArray, "p c"], grids: tuple[tuple[int, int, int], ...], *,
+        self,
+        patches: Float[AnyArray, "p c"],
+        grids: tuple[tuple[int, int, int], ...],
+        *,
         attention: Implementation | None = None,
-    ) -> Float[Array, "t o"]:  # fmt: skip
+    ) -> Float[Array, "t o"]:
         """The tokens of every grid, in order of appearance.
 
         Frames of one size are encoded together, in batches of one length, so that a frame size compiles once however
@@ -120,7 +123,9 @@ class VisionTower(nnx.Module):
         return self.encoder(size)(frames)
 
     def encoder(
-        self, size: tuple[int, int], attention: Implementation | None = None
+        self,
+        size: tuple[int, int],
+        attention: Implementation | None = None,
     ) -> Callable[[Float[AnyArray, "n p c"]], Float[Array, "n t o"]]:
         """A function from the patches of frames of one size to their tokens: one call of a compiled program."""
         graphdef, state = nnx.split(self)
@@ -135,7 +140,11 @@ class VisionTower(nnx.Module):
         return frame_flops(self.config, size)
 
     def _encode_frames(
-        self, patches: AnyArray, first_patch: np.ndarray, size: tuple[int, int], attention: Implementation | None
+        self,
+        patches: AnyArray,
+        first_patch: np.ndarray,
+        size: tuple[int, int],
+        attention: Implementation | None,
     ) -> Float[Array, "n t o"]:
         """All frames of one size, each given by its first patch, in batches of one length.
 
@@ -182,9 +191,12 @@ def _frames(patches: AnyArray, first_patch: np.ndarray, frame_len: int) -> AnyAr
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def encode_batch(
-    graphdef: nnx.GraphDef, state: State, frames: Float[AnyArray, "n p c"], size: tuple[int, int],
+    graphdef: nnx.GraphDef,
+    state: State,
+    frames: Float[AnyArray, "n p c"],
+    size: tuple[int, int],
     attention: Implementation | None = None,
-) -> Float[Array, "n t o"]:  # fmt: skip
+) -> Float[Array, "n t o"]:
     """The tokens of frames of one size, `[rows, columns]` in patches: one program for a tower, a number and a size."""
     tower = nnx.merge(graphdef, state)
     config = tower.config

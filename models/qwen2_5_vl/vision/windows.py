@@ -1,4 +1,4 @@
-"""How the patches of a frame are grouped into attention windows: index tables, computed on the host per frame size."""
+"""Attention windows of a frame: index tables of its patches, computed on the host for each frame size."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class Windows:
 
     @property
     def filled(self) -> Int32[np.ndarray, " q"]:
-        """Where among the flattened places of all windows each row of window order stands."""
+        """Index of each row of window order among the flattened places of all windows."""
         return np.flatnonzero(np.arange(self.rows.shape[1]) < self.lengths[:, None]).astype(np.int32)
 
 

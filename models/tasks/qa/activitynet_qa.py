@@ -17,8 +17,16 @@ from models.tasks.qa.files import Videos, existing, field, read_json
 from models.tasks.qa.item import Item
 
 KINDS = (
-    "motion", "spatial relation", "temporal relation", "yes or no", "colour", "object", "location", "number", "other",
-)  # fmt: skip
+    "motion",
+    "spatial relation",
+    "temporal relation",
+    "yes or no",
+    "colour",
+    "object",
+    "location",
+    "number",
+    "other",
+)
 """By the number that `type` holds."""
 
 
