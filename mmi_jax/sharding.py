@@ -16,7 +16,7 @@ The pieces are contiguous, so causal attention gives the last of R sequence piec
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 SEQUENCE, HEADS = "sequence", "heads"
 BOTH = (SEQUENCE, HEADS)
@@ -89,7 +90,7 @@ class Shards:
         groups = [tuple(patterns[n * width : (n + 1) * width]) for n in range(self.heads)]
         return groups if len(set(groups)) > 1 else groups[:1]
 
-    def in_group(self, branches: Sequence[Any], *operands):
+    def in_group(self, branches: Sequence[Callable[..., PyTree]], *operands):
         """The branch of this device's group of heads: `jax.lax.switch` where they differ."""
         if len(branches) == 1:
             return branches[0](*operands)
@@ -152,7 +153,7 @@ def shards_of(mesh: Mesh | None, *, num_kv_heads: int) -> Shards:
     return shards
 
 
-def weight_specs(state: Any, shards: Shards) -> Any:
+def weight_specs(state: PyTree, shards: Shards) -> PyTree:
     """The partition of every weight: matrices are split along their first axis that all devices divide, never along the
     layers; every device holds norms and biases whole.
     """
@@ -163,12 +164,12 @@ def weight_specs(state: Any, shards: Shards) -> Any:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def split_axes(layers: Any, shards: Shards) -> tuple[int | None, ...]:
+def split_axes(layers: PyTree, shards: Shards) -> tuple[int | None, ...]:
     """For each weight of `model.layers`, the axis along which it is split, None where it is not."""
     return tuple(_split_axis(leaf.shape, True, shards) for leaf in jax.tree.leaves(layers))
 
 
-def layer_specs(layers: Any, axes: Sequence[int | None]) -> Any:
+def layer_specs(layers: PyTree, axes: Sequence[int | None]) -> PyTree:
     """The partition of every weight of `model.layers`; `axes` as `split_axes` gives them."""
     leaves, tree = jax.tree.flatten(layers)
     return jax.tree.unflatten(tree, [_spec(axis) for _, axis in zip(leaves, axes, strict=True)])
@@ -183,7 +184,7 @@ def shard_model(model: Any, mesh: Mesh) -> Any:
     return nnx.merge(graphdef, place(state, mesh, weight_specs(state, shards)))
 
 
-def place(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
+def place(tree: PyTree, mesh: Mesh | None, specs: PyTree) -> PyTree:
     """The arrays on the devices of the mesh as `specs` say, one for all or one for each; as they are without a mesh."""
     if mesh is None:
         return tree

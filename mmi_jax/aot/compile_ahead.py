@@ -15,10 +15,13 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import layer_arguments
 from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets, default_buckets
 from mmi_jax.layout import TokenLayout, text_tokens
 from mmi_jax.method.attention import permute
@@ -92,7 +95,7 @@ class Target:
       measures_recall: as in `prefill`.
     """
 
-    model: Any
+    model: VisionLanguageModel
     table: PatternTable
     mesh: Mesh
     blocks: Blocks
@@ -104,7 +107,7 @@ class Target:
         return shards_of(self.mesh, num_kv_heads=self.model.config.num_kv_heads)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """What the model computes in."""
         return self.model.dtype
 
@@ -156,11 +159,11 @@ def compile_prefill(target: Target, num_tokens: int) -> Memory:
     return dataclasses.replace(largest, arguments=largest.arguments + unread, total=largest.total + unread)
 
 
-def _bytes_on_a_device(shapes: Any) -> int:
+def _bytes_on_a_device(shapes: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def prefill_inputs(target: Target, num_tokens: int) -> ChunkInputs:
+def prefill_inputs(target: Target, num_tokens: int) -> ChunkInputs[jax.ShapeDtypeStruct]:
     """The inputs of one prompt, as shapes with their shardings."""
     config, state = target.model.config, nnx.split(target.model)[1]
 
@@ -186,7 +189,7 @@ def prefill_inputs(target: Target, num_tokens: int) -> ChunkInputs:
     )
 
 
-def layout_shape(field: Any) -> TokenLayout:
+def layout_shape(field: jax.ShapeDtypeStruct) -> TokenLayout:
     """A layout whose fields are all like `field`."""
     return jax.tree.map(lambda _: field, text_tokens(1))
 
@@ -213,7 +216,7 @@ def compile_kernel(target: Target, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def kernel_inputs(target: Target, patterns: Sequence[Pattern], num_tokens: int) -> Any:
+def kernel_inputs(target: Target, patterns: Sequence[Pattern], num_tokens: int) -> AttentionInputs:
     """The kernel's arguments on one device, as shapes."""
     config, shards = target.model.config, target.shards
     num_queries, num_kv_heads = num_tokens // shards.sequence, config.num_kv_heads // shards.heads

@@ -107,7 +107,9 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
     return figures, report
 
 
-def prefill_program(model: Any, table: PatternTable, num_tokens: int) -> tuple[Program, ChunkInputs]:
+def prefill_program(
+    model: Any, table: PatternTable, num_tokens: int
+) -> tuple[Program, ChunkInputs[jax.ShapeDtypeStruct]]:
     """The program of `bench_prefill`, and what `compiled_chunk` takes of shapes; the model may be shapes, too."""
     request = request_for(model.config, num_tokens, PrefillOptions(table=table, measures_recall=False))
     return request.program(model, position_is_index=True), chunk_shapes(model, request)

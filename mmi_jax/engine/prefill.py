@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from mmi_jax.engine.kv_cache import KVCache, empty_cache, with_capacity
 from mmi_jax.engine.memory.memory_check import check_memory, explained_exhaustion
@@ -245,14 +245,14 @@ class _Run:
         return KVCache(k=k, v=v, lengths=all_tokens, next_rope_pos=next_rope_pos, layout=layout), rope_pos
 
 
-def _on_device[T](tree: T) -> T:
+def _on_device(tree: PyTree) -> PyTree:
     """Host arrays of integers on the device, int32; `jnp.asarray` would compile a program for each shape."""
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.int32)), tree)
 
 
 def _run_chunks(
-    program: Program, inputs: ChunkInputs, starts: range, clock: "_Clock"
-) -> tuple[ChunkInputs, list[Statistics]]:
+    program: Program, inputs: ChunkInputs[Array], starts: range, clock: "_Clock"
+) -> tuple[ChunkInputs[Array], list[Statistics]]:
     """All chunks one after another: the inputs with keys, values and hidden states filled in, and statistics.
 
     Args:
@@ -275,7 +275,9 @@ def _run_chunks(
     return inputs, statistics
 
 
-def next_logits(graphdef: Any, state: Any, hidden: Float[Array, "b n e"], mesh: Mesh | None) -> Float[Array, "b n v"]:
+def next_logits(
+    graphdef: Any, state: PyTree, hidden: Float[Array, "b n e"], mesh: Mesh | None
+) -> Float[Array, "b n v"]:
     """Float32 logits, on every device of a mesh."""
     from flax import nnx
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, PyTree
 
 from mmi_jax.layout import TokenLayout
 from pallas_kernels.notation import AnyArray, Array
@@ -99,7 +99,7 @@ class VisionLanguageModel(Protocol):
         """Bytes that `embed` holds on the device at a time, besides weights and the embeddings; for the planner."""
         ...
 
-    def rotary(self, rope_pos: Int32[AnyArray, "3 b t"]) -> Any:
+    def rotary(self, rope_pos: Int32[AnyArray, "3 b t"]) -> PyTree:
         """Whatever the layers need to rotate by these positions."""
         ...
 

@@ -105,7 +105,7 @@ def _run_the_rest(model: VisionLanguageModel, requests: Sequence[PrefillRequest]
         jax.block_until_ready((logits[:, 0], hidden[:, 0]))
 
 
-def chunk_shapes(model: VisionLanguageModel, request: PrefillRequest) -> ChunkInputs:
+def chunk_shapes(model: VisionLanguageModel, request: PrefillRequest) -> ChunkInputs[jax.ShapeDtypeStruct]:
     """The inputs of a chunk of the request on one device, as shapes; the model may be shapes, too."""
     from flax import nnx
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from mmi_jax.engine.kv_cache import KVCache
+from mmi_jax.engine.protocols import VisionLanguageModel
 from pallas_kernels.decode.api import Implementation, decode_attention
 from pallas_kernels.layer_matmul.api import layer_matmul
 from pallas_kernels.notation import Array, Bool, Float, Int32
@@ -94,7 +96,7 @@ def start(
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("implementation", "sharding"), donate_argnums=3)
 def run_block(
     graphdef: Any,
-    state: Any,
+    state: PyTree,
     cache: KVCache,
     decoding: Decoding,
     rng: Array,
@@ -140,7 +142,7 @@ def run_block(
     return decoding, _everywhere(tokens, sharding), _everywhere(n, sharding)
 
 
-def step(model: Any, cache: KVCache, decoding: Decoding, implementation: Implementation | None):
+def step(model: VisionLanguageModel, cache: KVCache, decoding: Decoding, implementation: Implementation | None):
     """Logits `[b, v]` after the last token of each prompt, and the new tokens' keys and values with its own."""
     from flax import nnx
 
@@ -178,7 +180,7 @@ def step(model: Any, cache: KVCache, decoding: Decoding, implementation: Impleme
     return model.unembed(x[:, 0]), k_new, v_new
 
 
-def layer_of_stack(graphdef: Any, stacked: Any, n: Array, implementation: Implementation | None) -> Any:
+def layer_of_stack(graphdef: Any, stacked: PyTree, n: Array, implementation: Implementation | None) -> Any:
     """Layer `n` of a stack, whose linear maps multiply by their matrix where it lies, without a copy of it.
 
     Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 GB, GIB = 10**9, 2**30
@@ -36,26 +37,51 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(
-        hbm_bytes=32 * GIB, hbm_bytes_per_second=1228e9, link_bytes_per_second=300e9, flops_per_second=275e12,
-        mxu_width=128, cores=2, flops_per_cycle=4 * 2 * 128**2,
+        hbm_bytes=32 * GIB,
+        hbm_bytes_per_second=1228e9,
+        link_bytes_per_second=300e9,
+        flops_per_second=275e12,
+        mxu_width=128,
+        cores=2,
+        flops_per_cycle=4 * 2 * 128**2,
     ),
     "v5e": Chip(
-        hbm_bytes=16 * GIB, hbm_bytes_per_second=819e9, link_bytes_per_second=200e9, flops_per_second=197e12,
-        mxu_width=128, cores=1, flops_per_cycle=4 * 2 * 128**2,
+        hbm_bytes=16 * GIB,
+        hbm_bytes_per_second=819e9,
+        link_bytes_per_second=200e9,
+        flops_per_second=197e12,
+        mxu_width=128,
+        cores=1,
+        flops_per_cycle=4 * 2 * 128**2,
     ),
     "v5p": Chip(
-        hbm_bytes=95 * GIB, hbm_bytes_per_second=2765e9, link_bytes_per_second=600e9, flops_per_second=459e12,
-        mxu_width=128, cores=2, flops_per_cycle=4 * 2 * 128**2,
+        hbm_bytes=95 * GIB,
+        hbm_bytes_per_second=2765e9,
+        link_bytes_per_second=600e9,
+        flops_per_second=459e12,
+        mxu_width=128,
+        cores=2,
+        flops_per_cycle=4 * 2 * 128**2,
     ),
     "v6e": Chip(
-        hbm_bytes=32 * GIB, hbm_bytes_per_second=1638e9, link_bytes_per_second=448e9, flops_per_second=918e12,
-        mxu_width=256, cores=1, flops_per_cycle=4 * 2 * 256**2,
+        hbm_bytes=32 * GIB,
+        hbm_bytes_per_second=1638e9,
+        link_bytes_per_second=448e9,
+        flops_per_second=918e12,
+        mxu_width=256,
+        cores=1,
+        flops_per_cycle=4 * 2 * 256**2,
     ),
     "tpu7x": Chip(
-        hbm_bytes=192 * GIB, hbm_bytes_per_second=7380e9, link_bytes_per_second=1200e9, flops_per_second=2307e12,
-        mxu_width=256, cores=2, flops_per_cycle=4 * 2 * 256**2,
+        hbm_bytes=192 * GIB,
+        hbm_bytes_per_second=7380e9,
+        link_bytes_per_second=1200e9,
+        flops_per_second=2307e12,
+        mxu_width=256,
+        cores=2,
+        flops_per_cycle=4 * 2 * 256**2,
     ),
-}  # fmt: skip
+}
 """By the name that a topology begins with.
 
 Memory, bandwidth, peak and links: Google Cloud TPU documentation, system architecture, "TPU v4", "v5e", "v5p", "v6e"
@@ -77,6 +103,6 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def devices_per_chip(devices: list[Any]) -> int:
+def devices_per_chip(devices: Sequence[Any]) -> int:
     """Devices that share one chip and its memory: its cores one by one (v4, 7x here), or 1."""
     return len(devices) // len({tuple(device.coords) for device in devices})

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class DeviceMemory:
     used: int = 0
 
 
-def memory_of(device: jax.Device) -> DeviceMemory | None:
+def memory_of(device: Any) -> DeviceMemory | None:
     """The device's memory; None where it does not report it."""
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:

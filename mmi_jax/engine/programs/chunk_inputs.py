@@ -1,19 +1,15 @@
 """ChunkInputs: everything that the compiled programs of one chunk are given."""
 
-from typing import Any
-
 import jax
+from jaxtyping import PyTree
 
 from mmi_jax.layout import TokenLayout
 from pallas_kernels.notation import Array
 from pallas_kernels.pytree import pytree
 
-type Shaped = Array | jax.ShapeDtypeStruct
-"""An array, or its shape where a program is only compiled."""
-
 
 @pytree
-class ChunkInputs:
+class ChunkInputs[A: (Array, jax.ShapeDtypeStruct)]:
     """One chunk of tokens and what it is computed from, arrays or shapes.
 
     Args:
@@ -28,16 +24,16 @@ class ChunkInputs:
       hidden: their last hidden states `[b, n, e]`, of those in earlier chunks.
     """
 
-    state: Any
-    layer_state: Any
-    rope_pos: Shaped
+    state: PyTree
+    layer_state: PyTree
+    rope_pos: A
     layout: TokenLayout
-    q_start: Shaped
-    x: Shaped
-    k: Shaped
-    v: Shaped
-    logit_places: Shaped
-    hidden: Shaped
+    q_start: A
+    x: A
+    k: A
+    v: A
+    logit_places: A
+    hidden: A
 
     @property
     def num_kv_heads(self) -> int:

@@ -1,10 +1,9 @@
 """The compiled programs of one chunk: each made at most once in a process, different layers side by side."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.programs.program_cache import PROGRAMS, ProgramKey
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.sharding import OWN_SPEC, shards_of
+from pallas_kernels.notation import Array
 
 type CompilerOptions = dict[str, str | bool | int | float]
 
@@ -57,7 +57,7 @@ class Chunk:
     layers: Mapping[tuple[Pattern, ...], jax.stages.Compiled]
     end: jax.stages.Compiled
 
-    def run(self, numbers: Sequence[Any], inputs: ChunkInputs):
+    def run(self, numbers: Sequence[Array], inputs: ChunkInputs):
         """Hidden states at `logit_places`, caches, and the statistics of every layer; does not wait for the device.
 
         Args:
@@ -155,7 +155,7 @@ def layer_arguments(program: Program, inputs: ChunkInputs) -> dict[tuple[Pattern
     }
 
 
-def _read_or_compile(entry: Path, jitted: Any, args: tuple) -> jax.stages.Compiled:
+def _read_or_compile(entry: Path, jitted: jax.stages.Wrapped, args: tuple) -> jax.stages.Compiled:
     return executable_cache.read(entry, args) or _compile(jitted.lower(*args), entry)
 
 
@@ -172,7 +172,9 @@ class _Compilations:
     pool: ThreadPoolExecutor
     futures: dict[ProgramKey, Future] = dataclasses.field(default_factory=dict)
 
-    def add(self, kind: str, identity: Any, jitted: Any, args: tuple, mesh: Mesh | None) -> ProgramKey:
+    def add(
+        self, kind: str, identity: Hashable, jitted: jax.stages.Wrapped, args: tuple, mesh: Mesh | None
+    ) -> ProgramKey:
         """The key of a program for arguments of these shapes, which is compiled unless it was."""
         key = ProgramKey.of(kind, identity, args)
         if key not in PROGRAMS and key not in self.futures:

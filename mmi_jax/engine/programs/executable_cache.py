@@ -11,7 +11,7 @@ of serialized programs: whoever can write the directory can run code in the proc
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ UNREAD = ("cache", "log", "dump", "traceback")
 """Settings of JAX whose names contain one of these do not change a program."""
 
 
-def entry_of(kind: str, identity: Any, args: tuple, options: Mapping[str, Any] | None) -> Path | None:
+def entry_of(kind: str, identity: Hashable, args: tuple, options: Mapping[str, Any] | None) -> Path | None:
     """The file of a program; None without a cache, or where the program cannot be told from others.
 
     Args:
@@ -81,7 +81,7 @@ def write(entry: Path | None, compiled: jax.stages.Compiled) -> None:
         warnings.warn(f"the program {entry.name[:32]} is not cached: {error}", stacklevel=2)
 
 
-def _device_of(args: tuple) -> jax.Device | None:
+def _device_of(args: tuple) -> Any:
     """The one device that the arguments lie on, the default one for shapes; None for several."""
     devices = set()
     for leaf in jax.tree.leaves(args):

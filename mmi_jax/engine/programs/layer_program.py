@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from mmi_jax.engine.programs.single_layer import run_layer
 from mmi_jax.engine.reporting.stages import Stage
@@ -72,7 +74,7 @@ class Program:
         """The different layers: each is a program."""
         return tuple(dict.fromkeys(self.layers))
 
-    def geometry_rows(self, shards: Shards) -> dict[Any, tuple[Pattern, ...]]:
+    def geometry_rows(self, shards: Shards) -> dict[Hashable, tuple[Pattern, ...]]:
         """One layer for each different geometry that the layers ask for, by the views of it."""
         return {self._views(row, shards): row for row in self.rows}
 
@@ -86,7 +88,7 @@ class Program:
             for group in shards.per_group(row)
         )
 
-    def start(self, state: Any, num_kv_heads: int):
+    def start(self, state: PyTree, num_kv_heads: int):
         """`(state, rope_pos, layout, q_start) -> rotary, geometries`, which all layers read."""
         shards = shards_of(self.mesh, num_kv_heads=num_kv_heads)
         rows = tuple(self.geometry_rows(shards).values())
@@ -96,7 +98,7 @@ class Program:
 
         return self._jit(prefill_start, (weight_specs(state, shards), ROPE_SPEC, P(), P()), OWN_SPEC)
 
-    def layer(self, weights: Any, num_kv_heads: int):
+    def layer(self, weights: PyTree, num_kv_heads: int):
         """`(weights, n, shared, layout, q_start, x, k, v) -> x, k, v, statistics` for layers of the only row.
 
         x, k and v are donated: the results lie in their memory.

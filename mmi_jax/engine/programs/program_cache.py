@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ProgramKey:
     arguments: Hashable
 
     @classmethod
-    def of(cls, kind: str, identity: Hashable, arguments: Any) -> "ProgramKey":
+    def of(cls, kind: str, identity: Hashable, arguments: PyTree) -> "ProgramKey":
         """The key of a program for arguments of these shapes, arrays or shapes in their place."""
         leaves, tree = jax.tree.flatten(arguments)
         return cls(kind, identity, (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)))

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from mmi_jax.engine.protocols import VisionLanguageModel
 from pallas_kernels.notation import Array, Float
 
-type Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+type Attend = Callable[[Array, Array, Array], tuple[Array, PyTree]]
 """What a layer calls on its queries, keys and values, after rotation: output, and anything else."""
 
 
-def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], Any]]:
+def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], PyTree]]:
     """The graph definition that all layers share, and a function that gives the weights of each by its number."""
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
@@ -21,8 +22,8 @@ def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], Any]]
 
 
 def run_layer(
-    graphdef: Any, weights: Any, x: Float[Array, "b t e"], rotary: Any, attend: Attend
-) -> tuple[Float[Array, "b t e"], Any]:
+    graphdef: Any, weights: PyTree, x: Float[Array, "b t e"], rotary: PyTree, attend: Attend
+) -> tuple[Float[Array, "b t e"], PyTree]:
     """The output of a layer that attends so, and what `attend` gives besides its own output.
 
     Args:
@@ -31,5 +32,5 @@ def run_layer(
     """
     from flax import nnx
 
-    layer: Callable[..., tuple[Array, Any]] = nnx.merge(graphdef, weights)
+    layer: Callable[..., tuple[Array, PyTree]] = nnx.merge(graphdef, weights)
     return layer(x, rotary, attend)

@@ -64,9 +64,9 @@ class StageTimes:
         return {"seconds": rounded, "span": round(self.span, 6), "is_device": self.is_device}
 
 
-def profiled(
-    run: Callable[[], Any], directory: Path, programs: Callable[[], Iterable[str | None]]
-) -> tuple[Any, StageTimes]:
+def profiled[T](
+    run: Callable[[], T], directory: Path, programs: Callable[[], Iterable[str | None]]
+) -> tuple[T, StageTimes]:
     """What `run` returns, and the time of its stages; the trace stays in `directory` for a viewer.
 
     Args:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmi_jax import AShape, Blocks, Dense, Grid
@@ -80,6 +81,7 @@ def test_kernel_inputs_are_those_of_one_device():
 def test_shapes_say_where_weights_cache_and_tokens_lie():
     inputs = prefill_inputs(target(one_device()), 4096)
     weights, x, k = inputs.state, inputs.x, inputs.k
+    assert isinstance(x.sharding, NamedSharding)
     assert weights["layers"]["mlp"]["up"]["kernel"].get_value().sharding.spec == P(None, BOTH)
     assert x.shape == (1, 4096, 16) and x.sharding.spec == P(None, BOTH, None)
     assert k.shape == (3, 1, 4096, 2, 8) and k.dtype == jnp.bfloat16
@@ -120,7 +122,7 @@ def test_a_program_that_does_not_fit_has_its_figures():
 def test_an_attention_function_runs_in_place_of_a_backend():
     """What stands in for the kernel of a chip that is not here."""
     from mmi_jax.layout import text_tokens
-    from mmi_jax.method.attention import attend_sparsely
+    from mmi_jax.method.dispatch import attend_sparsely
     from pallas_kernels.attention import xla
 
     calls = []

@@ -47,7 +47,8 @@ def test_what_is_not_one_prompt_is_refused():
     with pytest.raises(ValueError, match=r"each a batch of 1: got \[1, 2\]"):
         prefill_many(tiny_model(), [PROMPTS[0], Prompt.batch(PROMPTS[:2])])
     with pytest.raises(ValueError, match="on one device: expected no cache"):
-        prefill_many(tiny_model(), PROMPTS, cache=prefill(tiny_model(), PROMPTS[0], buckets=BUCKETS, blocks=BLOCKS))
+        one_prompts: dict[str, Any] = dict(cache=prefill(tiny_model(), PROMPTS[0], buckets=BUCKETS, blocks=BLOCKS))
+        prefill_many(tiny_model(), PROMPTS, **one_prompts)
 
 
 def test_prompts_batch_as_the_tests_do_it():

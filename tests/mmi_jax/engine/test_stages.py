@@ -18,7 +18,7 @@ def test_every_scope_in_the_sources_is_a_profiled_stage():
 
 
 def test_stages_are_in_order_of_time():
-    assert MEMORY_STAGES[0] == "embed" and MEMORY_STAGES[-1] == "logits"
+    assert [MEMORY_STAGES[0], MEMORY_STAGES[-1]] == [Stage.EMBED, Stage.LOGITS]
     in_profile = [stage for stage in PROFILED_STAGES if stage in MEMORY_STAGES]
     assert in_profile == [stage for stage in MEMORY_STAGES if stage in PROFILED_STAGES]
     assert Stage.PLAN.scope == "mmi.plan"
