@@ -80,7 +80,7 @@ def prefill_times(options: argparse.Namespace, directory: Path) -> None:
 
     take_memory(NEARLY_ALL)
     config, (tokens,), (table,) = config_of(options.preset, options.layers), options.tokens, options.tables
-    with compile_cache.kept_programs(directory):
+    with compile_cache.compilation_cache_in(directory):
         model, prompt = random_weights(config, options.dtype), video_prompt(config, tokens)
         figures = bench_prefill(model, prompt, table_of(table, config), repeats=options.repeats)
     names = ("compile_seconds", "seconds", "fastest_seconds", "slowest_seconds", "density", "planned_bytes")

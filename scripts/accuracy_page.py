@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmi_jax import PatternTable
-from mmi_jax.cli.niah.results import accuracy_of, mean_share
+from mmi_jax.cli.niah.results import accuracy_of, mean_cost
 from mmi_jax.engine.programs.layer_program import NUM_RECALL_QUERIES
 from mmi_jax.files import write_whole
 
@@ -87,7 +87,7 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
             mine = [cell for cell in own if cell["method"] == method]
             by_length = [[cell for cell in mine if cell["tokens"] == n] for n in lengths]
             right = [f"{accuracy_of(own):.1%}" for own in (*by_length, mine)]
-            cost = " / ".join(f"{mean_share(own, method):.1%}" for own in by_length)
+            cost = " / ".join(f"{mean_cost(own, method):.1%}" for own in by_length)
             density = " / ".join(f"{np.mean([cell['density'] for cell in own]):.1%}" for own in by_length)
             rows.append([NAMES.get(method, method), *right, str(sum(cell["asked"] for cell in mine)), cost, density])
         columns = ["method", *(f"{n:,} tokens" for n in lengths), "all", "questions", "cost", "density"]
@@ -217,9 +217,9 @@ def failures(cells: Sequence[Mapping[str, Any]], tables: Mapping[str, PatternTab
         better = [f"{NAMES.get(m, m)} ({x:.1%})" for m, x in accuracy.items() if x > ours and m != "dense"]
         if better:
             limits.append(f"{task}: better than ours ({ours:.1%}) at the cost in the table: {', '.join(better)}.")
-        share = mean_share(by_method["ours"], "ours")
+        share = mean_cost(by_method["ours"], "ours")
         for method, own in by_method.items():
-            off = mean_share(own, method) / share - 1
+            off = mean_cost(own, method) / share - 1
             if method not in ("dense", *tables) and abs(off) > MARGIN:
                 name = NAMES.get(method, method)
                 where = "at the size that comes nearest to it on the first prompt of that task and length"

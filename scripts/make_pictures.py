@@ -14,7 +14,7 @@ from method_pictures import METHOD_PICTURES
 from PIL import Image
 
 from mmi_jax import Blocks, Boundary2D, Dense, Grid, Pattern, Plan, QBoundary, TokenLayout, VerticalSlash
-from mmi_jax.bench.synthetic import GRID_SLASH, planted_qkv
+from mmi_jax.bench.synthetic import GRID_SLASH, synthetic_qkv
 from mmi_jax.layout import TEXT, VISION, concatenate, text_tokens, vision_tokens
 from mmi_jax.method.patterns import PATTERNS
 from mmi_jax.method.token_groups import FramePlace
@@ -49,7 +49,7 @@ SMALL = {
 
 def plan_of(pattern: Pattern, layout: TokenLayout) -> Plan:
     """The plan of one head whose synthetic queries and keys show a grid with slashes."""
-    q, k, _ = planted_qkv(layout, (GRID_SLASH,), num_kv_heads=1, head_dim=HEAD_DIM, dtype="float32")
+    q, k, _ = synthetic_qkv(layout, (GRID_SLASH,), num_kv_heads=1, head_dim=HEAD_DIM, dtype="float32")
     return pattern.plan(q, k, layout, blocks=BLOCKS)
 
 

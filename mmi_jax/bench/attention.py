@@ -20,7 +20,7 @@ from pallas_kernels.attention.inputs import AttentionInputs
 def bench_attention(
     case: AttentionCase, *, implementation: Implementation | None, with_dense: bool, with_peers: bool, repeats: int
 ) -> dict[str, Any]:
-    """One case's figures: block-sparse attention, and others on the same q, k, v beside it.
+    """One case's figures: block-sparse attention, compared with others on the same q, k, v.
 
     Args:
       implementation: of ours; see `chosen` when None.
@@ -29,7 +29,7 @@ def bench_attention(
       repeats: measurements of each function.
 
     Raises:
-      RuntimeError: our output is wrong; a wrong kernel is not timed. A peer that fails is a row with the reason.
+      RuntimeError: our output is wrong; a wrong kernel is not timed. A peer that fails gives its reason.
     """
     implementation = chosen(implementation)
     inputs = case.inputs()
@@ -56,7 +56,7 @@ def bench_attention(
         **rate(flops, timing),
     }
     others = _others(inputs, expected, flops, with_dense=with_dense, with_peers=with_peers, repeats=repeats)
-    figures["others"] = [_beside(other, timing.median_ms) for other in others]
+    figures["others"] = [_with_speedup(other, timing.median_ms) for other in others]
     if jax.default_backend() == "cpu":
         figures["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return figures
@@ -65,21 +65,21 @@ def bench_attention(
 def _others(
     inputs: AttentionInputs, expected: SampledRows, flops: float, *, with_dense: bool, with_peers: bool, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row for each other implementation; `expected` holds sampled rows over the lists."""
+    """Figures of each other implementation; `expected` holds sampled rows over the lists."""
     if not (with_dense or with_peers):
         return []
     q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
     dense = sample_dense(q, k, v, scale=scale)
-    rows = []
+    others = []
     if with_dense:
-        rows.append(measure_dense(q, k, v, dense, scale=scale, repeats=repeats))
-        rows += [measure_masked(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
+        others.append(measure_dense(q, k, v, dense, scale=scale, repeats=repeats))
+        others += [measure_masked(inputs, expected)] if q.shape[1] <= MASKED_LIMIT else []
     if with_peers:
-        rows += torch_attention.measure_dense(q, k, v, dense, scale=scale, repeats=repeats)
-        rows.append(torch_attention.measure_flex(inputs, expected, flops=flops, repeats=repeats))
-    return rows
+        others += torch_attention.measure_dense(q, k, v, dense, scale=scale, repeats=repeats)
+        others.append(torch_attention.measure_flex(inputs, expected, flops=flops, repeats=repeats))
+    return others
 
 
-def _beside(other: dict[str, Any], our_ms: float) -> dict[str, Any]:
+def _with_speedup(other: dict[str, Any], our_ms: float) -> dict[str, Any]:
     """The other's figures with our speed-up over it."""
     return other | ({"speedup": round(other["median_ms"] / our_ms, 2)} if "median_ms" in other else {})

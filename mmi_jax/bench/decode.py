@@ -1,4 +1,4 @@
-"""Figures of decoding: the time of a token, beside what reading weights and cache once would take on this device."""
+"""Figures of decoding: the time of a token, compared with reading weights and cache once on this device."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bo
 
 
 def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
-    """Keys and values of prompts of one length, with room up to whole tiles."""
+    """Keys and values of prompts of one length, padded to whole tiles."""
     config, dtype = model.config, model.layers.attention_norm.scale[...].dtype
     capacity = -(-sizes.num_tokens // 128) * 128
     shape = (config.num_layers, sizes.batch, capacity, config.num_kv_heads, config.head_dim)

@@ -1,4 +1,4 @@
-"""Figures of whole plans on prompts with planted structure: the parts apart, and the whole as one program."""
+"""Figures of whole plans on synthetic heads: each stage, and the whole as one program."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmi_jax.bench.checks.sampled_rows import sample, sample_dense
-from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, planted_qkv, video_prompt
+from mmi_jax.bench.synthetic import GRID, GRID_SLASH, LOCAL, VERTICAL_SLASH, HeadStructure, synthetic_qkv, video_prompt
 from mmi_jax.bench.timing.measurements import chosen, rate, tile_flops
 from mmi_jax.bench.timing.wall_time import Program, compile_programs
 from mmi_jax.method.attention import permute, undo
@@ -26,13 +26,13 @@ _FRAME = (FramePlace(),)
 WHOLE_LIMIT = 0.1
 """Relative difference of the whole from its parts above which one is wrong; the parts are checked against float64.
 
-In another program the estimate's sums round in another way, so a tie may fall to other blocks of next to no weight.
+In another program the estimate's sums round in another way, so a tie may select other blocks of negligible weight.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanCase:
-    """A pattern for each third of the heads, and the structure planted for it."""
+    """A pattern for each third of the heads, and the structure of its synthetic heads."""
 
     patterns: tuple[Pattern, ...]
     structures: tuple[HeadStructure, ...]
@@ -91,7 +91,7 @@ def bench_plan(name: str, sizes: PlanSizes, *, implementation: Implementation | 
     """One plan case's figures on a video of 256-token frames with text before and after it.
 
     `median_ms` is the whole as one program, views included, and what counts: heads that the device's cost model finds
-    slower run dense in it, as in `prefill`. The parts are programs of their own, as asked, for insight.
+    slower run dense in it, as in `prefill`. The parts are separate programs, with the patterns of the case.
 
     Args:
       name: of `PLAN_CASES`.
@@ -107,7 +107,7 @@ def bench_plan(name: str, sizes: PlanSizes, *, implementation: Implementation | 
     layout = jax.tree.map(jnp.asarray, video_prompt(sizes.num_tokens))
     q, k, v = (
         x[None]
-        for x in planted_qkv(
+        for x in synthetic_qkv(
             layout, structures, num_kv_heads=sizes.num_kv_heads, head_dim=sizes.head_dim, dtype=sizes.dtype
         )
     )
@@ -141,7 +141,7 @@ def bench_plan(name: str, sizes: PlanSizes, *, implementation: Implementation | 
 
 
 def _programs(patterns, chosen_patterns, q, k, v, layout, implementation) -> dict[str, Program]:
-    """The parts and the whole, compiled side by side before anything is timed."""
+    """The parts and the whole, compiled in parallel before anything is timed."""
     blocks, scale, num_tokens = Blocks(), q.shape[-1] ** -0.5, q.shape[1]
 
     def views(layout):

@@ -1,4 +1,4 @@
-"""Figures of whole prefills: the engine with a table beside the engine with the device's own dense attention."""
+"""Figures of whole prefills: the engine with a table, compared with the device's own dense attention."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def mixed_table(num_layers: int, num_heads: int, cases: Sequence[str] = ("mix",)
 def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, int | float]:
     """The error of logits all over the prompt against the same engine with masked dense attention of the same plans.
 
-    Beside it stands what rounding alone makes: the error of the device's own dense attention against masked dense
+    It is compared with what rounding alone makes: the error of the device's own dense attention against masked dense
     attention of a plan that leaves nothing out; and how far our logits are from those of dense attention.
 
     Args:
@@ -69,11 +69,13 @@ def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) ->
         return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
     ours, theirs, dense = logits(table, None), logits(table, masked_attention.attend), logits(None, VENDOR)
-    if not (found := error(ours, theirs)) <= ERROR_LIMIT[dtype]:
-        raise RuntimeError(f"logits must equal masked dense attention's within {ERROR_LIMIT[dtype]}, got {found:.2e}")
+    if not (relative_error := error(ours, theirs)) <= ERROR_LIMIT[dtype]:
+        raise RuntimeError(
+            f"logits must equal masked dense attention's within {ERROR_LIMIT[dtype]}, got {relative_error:.2e}"
+        )
     return {
         "tokens": num_tokens,
-        "relative_error": found,
+        "relative_error": relative_error,
         "relative_error_of_dense": error(dense, logits(None, masked_attention.attend)),
         "relative_difference_from_dense": error(ours, dense),
     }
@@ -147,7 +149,7 @@ def _densities(report: PrefillReport) -> dict[str, Any]:
 
 
 def memory_figures(model: Any, table: PatternTable, num_tokens: int, *, embed_bytes: int = 0) -> dict[str, int]:
-    """Bytes that the planner predicts, and the most that was allocated so far, where the device tells."""
+    """Bytes that the planner predicts, and the most that was allocated so far, where the device reports it."""
     request = request_for(model.config, num_tokens, PrefillOptions(table=table, may_run_dense=False))
     stats = jax.devices()[0].memory_stats() or {}
     measured = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
@@ -170,12 +172,12 @@ class DenseBaseline:
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def of(self, num_tokens: int) -> dict[str, Any]:
-        """Figures to stand beside ours."""
+        """Figures that ours are compared with."""
         try:
             if num_tokens <= self.limit:
                 return {"dense_seconds": round(self._measured(num_tokens), 4), "is_dense_extrapolated": False}
             longer, shorter = self._measured(self.limit), self._measured(self.limit // 2)
-        except Exception as error:  # a baseline that fails must not cost the figures beside it
+        except Exception as error:  # a baseline that fails must not cost the other figures
             return {"dense_error": reason(error)}
         quadratic = (longer - 2 * shorter) / (self.limit**2 / 2)
         linear = (longer - quadratic * self.limit**2) / self.limit

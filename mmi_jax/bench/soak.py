@@ -33,16 +33,16 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
 
 
 def soak(
-    run: Callable[[Any], Any], prompts: Sequence[Any], *, on_row: Callable[[dict[str, Any]], None] | None = None
+    run: Callable[[Any], Any], prompts: Sequence[Any], *, on_prompt: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
-    """A row of figures after each prompt: seconds, programs and compilations so far, bytes of the host and the device.
+    """Figures after each prompt: seconds, programs and compilations so far, bytes of the host and the device.
 
     Args:
       run: a prefill; its result is dropped before memory is read.
       prompts: what it is called with, in order.
-      on_row: called with each row.
+      on_prompt: called with each prompt's figures.
     """
-    rows = []
+    log = []
     with counted_compilations() as compilations:
         for number, prompt in enumerate(prompts):
             start = time.perf_counter()
@@ -51,14 +51,14 @@ def soak(
                 raise RuntimeError(f"logits must be finite: prompt {number} gave {logits}")
             seconds = round(time.perf_counter() - start, 4)
             gc.collect()
-            rows.append({"prompt": number, "seconds": seconds, "compilations": compilations(), **held()})
-            if on_row is not None:
-                on_row(rows[-1])
-    return rows
+            log.append({"prompt": number, "seconds": seconds, "compilations": compilations(), **memory_in_use()})
+            if on_prompt is not None:
+                on_prompt(log[-1])
+    return log
 
 
-def held() -> dict[str, int]:
-    """What the process holds now: programs, resident bytes of the host, live arrays and bytes of the device."""
+def memory_in_use() -> dict[str, int]:
+    """Memory in use by the process: programs, resident bytes of the host, live arrays and bytes of the device."""
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "programs": num_compiled_programs(),
@@ -77,8 +77,8 @@ def resident_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def growth(rows: Sequence[dict[str, Any]], name: str) -> int:
+def growth(log: Sequence[dict[str, Any]], name: str) -> int:
     """By how much a figure's median over the last third is above that over the middle third."""
-    third = len(rows) // 3
-    middle, last = rows[third : 2 * third], rows[-third:]
-    return int(np.median([row[name] for row in last]) - np.median([row[name] for row in middle]))
+    third = len(log) // 3
+    middle, last = log[third : 2 * third], log[-third:]
+    return int(np.median([figures[name] for figures in last]) - np.median([figures[name] for figures in middle]))

@@ -1,7 +1,7 @@
-"""Queries and keys with planted structure, for benchmarks and tests: what trained heads show, at known places.
+"""Synthetic heads for benchmarks and tests: queries and keys with the structure of trained heads, at known places.
 
 On isotropic random inputs no sparse pattern exists and a dynamic method's time means nothing. Here every key carries a
-few features and every query weighs them, so that softmax attention has, above noise:
+few features and every query weights them, so that softmax attention has, above noise:
 
 - locality: a smooth peak around the query, from Fourier features of the position;
 - sinks: the first four tokens;
@@ -28,7 +28,7 @@ NUM_SINKS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadStructure:
-    """Scores, in nats above noise, that a head's structures reach; 0 plants nothing.
+    """Scores, in nats above noise, that a head's structures reach; 0 for none.
 
     Args:
       local: at distance 0; it falls off over a few hundred tokens.
@@ -59,12 +59,12 @@ def video_prompt(
     """Text, as many whole frames as fit, text: `num_tokens` tokens in all."""
     num_frames = (num_tokens - head_text - tail_text) // (rows * columns)
     if num_frames < 1:
-        raise ValueError(f"num_tokens must leave room for one frame of {rows * columns}, got {num_tokens=}")
+        raise ValueError(f"num_tokens must hold one frame of {rows * columns}, got {num_tokens=}")
     tail = num_tokens - head_text - num_frames * rows * columns
     return concatenate([text_tokens(head_text), vision_tokens(num_frames, rows, columns), text_tokens(tail)])
 
 
-def planted_qkv(
+def synthetic_qkv(
     layout: TokenLayout, heads: tuple[HeadStructure, ...], *, num_kv_heads: int, head_dim: int, dtype="bfloat16",
     seed: int = 0, num_columns: int = 64,
 ) -> tuple[Float[Array, "t h d"], Float[Array, "t g d"], Float[Array, "t g d"]]:  # fmt: skip
@@ -77,7 +77,7 @@ def planted_qkv(
     """
     num_features = 2 * NUM_FREQUENCIES + PLACE_DIM + 2
     if head_dim < num_features + 8:
-        raise ValueError(f"head_dim must be at least {num_features + 8} to hold the planted features, got {head_dim}")
+        raise ValueError(f"head_dim must be at least {num_features + 8} to hold the features, got {head_dim}")
     rng = np.random.default_rng(seed)
     codes = rng.standard_normal((4096, PLACE_DIM))
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
@@ -105,9 +105,9 @@ def _build(layout, codes, columns, weights, key, *, num_kv_heads: int, head_dim:
 
     def q_head(weight, key):
         local, sink, vertical, slash, column, phase = weight
-        wanted = vertical * codes[phase.astype(jnp.int32)][None] + slash * code
+        target = vertical * codes[phase.astype(jnp.int32)][None] + slash * code
         ones = jnp.ones((num_tokens, 1))
-        parts = [local * waves, wanted, sink * ones, column * ones]
+        parts = [local * waves, target, sink * ones, column * ones]
         noise = jax.random.normal(key, (num_tokens, noise_dim)) / noise_dim**0.5
         return (jnp.concatenate([*parts, noise], axis=1) * head_dim**0.5).astype(dtype)
 

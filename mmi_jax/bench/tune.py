@@ -27,14 +27,14 @@ STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 DIALS: dict[str, tuple[Any, ...]] = {
     "stagger": (0, 7), "lengths_per_octave": (1,), "fixed_max": (False,), "ping_pong": (True,),
 }  # fmt: skip
-"""Other fields of a config and what they are turned to, one at a time, in the `NUM_TURNED` best of the sizes."""
+"""Other fields of a config and their other values, one at a time, in the `NUM_TURNED` best of the sizes."""
 
 NUM_TURNED = 2
 NUM_FINALISTS = 3
 """Configs, besides the built-in ones, that are timed on every kind of list."""
 
 NUM_SCREENED = 2
-"""Measurements of every candidate on random lists: a card slows down while it warms up, so each comes in its turn."""
+"""Measurements of every candidate on random lists: a card slows down while it warms up, so they are round-robin."""
 
 SHORT_ROW = 24
 """Blocks in each row of the short lists: what a row of a sparse plan visits."""
@@ -44,7 +44,7 @@ type Compile = Callable[[Sequence[HopperConfig], AttentionInputs], Mapping[Hoppe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneProblem:
-    """What a config is looked for: head dim, heads, and the sizes it is tried on; lengths in tokens."""
+    """The problem that a config is searched for: head dim, heads, and the sizes it is tried on; lengths in tokens."""
 
     head_dim: int
     num_q_heads: int
@@ -96,17 +96,17 @@ class TuneProblem:
 def sizes(problem: TuneProblem) -> list[HopperConfig]:
     """The built-in configs of this head dim, and others in tiles and stages whose declaration fits the shared memory.
 
-    One q buffer is tried only where it buys stages for which two leave no room.
+    One q buffer is tried only where it buys stages for which two leave no memory.
     """
     fits = lambda config: config.shared_memory_bytes(problem.head_dim, problem.dtype) <= SHARED_MEMORY_BYTES  # noqa: E731
     tiles = [tile for tile in (128, 64) if problem.block_kv % tile == 0]
     built_in = {tile: config for (d, tile), config in CONFIGS.items() if d == problem.head_dim and tile in tiles}
-    found = list(built_in.values())
+    configs = list(built_in.values())
     for tile, (k, v) in itertools.product(tiles, STAGES):
-        base = built_in.get(tile, found[0])  # what a size does not say stays as it is built in
+        base = built_in.get(tile, configs[0])  # what a size does not say stays as it is built in
         two = dataclasses.replace(base, tile_kv=tile, num_k_stages=k, num_v_stages=v, num_q_buffers=2)
-        found.append(two if fits(two) else dataclasses.replace(two, num_q_buffers=1))
-    return list(dict.fromkeys(filter(fits, found)))
+        configs.append(two if fits(two) else dataclasses.replace(two, num_q_buffers=1))
+    return list(dict.fromkeys(filter(fits, configs)))
 
 
 def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
@@ -119,7 +119,7 @@ def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
 def compile_configs(
     configs: Sequence[HopperConfig], inputs: AttentionInputs
 ) -> Mapping[HopperConfig, Program | Exception]:
-    """The kernel with each config, compiled side by side; the error in place of one that cannot be."""
+    """The kernel with each config, compiled in parallel; the error in place of one that cannot be."""
 
     def attempt(fun, *args):
         try:
@@ -188,7 +188,7 @@ def _rates(
     configs: Sequence[HopperConfig], names: Sequence[str], rounds: int,
     check: Callable[[HopperConfig, str], None], rate: Callable[[HopperConfig, str], float],
 ) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:  # fmt: skip
-    """The median rate of each config on each kind of list, configs taking turns, and why the others have none."""
+    """The median rate of each config on each kind of list, configs round-robin, and why the others have none."""
     rates: dict[HopperConfig, dict[str, list[float]]] = {config: {name: [] for name in names} for config in configs}
     failed = {}
     for n, name in itertools.product(range(rounds), names):

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 ENVIRONMENT_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 MIN_COMPILE_SECONDS = 0.1
-"""Programs that compile faster than this are not kept: reading them back would save nothing."""
+"""Programs that compile faster than this are not cached: reading them back would save nothing."""
 
 
 def default_cache_directory() -> Path:
@@ -27,11 +27,11 @@ _CACHE_ERROR = re.compile(
     r"Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<program>[^']+)': (?P<why>.*)",
     re.DOTALL,
 )
-"""What JAX warns of (0.11.2)."""
+"""The warning of JAX 0.11.2."""
 
 
 @contextlib.contextmanager
-def kept_programs(directory: Path | None) -> Iterator[Path]:
+def compilation_cache_in(directory: Path | None) -> Iterator[Path]:
     """Programs compiled in the block are read from and kept in `directory`, the user's own when None."""
     directory = directory or default_cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ def _replaced_entries(directory: Path) -> Iterator[None]:
         show = warnings.showwarning
 
         def replace(message, category, filename, lineno, file=None, line=None) -> None:
-            if not (found := _CACHE_ERROR.match(str(message))):
+            if not (error := _CACHE_ERROR.match(str(message))):
                 return show(message, category, filename, lineno, file, line)
-            if found["what"] == "reading":
-                for path in directory.glob(f"{found['program']}-*"):
+            if error["what"] == "reading":
+                for path in directory.glob(f"{error['program']}-*"):
                     path.unlink(missing_ok=True)
-                print(f"warning: the kept program {found['program']} was unreadable: compiled again", file=sys.stderr)
+                print(f"warning: the cached program {error['program']} was unreadable: compiled again", file=sys.stderr)
             else:
-                print(f"warning: the program {found['program']} is not kept: {found['why']}", file=sys.stderr)
+                print(f"warning: the program {error['program']} is not cached: {error['why']}", file=sys.stderr)
 
         warnings.showwarning = replace
         yield
@@ -73,7 +73,7 @@ def _replaced_entries(directory: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheContents:
-    """What a compilation cache holds.
+    """Contents of a compilation cache.
 
     Args:
       num_programs: compiled programs.
@@ -85,7 +85,7 @@ class CacheContents:
 
 
 def cache_contents(directory: Path) -> CacheContents:
-    """What the cache in `directory` holds; nothing when there is no such directory."""
+    """Contents of the cache in `directory`; nothing when there is no such directory."""
     files = list(directory.glob("*-cache")) if directory.is_dir() else []
     return CacheContents(num_programs=len(files), num_bytes=sum(file.stat().st_size for file in files))
 

@@ -1,4 +1,4 @@
-"""What `mmi` writes to a terminal: progress on stderr, tables wherever the command says."""
+"""Terminal output: progress on stderr, tables on either stream."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
 
 @contextlib.contextmanager
 def work_bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time that is left, moved by `update(done, total, what)`; what is done at its start took none."""
+    """A bar with the remaining time, moved by `update(done, total, what)`; work done before is not timed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr_console()) as progress:
         task = progress.add_task("", total=None)
@@ -55,7 +55,7 @@ def work_bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
 
 @contextlib.contextmanager
 def spinner(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with the time gone by; the yielded function says what is being done: `stage("compiling")`."""
+    """A spinner with the elapsed time; the yielded function sets the stage: `stage("compiling")`."""
     columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr_console()) as progress:
         task = progress.add_task(label, total=1)

@@ -1,4 +1,4 @@
-"""Bad input as one line on stderr."""
+"""Errors of bad input, printed as one line on stderr."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Pictures of a prefill: which files, of which heads."""
+"""Pictures of a prefill: patterns, density and masks as files."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ SHORT_NAMES = {
 """Names that the command line takes for the tasks."""
 
 DEFAULT_TASKS = ("v-niah", "mm-niah", "middle", "match")
-"""Those asked unless others are named. Any model can be asked `mm-middle` too; `silent-match` only one that was trained
+"""The default tasks. `mm-middle` suits any model, too; `silent-match` only one that was trained
 to say what a picture shows."""
 
 
@@ -29,10 +29,10 @@ def task_name(name: str) -> str:
     Raises:
       ValueError: there is no such task.
     """
-    found = SHORT_NAMES.get(name, name)
-    if found not in TASKS:
+    full_name = SHORT_NAMES.get(name, name)
+    if full_name not in TASKS:
         raise ValueError(f"unknown task {name!r}: expected one of {', '.join(SHORT_NAMES)}")
-    return found
+    return full_name
 
 
 def haystack_of(name: str) -> Haystack:
@@ -65,7 +65,7 @@ class SampleSource:
         return Measure.of(self.processor, self.haystack)
 
     def sample(self, task: str, *, num_tokens: int, depth: float, seed: int) -> Sample:
-        """One sample of a task; its handwritten digits are of those that no model was trained on.
+        """One sample of a task; its handwritten digits are held out from training.
 
         Raises:
           ValueError: unknown task, or too few tokens for it.

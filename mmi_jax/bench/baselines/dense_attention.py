@@ -1,4 +1,4 @@
-"""Dense causal attention through JAX: what every sparse figure stands beside."""
+"""Dense causal attention through JAX, the baseline of every sparse figure."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import numpy as np
 
 from mmi_jax.bench.baselines import torch_attention
 from mmi_jax.bench.checks.sampled_rows import SampledRows, sample_dense
-from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
+from mmi_jax.bench.synthetic import GRID, synthetic_qkv, video_prompt
 from mmi_jax.bench.timing.measurements import dense_flops, measurement, rate
 from mmi_jax.bench.timing.wall_time import compile_program
 from pallas_kernels import coverage
@@ -75,9 +75,9 @@ def _attention(**kwargs):
 def measure_synthetic_dense(
     num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str, *, repeats: int, with_peers: bool
 ) -> tuple[dict[str, Any], ...]:
-    """Figures of dense attention on a planted video prompt, through JAX and, with the peers, torch; measured once."""
+    """Figures of dense attention of synthetic heads on a video, through JAX and, with peers, torch; measured once."""
     structures = (GRID,) * num_q_heads
-    q, k, v = planted_qkv(
+    q, k, v = synthetic_qkv(
         video_prompt(num_tokens), structures, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
     )
     q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
@@ -90,7 +90,7 @@ def measure_synthetic_dense(
 
 
 def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peers: bool) -> dict[str, Any]:
-    """The fastest dense attention beside a plan: measured up to `limit` tokens, extrapolated by the square above.
+    """The fastest dense attention on a plan's prompt: measured up to `limit` tokens, extrapolated by the square above.
 
     Args:
       num_tokens: of the prompt.
@@ -98,17 +98,19 @@ def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peer
       limit: tokens at which dense attention is measured at most.
     """
     measured_at = min(num_tokens, limit)
-    rows = measure_synthetic_dense(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
-    able = [found for found in rows if "median_ms" in found]
-    if not able:
-        return {"dense": rows[0]["name"], "dense_error": rows[0]["error"]}
-    best = min(able, key=lambda found: found["median_ms"])
+    measurements = measure_synthetic_dense(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
+    timed = [figures for figures in measurements if "median_ms" in figures]
+    if not timed:
+        return {"dense": measurements[0]["name"], "dense_error": measurements[0]["error"]}
+    best = min(timed, key=lambda figures: figures["median_ms"])
     return {
         "dense": best["name"],
         "dense_ms": round(best["median_ms"] * (num_tokens / measured_at) ** 2, 3),
         "dense_measured_at": measured_at,
         "is_dense_extrapolated": measured_at < num_tokens,
-        "dense_of_all_ms": {found["name"]: found.get("median_ms", found.get("error")) for found in rows},
+        "dense_of_all_ms": {
+            figures["name"]: figures.get("median_ms", figures.get("error")) for figures in measurements
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""What a user would run instead: transformers' Qwen2 with the same sizes and sdpa, in a process of its own.
+"""Transformers' Qwen2 with the same sizes and sdpa, as a user would run instead, in a process of its own.
 
 JAX keeps the device memory it has taken, so torch runs in another process, before JAX opens the device. The layers are
 those of Qwen2.5-VL; rotary positions with one axis cost the same.
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 300
 
 
 def measure_transformers(config: Any, tokens: list[int]) -> list[dict[str, Any]]:
-    """A row for each length: seconds and peak memory of a prefill, or why there is none."""
+    """Figures of each length: seconds and peak memory of a prefill, or why there is none."""
     sizes = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.embed_dim,
@@ -31,8 +31,8 @@ def measure_transformers(config: Any, tokens: list[int]) -> list[dict[str, Any]]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
         return _read_lines(str(error.stdout or "")) + [{"error": f"stopped after {TIMEOUT_SECONDS} s"}]
-    rows = _read_lines(done.stdout)
-    return rows if done.returncode == 0 else [*rows, {"error": f"status {done.returncode}: {done.stderr[-300:]}"}]
+    figures = _read_lines(done.stdout)
+    return figures if done.returncode == 0 else [*figures, {"error": f"status {done.returncode}: {done.stderr[-300:]}"}]
 
 
 def _read_lines(text: str) -> list[dict[str, Any]]:
@@ -50,9 +50,9 @@ def main(sizes: dict[str, Any], tokens: list[int]) -> None:
     with torch.device("cuda"), torch.no_grad():
         model = Qwen2ForCausalLM(config).eval()
         for num_tokens in tokens:
-            row = _measure(torch, model, num_tokens)
-            print(json.dumps(row), flush=True)
-            if "error" in row:
+            figures = _measure(torch, model, num_tokens)
+            print(json.dumps(figures), flush=True)
+            if "error" in figures:
                 break
 
 

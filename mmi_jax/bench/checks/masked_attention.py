@@ -34,12 +34,12 @@ def _head(inputs: AttentionInputs, h):
     def q_block(i):
         mask = visited(inputs, h, i)
         scores = jnp.einsum("td,sd->ts", blocks[i], keys, precision="highest") * inputs.scale
-        top = jnp.max(scores, axis=1, keepdims=True, where=mask, initial=jnp.finfo(jnp.float32).min)
-        weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-        total = jnp.sum(weights, axis=1, keepdims=True)
-        seen = jnp.where(jnp.any(mask, axis=0)[:, None], values, 0.0)  # a weight of 0 does not silence a NaN
-        out = jnp.einsum("ts,sd->td", weights, seen, precision="highest") / jnp.where(total > 0, total, 1.0)
-        return out.astype(inputs.q.dtype), jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[:, 0]
+        row_max = jnp.max(scores, axis=1, keepdims=True, where=mask, initial=jnp.finfo(jnp.float32).min)
+        weights = jnp.where(mask, jnp.exp(scores - row_max), 0.0)
+        row_sum = jnp.sum(weights, axis=1, keepdims=True)
+        seen = jnp.where(jnp.any(mask, axis=0)[:, None], values, 0.0)  # 0 times NaN is NaN
+        out = jnp.einsum("ts,sd->td", weights, seen, precision="highest") / jnp.where(row_sum > 0, row_sum, 1.0)
+        return out.astype(inputs.q.dtype), jnp.where(row_sum > 0, row_max + jnp.log(row_sum), -jnp.inf)[:, 0]
 
     out, lse = jax.lax.map(q_block, jnp.arange(num_blocks))
     return out.reshape(inputs.q.shape[1:]), lse.reshape(-1)

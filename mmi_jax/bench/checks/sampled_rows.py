@@ -1,4 +1,4 @@
-"""Sampled query rows against attention in float64 on the host: what must hold before anything is timed."""
+"""Sampled query rows against attention in float64 on the host: the check before anything is timed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class SampledRows:
         if lse is None:
             return {"relative_error": error}
         lse = np.asarray(lse, np.float64)
-        is_same = lse == self.lse  # also -inf, of a row that visits nothing in this view of the queries
+        is_same = lse == self.lse  # also -inf, of a row that visits nothing in this pass of the queries
         lse_error = float(np.abs(lse[~is_same] - self.lse[~is_same]).max(initial=0.0))
         if not lse_error <= LSE_LIMIT:
             raise RuntimeError(f"the log-sum-exp must be within {LSE_LIMIT} of float64, got {lse_error:.2e}")
@@ -116,7 +116,7 @@ def rows_in_float64(inputs: AttentionInputs, head: int, rows: np.ndarray) -> tup
         for shared, extra in ((inputs.k, inputs.k_extra), (inputs.v, inputs.v_extra))
     )
     q, q_pos = (np.asarray(x[head][rows]) for x in (inputs.q, inputs.q_pos))
-    found = []
+    results = []
     for n in range(len(rows)):
         entries = slice(first[n], first[n] + count[n])
         columns = (start[entries][:, None] + np.arange(index.block_kv)).reshape(-1)
@@ -124,16 +124,16 @@ def rows_in_float64(inputs: AttentionInputs, head: int, rows: np.ndarray) -> tup
         low, high = intervals[interval[entries]].repeat(index.block_kv, axis=0).T
         sees = (distance >= np.maximum(low, 0)) & (distance < high)
         sees |= np.arange(count[n]).repeat(index.block_kv) < num_full[n]
-        found.append(_attend(q[n], k[columns[sees]], v[columns[sees]], inputs.scale))
-    return np.stack([out for out, _ in found]), np.array([lse for _, lse in found])
+        results.append(_attend(q[n], k[columns[sees]], v[columns[sees]], inputs.scale))
+    return np.stack([out for out, _ in results]), np.array([lse for _, lse in results])
 
 
 def dense_rows_in_float64(q, k, v, scale: float, head: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Dense causal attention of some query rows of one head: outputs `[n, d]`, log-sum-exp `[n]`."""
     group = head // (q.shape[0] // k.shape[0])
     queries, keys, values = (np.asarray(x, np.float64) for x in (q[head][rows], k[group], v[group]))
-    found = [_attend(queries[n], keys[: row + 1], values[: row + 1], scale) for n, row in enumerate(rows)]
-    return np.stack([out for out, _ in found]), np.array([lse for _, lse in found])
+    results = [_attend(queries[n], keys[: row + 1], values[: row + 1], scale) for n, row in enumerate(rows)]
+    return np.stack([out for out, _ in results]), np.array([lse for _, lse in results])
 
 
 def _attend(q, k, v, scale: float):
@@ -142,6 +142,6 @@ def _attend(q, k, v, scale: float):
     if not len(k):
         return np.zeros(v.shape[1]), -np.inf
     scores = k @ q * scale
-    top = scores.max()
-    weights = np.exp(scores - top)
-    return weights @ v / weights.sum(), top + np.log(weights.sum())
+    row_max = scores.max()
+    weights = np.exp(scores - row_max)
+    return weights @ v / weights.sum(), row_max + np.log(weights.sum())

@@ -1,4 +1,4 @@
-"""Rows of figures: what was measured under a name, or why it could not be."""
+"""Measurements under a name, or the reason why there is none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from pallas_kernels.attention.api import Implementation
 from pallas_kernels.attention.inputs import AttentionInputs
 
 REASON_LENGTH = 300
-"""Characters of a failure's message that a row keeps: compilers write pages."""
+"""Characters of a failure's message that is kept: compilers write pages."""
 
 
 def measurement(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled function and the milliseconds that compiling it took, beside others if compiled with others."""
+    """A compiled function and the milliseconds that compiling it took, in parallel with others if compiled together."""
 
     call: Callable[..., Any]
     compile_ms: float
@@ -51,7 +51,7 @@ def compile_program(fun: Callable[..., Any], *args: Any) -> Program:
 
 
 def compile_programs(functions: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Program]:
-    """Several functions compiled side by side, each for its own arguments, before anything is timed."""
+    """Several functions compiled in parallel, each for its own arguments, before anything is timed."""
     lowered = {name: jax.jit(fun).lower(*args) for name, (fun, args) in functions.items()}
     with ThreadPoolExecutor() as pool:
         return dict(zip(lowered, pool.map(compile_lowered, lowered.values()), strict=True))
@@ -103,7 +103,7 @@ def summary(times_ms: list[float], *, compile_ms: float) -> Timing:
 
 
 def matmul_tflops_per_s(repeats: int = 5) -> float:
-    """The rate of one large matrix product, to hold other rates against: bfloat16, or float32 on a CPU."""
+    """The rate of one large matrix product, that other rates are compared with: bfloat16, or float32 on a CPU."""
     on_cpu = jax.default_backend() == "cpu"
     size, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
     a, b = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
@@ -112,7 +112,7 @@ def matmul_tflops_per_s(repeats: int = 5) -> float:
 
 
 def copy_bytes_per_s(repeats: int = 5) -> float:
-    """The rate of one large copy on the device, bytes read plus bytes written, to hold memory-bound rates against."""
+    """The rate of one large copy on the device, bytes read plus bytes written, for memory-bound rates."""
     x = jnp.ones((2**24 if jax.default_backend() == "cpu" else 2**30,), jnp.float32)
     timing = compile_program(jnp.copy, x).time(x, repeats=repeats)
     return 2 * x.nbytes / timing.median_ms * 1e3

@@ -70,5 +70,5 @@ def head_shapes(config: Any) -> Any:
 @contextmanager
 def with_empty_cache() -> Iterator[None]:
     """An empty compilation cache in the block: a cold start is cold."""
-    with tempfile.TemporaryDirectory() as directory, compile_cache.kept_programs(Path(directory)):
+    with tempfile.TemporaryDirectory() as directory, compile_cache.compilation_cache_in(Path(directory)):
         yield

@@ -45,7 +45,7 @@ def run_cases(
       table: of the whole result.
       json_file: also holds the line, rewritten after every case so that an interrupted run keeps its figures.
       stops_at_error: lets the first error through.
-      times_matmul: measures the rate of a matrix product first, to hold the cases' rates against.
+      times_matmul: measures the rate of a matrix product first, that the cases' rates are compared with.
 
     Raises:
       ValueError: `json_file` cannot be written; before anything is measured.

@@ -21,7 +21,7 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
     config = config_of(preset, layers)
     family = family_of(config)
     model = family.without_vision(family.abstract_model(config, dtype=jax.numpy.dtype(dtype)))
-    with compile_cache.kept_programs(Path(directory)):
+    with compile_cache.compilation_cache_in(Path(directory)):
         jax.block_until_ready(jax.numpy.zeros(1))  # the device is open
         start, cpu_start = time.perf_counter(), time.process_time()
         program, inputs = prefill_program(model, table_of(table, config), tokens)

@@ -65,7 +65,7 @@ def video_pieces(config: Any, num_tokens: int) -> tuple[int, Any, int]:
 
     num_frames = (num_tokens - HEAD_TEXT - TAIL_TEXT - 2) // FRAME_SIDE**2
     if num_frames < 1:
-        raise ValueError(f"--tokens must leave room for a frame of {FRAME_SIDE**2}, got {num_tokens}")
+        raise ValueError(f"--tokens must hold a frame of {FRAME_SIDE**2}, got {num_tokens}")
     side = FRAME_SIDE * config.vision.merge_size
     rest = num_tokens - HEAD_TEXT - 2 - num_frames * FRAME_SIDE**2
     return HEAD_TEXT, MediumSize(grid=(num_frames, side, side)), rest

@@ -1,4 +1,4 @@
-"""Results of `mmi bench` as tables: the columns that several benchmarks share; times in milliseconds."""
+"""Results of `mmi bench` as tables: the columns of several benchmarks; times in milliseconds."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ def measured_cases(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def kernel_cells(figures: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Errors, times, rate and share of the matmul rate; blank where a row has none."""
+    """Errors, times, rate and fraction of the matmul rate; blank where there is none."""
     errors = [f"{figures[name]:.1e}" if name in figures else "" for name in ("relative_error", "lse_error")]
     if "median_ms" not in figures:
         return [*errors, "", "", ""]
-    share = figures["tflops_per_s"] / result["matmul_tflops_per_s"]
-    return [*errors, spread(figures), f"{figures['tflops_per_s']:.4g}", f"{share:.0%}"]
+    fraction = figures["tflops_per_s"] / result["matmul_tflops_per_s"]
+    return [*errors, spread(figures), f"{figures['tflops_per_s']:.4g}", f"{fraction:.0%}"]
 
 
 def spread(figures: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a vision tower: whole videos from host memory, beside one batch on the device and XLA's attention."""
+"""Figures of a vision tower: videos from host memory, compared with one batch on the device and XLA's attention."""
 
 import functools
 import math
@@ -67,7 +67,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
 def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dict[str, float]:
     """Relative errors against the tower in float32: ours at most twice that of XLA's attention in the same dtype.
 
-    A GPU's products of float32 are TF32 unless asked otherwise: an eighth of bfloat16's rounding. Exact ones took XLA
+    A GPU's products of float32 are TF32 by default: an eighth of bfloat16's rounding. Exact ones took XLA
     longer to compile than everything else together.
     """
     grids = ((1, *size),)
@@ -76,12 +76,14 @@ def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dic
     def error(tokens):
         return float(np.linalg.norm(np.asarray(tokens.astype(jnp.float32)) - want) / np.linalg.norm(want))
 
-    found = {"relative_error": error(ours), "relative_error_xla": error(tower(patches, grids, attention="xla"))}
+    errors = {"relative_error": error(ours), "relative_error_xla": error(tower(patches, grids, attention="xla"))}
     of_reference = 16 * tower.config.num_layers * 2.0**-24  # float32 too, and its sums have an order
-    limit = 2 * found["relative_error_xla"] + float(jnp.finfo(tower.dtype).eps) + of_reference
-    if not found["relative_error"] <= limit:
-        raise RuntimeError(f"the tokens' relative error must be at most {limit:.2e}, got {found['relative_error']:.2e}")
-    return found
+    limit = 2 * errors["relative_error_xla"] + float(jnp.finfo(tower.dtype).eps) + of_reference
+    if not errors["relative_error"] <= limit:
+        raise RuntimeError(
+            f"the tokens' relative error must be at most {limit:.2e}, got {errors['relative_error']:.2e}"
+        )
+    return errors
 
 
 def in_float32(tower: Any) -> Any:

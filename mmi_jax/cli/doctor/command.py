@@ -64,13 +64,13 @@ def doctor(
         out.print(_rows("devices", devices()))
         out.print(_rows("attention backend", [(name, backend_status(name)) for name in get_args(Implementation)]))
         directory = cache_dir or compile_cache.default_cache_directory()
-        found = compile_cache.cache_contents(directory)
-        out.print(f"compiled programs: {found.num_programs}, {found.num_bytes / 2**20:.1f} MiB", highlight=False)
+        contents = compile_cache.cache_contents(directory)
+        out.print(f"compiled programs: {contents.num_programs}, {contents.num_bytes / 2**20:.1f} MiB", highlight=False)
         out.print(f"in {directory}", markup=False, soft_wrap=True)
 
 
 def versions_table() -> Table:
-    """Python, our packages, and the accelerator plugins that are there."""
+    """Python, our packages, and the installed accelerator plugins."""
     installed = [(name, _version(name)) for name in (*PACKAGES, *PLUGINS)]
     rows = [(name, version or "not installed") for name, version in installed if version or name in PACKAGES]
     return _rows("versions", [("python", platform.python_version()), *rows])

@@ -83,12 +83,12 @@ def memory_for(device: str | None) -> DeviceMemory:
     """What JAX may use of a device.
 
     Raises:
-      ValueError: the device is unknown, or the attached one does not tell its memory.
+      ValueError: the device is unknown, or the attached one does not report its memory.
     """
     if device is None:
         memory = memory_of(jax.devices()[0])
         if memory is None:
-            raise ValueError(f"{jax.devices()[0].device_kind} does not tell its memory: expected --device, got none")
+            raise ValueError(f"{jax.devices()[0].device_kind} does not report its memory: expected --device, got none")
         return DeviceMemory(limit=memory.limit)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB)", device):
         return DeviceMemory(limit=round(float(size[1]) * (GIB if size[2] == "GiB" else GB)))

@@ -1,4 +1,4 @@
-"""Samples through a model: which questions are answered right, and what the attention cost."""
+"""Answers of a model to samples, and the cost of their attention."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from models.tasks import Question, Sample, choice_ids, question_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class PromptBatch:
     """Samples as one batch for a prefill.
 
     Args:
@@ -31,11 +31,11 @@ class Asked:
     questions: tuple[tuple[tuple[Question, np.ndarray], ...], ...]
 
 
-def ask_in_batches(processor: Processor, samples: Sequence[Sample], *, batch: int, num_rows: int) -> list[Asked]:
+def prompt_batches(processor: Processor, samples: Sequence[Sample], *, batch: int, num_rows: int) -> list[PromptBatch]:
     """The samples as batches of at most `batch`.
 
     Args:
-      num_rows: questions that a prefill has room for, so that tasks with fewer share its program.
+      num_rows: questions of a prefill, so that tasks with fewer use the same program.
     """
     batches = []
     for first in range(0, len(samples), batch):
@@ -43,7 +43,7 @@ def ask_in_batches(processor: Processor, samples: Sequence[Sample], *, batch: in
         rows = [np.resize(question_rows(sample, processor), num_rows) for sample in group]
         questions = tuple(tuple((q, choice_ids(q, processor.tokenizer)) for q in s.questions) for s in group)
         prompt = processor(*(list(sample.parts) for sample in group), cuts_on_device=True)
-        batches.append(Asked(samples=tuple(group), prompt=prompt, rows=np.stack(rows), questions=questions))
+        batches.append(PromptBatch(samples=tuple(group), prompt=prompt, rows=np.stack(rows), questions=questions))
     return batches
 
 
@@ -67,11 +67,13 @@ class Answers:
     prompt_tokens: float
 
 
-def answer(model: Any, batches: Sequence[Asked], table: PatternTable | Pattern | None, costs: CostModel) -> Answers:
-    """Asks every question, each answered by the choice with the largest logit at its row.
+def evaluate(
+    model: Any, batches: Sequence[PromptBatch], table: PatternTable | Pattern | None, costs: CostModel
+) -> Answers:
+    """Evaluates every question, each answered by the choice with the largest logit at its row.
 
     Args:
-      table: patterns as asked: none is replaced by dense attention where that is faster.
+      table: patterns as given: none is replaced by dense attention where that is faster.
     """
     correct, asked, totals = 0, 0, []
     for batch in batches:

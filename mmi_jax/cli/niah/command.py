@@ -55,7 +55,7 @@ def niah(
     debug: DebugOption = False,
 ) -> None:
     """Evaluate a model on needle-in-a-haystack tasks, sparse and dense. A stopped run resumes where it stopped."""
-    with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
+    with one_line_errors(shows_traceback=debug), compile_cache.compilation_cache_in(cache_dir):
         take_memory(NEARLY_ALL)
         from mmi_jax.cli.niah.options import NiahOptions, read_methods, read_tasks
         from mmi_jax.cli.niah.run import run_niah  # imported late: other commands start without models

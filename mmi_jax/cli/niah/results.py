@@ -1,4 +1,4 @@
-"""What is written of a filled grid: CSV, JSON, a heat map per task, and the means on the terminal."""
+"""Results of a filled grid: CSV, JSON, a heat map per task, and the means on the terminal."""
 
 import csv
 import dataclasses
@@ -26,33 +26,31 @@ COLUMNS = ("task", "method", "tokens", "depth", "correct", "asked", "accuracy", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the journal of a run holds.
+    """The contents of a run's journal.
 
     Args:
-      cells: by task as first asked, tokens, depth, and method as first named.
+      cells: by task as first evaluated, tokens, depth, and method as first named.
       methods: in the order first named.
       depths: of the needle.
-      shares: cost of the matched method over that of dense attention, by task and tokens; empty where none is matched.
+      matched_costs: cost of the matched method over that of dense attention, by task and tokens; empty without one.
       unsized: methods that are not brought to a cost.
-      margin: share by which a cost may differ from the matched one.
+      tolerance: relative difference from the matched cost above which a method is marked.
     """
 
     cells: Sequence[Cell]
     methods: Sequence[str]
     depths: Sequence[float]
-    shares: Mapping[tuple[str, int], float]
+    matched_costs: Mapping[tuple[str, int], float]
     unsized: Collection[str]
-    margin: float
+    tolerance: float
 
     def is_off(self, method: str, cells: Sequence[Cell]) -> bool:
         """Whether a method costs something else than the matched one on some task and length of these cells."""
         if method in self.unsized:
             return False
-        places = {(cell["task"], cell["tokens"]) for cell in cells} & set(self.shares)
-        shares = {
-            place: mean_share([c for c in cells if (c["task"], c["tokens"]) == place], method) for place in places
-        }
-        return any(abs(share / self.shares[place] - 1) > self.margin for place, share in shares.items())
+        places = {(cell["task"], cell["tokens"]) for cell in cells} & set(self.matched_costs)
+        costs = {place: mean_cost([c for c in cells if (c["task"], c["tokens"]) == place], method) for place in places}
+        return any(abs(cost / self.matched_costs[place] - 1) > self.tolerance for place, cost in costs.items())
 
 
 def remember_methods(journal: Journal, methods: Sequence[str]) -> None:
@@ -73,12 +71,12 @@ def results_of(task: NiahOptions, journal: Journal) -> Results:
     cells, methods = journal.matching(kind="cell"), _named_methods(journal)
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     cells.sort(key=lambda c: (tasks.index(c["task"]), c["tokens"], c["depth"], methods.index(c["method"])))
-    shares = {(row["task"], row["tokens"]): row["share"] for row in journal.matching(kind="share")}
+    costs = {(row["task"], row["tokens"]): row["share"] for row in journal.matching(kind="share")}
     for place in {(cell["task"], cell["tokens"]) for cell in cells if cell["method"] == task.matched_method}:
-        shares[place] = mean_share([c for c in cells if (c["task"], c["tokens"]) == place], str(task.matched_method))
+        costs[place] = mean_cost([c for c in cells if (c["task"], c["tokens"]) == place], str(task.matched_method))
     return Results(
         cells=cells, methods=[method for method in methods if any(c["method"] == method for c in cells)],
-        depths=task.depths, shares=shares, unsized=(DENSE, *task.tables), margin=task.cost_tolerance,
+        depths=task.depths, matched_costs=costs, unsized=(DENSE, *task.tables), tolerance=task.cost_tolerance,
     )  # fmt: skip
 
 
@@ -98,10 +96,10 @@ def write_results(task: NiahOptions, journal: Journal) -> None:
 
 
 def heat_maps(name: str, results: Results) -> Figure:
-    """A heat map of each method that one task was asked with."""
+    """A heat map of each method of one task."""
     cells, lengths = results.cells, lengths_of(results.cells)
     accuracy = {
-        f"{method}, cost {mean_share(cells, method):.1%}": grid(cells, method, results.depths, lengths)
+        f"{method}, cost {mean_cost(cells, method):.1%}": grid(cells, method, results.depths, lengths)
         for method in results.methods if any(cell["method"] == method for cell in cells)
     }  # fmt: skip
     return plot_heat_maps(accuracy, lengths=lengths, depths=results.depths, title=name)
@@ -118,31 +116,31 @@ def csv_text(cells: Sequence[Cell]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for cell in cells:
-        figures = cell["correct"], cell["asked"], accuracy_of([cell]), cell["density"], share_of(cell)
+        figures = cell["correct"], cell["asked"], accuracy_of([cell]), cell["density"], cost_of(cell)
         rounded = [round(x, 5) if isinstance(x, float) else x for x in figures]
         writer.writerow([cell["task"], cell["method"], cell["tokens"], cell["depth"], *rounded, cell["pattern"]])
     return text.getvalue()
 
 
 def grid(cells: Sequence[Cell], method: str, depths: Sequence[float], lengths: Sequence[int]) -> np.ndarray:
-    """Accuracy of one method, `[depths, lengths]`; NaN where it was not asked."""
+    """Accuracy of one method, `[depths, lengths]`; NaN where there is none."""
     found = {(c["depth"], c["tokens"]): accuracy_of([c]) for c in cells if c["method"] == method}
     return np.array([[found.get((depth, n), np.nan) for n in lengths] for depth in depths])
 
 
 def accuracy_of(cells: Sequence[Cell]) -> float:
-    """Share of questions answered right."""
+    """Fraction of questions answered right."""
     return sum(cell["correct"] for cell in cells) / sum(cell["asked"] for cell in cells)
 
 
-def share_of(cell: Cell) -> float:
+def cost_of(cell: Cell) -> float:
     """Attention cost over that of dense attention."""
     return cell["cost"] / cell["dense_cost"]
 
 
-def mean_share(cells: Sequence[Cell], method: str) -> float:
+def mean_cost(cells: Sequence[Cell], method: str) -> float:
     """The same, mean over a method's cells."""
-    return float(np.mean([share_of(cell) for cell in cells if cell["method"] == method]))
+    return float(np.mean([cost_of(cell) for cell in cells if cell["method"] == method]))
 
 
 def means_table(name: str, results: Results) -> Table:
@@ -158,7 +156,7 @@ def means_table(name: str, results: Results) -> Table:
             method,
             *(f"{accuracy_of(group):.1%}" if group else "" for group in by_length),
             f"{accuracy_of(own):.1%}",
-            f"{mean_share(own, method):.1%}{' (not equal)' if results.is_off(method, own) else ''}",
+            f"{mean_cost(own, method):.1%}{' (not equal)' if results.is_off(method, own) else ''}",
             f"{np.mean([cell['density'] for cell in own]):.1%}",
         )
     return table

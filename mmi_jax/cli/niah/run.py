@@ -1,4 +1,4 @@
-"""What `mmi niah` does: the cells of the grid one by one, and what is written of them."""
+"""The grid of `mmi niah`: its cells one by one, and the results."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmi_jax import PatternTable
 from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
-from mmi_jax.cli.niah.answers import Asked, answer, ask_in_batches
+from mmi_jax.cli.niah.answers import PromptBatch, evaluate, prompt_batches
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import remember_methods, write_results
 from mmi_jax.cli.niah.sizes import Sizes
@@ -26,7 +26,7 @@ from mmi_jax.search.trials.journal import Journal
 from models import open_checkpoint
 
 QUESTIONS = 4
-"""Questions of a sample at most; each prefill has room for so many."""
+"""Questions of a sample at most; every prefill has rows for so many."""
 
 type Place = tuple[str, int, int]
 """Task, length in tokens, and number of the depth."""
@@ -38,7 +38,7 @@ VERSION = 4
 """Of what the tasks' samples show and of how sizes are chosen: cells of another are refused."""
 
 SAMPLES_AHEAD = 2
-"""Cells whose samples are being made while another's are asked."""
+"""Cells whose samples are being made while another's are evaluated."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,54 +56,54 @@ class Runner:
     journal: Journal
     warmed: set[tuple[str, str, int]] = dataclasses.field(default_factory=set)
 
-    def batches(self, name: str, tokens: int, depth_number: int) -> list[Asked]:
+    def batches(self, name: str, tokens: int, depth_number: int) -> list[PromptBatch]:
         """The samples of one cell, the same for every method."""
         depth = self.task.depths[depth_number]
         seeds = self.task.seeds(depth_number)
         samples = [self.source.sample(name, num_tokens=tokens, depth=depth, seed=seed) for seed in seeds]
-        return ask_in_batches(self.source.processor, samples, batch=self.task.batch, num_rows=QUESTIONS)
+        return prompt_batches(self.source.processor, samples, batch=self.task.batch, num_rows=QUESTIONS)
 
     def missing(self, place: Place, methods: Sequence[str]) -> list[str]:
         """Those that have no cell in a place."""
         return [method for method in methods if not self.journal.matching(**self._key(place, method))]
 
-    def fill(self, place: Place, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
-        """The missing cells of a place; the baselines last, as the matched method's own cell tells their sizes."""
+    def fill(self, place: Place, batches: Sequence[PromptBatch], on_step: Callable[[str], None]) -> None:
+        """The missing cells of a place; the baselines last, as the matched method's cell decides their sizes."""
         given = self.missing(place, self.task.fixed_methods)
-        self._ask_all(place, {method: self.task.tables.get(method) for method in given}, batches, on_step)
+        self._evaluate_all(place, {method: self.task.tables.get(method) for method in given}, batches, on_step)
         if baselines := self.missing(place, self.task.baselines):
             on_step("sizes of baselines")
             name, tokens, _ = place
-            self._ask_all(place, self._sizes.fit(baselines, name, tokens, batches[0]), batches, on_step)
+            self._evaluate_all(place, self._sizes.fit(baselines, name, tokens, batches[0]), batches, on_step)
 
     @property
     def _sizes(self) -> Sizes:
         return Sizes(task=self.task, model=self.model, source=self.source, costs=self.costs, journal=self.journal)
 
-    def _ask_all(
-        self, place: Place, patterns: Methods, batches: Sequence[Asked], on_step: Callable[[str], None]
+    def _evaluate_all(
+        self, place: Place, patterns: Methods, batches: Sequence[PromptBatch], on_step: Callable[[str], None]
     ) -> None:
         """A cell of each method."""
         self._warm(patterns, batches, on_step)
         for method, pattern in patterns.items():
             on_step(method)
-            cell = self._key(place, method) | self._ask(batches, pattern) | {"pattern": _named(pattern)}
+            cell = self._key(place, method) | self._evaluate(batches, pattern) | {"pattern": _named(pattern)}
             self.journal.add(cell)
 
-    def _warm(self, patterns: Methods, batches: Sequence[Asked], on_step: Callable[[str], None]) -> None:
-        """Compiles the programs of several methods side by side, which takes the memory of as many prefills."""
+    def _warm(self, patterns: Methods, batches: Sequence[PromptBatch], on_step: Callable[[str], None]) -> None:
+        """Compiles the programs of several methods in parallel, which takes the memory of as many prefills."""
         length = Buckets().length_for(batches[0].prompt.tokens.shape[1])
         programs = {method: (method, _named(pattern), length) for method, pattern in patterns.items()}
         cold = [method for method, program in programs.items() if program not in self.warmed]
         if cold and self.task.parallel_compilations > 1:
             on_step("compiling")
             with ThreadPoolExecutor(max_workers=self.task.parallel_compilations) as pool:
-                list(pool.map(lambda method: self._ask(batches[:1], patterns[method]), cold))
+                list(pool.map(lambda method: self._evaluate(batches[:1], patterns[method]), cold))
         self.warmed.update(programs.values())
 
-    def _ask(self, batches: Sequence[Asked], pattern: PatternTable | Pattern | None) -> dict[str, Any]:
+    def _evaluate(self, batches: Sequence[PromptBatch], pattern: PatternTable | Pattern | None) -> dict[str, Any]:
         """The figures of some samples under one method."""
-        return dataclasses.asdict(answer(self.model, batches, pattern, self.costs))
+        return dataclasses.asdict(evaluate(self.model, batches, pattern, self.costs))
 
     def _key(self, place: Place, method: str) -> dict[str, Any]:
         """What names a cell of one method."""
@@ -140,7 +140,7 @@ def run_niah(task: NiahOptions) -> None:
 
 
 def _fill(runner: Runner, on_cell: Callable[[int, int, str], None]) -> None:
-    """Every cell, in the order of task, length and depth; the next samples are made while these are asked."""
+    """Every cell, in the order of task, length and depth; the next samples are made while these are evaluated."""
     task, journal = runner.task, runner.journal
     places = list(itertools.product(task.tasks, task.tokens, range(len(task.depths))))
     missing = {place: runner.missing(place, task.methods) for place in places}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmi_jax import Blocks
-from mmi_jax.cli.niah.answers import Asked, answer
+from mmi_jax.cli.niah.answers import PromptBatch, evaluate
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.samples import SampleSource
 from mmi_jax.method.patterns import Pattern
@@ -25,7 +25,7 @@ NUM_LAYERS_LOOKED_AT = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The baselines of every task and length, found once and kept in the journal.
+    """The baselines of every task and length, chosen once and kept in the journal.
 
     A size is never taken over from another task: what a baseline costs depends on the prompts, as ours does.
     """
@@ -36,21 +36,21 @@ class Sizes:
     costs: CostModel
     journal: Journal
 
-    def fit(self, methods: Sequence[str], name: str, tokens: int, batch: Asked) -> dict[str, Pattern]:
+    def fit(self, methods: Sequence[str], name: str, tokens: int, batch: PromptBatch) -> dict[str, Pattern]:
         """The baselines of a task and a length; those not in the journal are sized on the first prompt."""
         place = {"task": name, "tokens": tokens}
         rows = self.journal.matching(kind="size", **place)
         found = {row["method"]: pattern_json.from_json(row["pattern"]) for row in rows if row["method"] in methods}
         if missing := [method for method in methods if method not in found]:
-            share = self._share_to_match(name, tokens, batch)
-            for method, (pattern, counted) in zip(missing, self._sized(missing, tokens, share, batch), strict=True):
-                row = {"kind": "size", **place, "method": method, "share": share, "counted": counted}
+            fraction = self._cost_to_match(name, tokens, batch)
+            for method, (pattern, counted) in zip(missing, self._sized(missing, tokens, fraction, batch), strict=True):
+                row = {"kind": "size", **place, "method": method, "share": fraction, "counted": counted}
                 self.journal.add(row | {"pattern": pattern_json.to_json(pattern)})
                 found[method] = pattern
         return found
 
-    def _share_to_match(self, name: str, tokens: int, batch: Asked) -> float | None:
-        """What the matched method costs there, of dense attention, from its own cell; it is asked if it has none."""
+    def _cost_to_match(self, name: str, tokens: int, batch: PromptBatch) -> float | None:
+        """What the matched method costs there, of dense attention, from its own cell; evaluated if it has none."""
         method = self.task.matched_method
         if method is None:
             return None
@@ -59,27 +59,27 @@ class Sizes:
             return cell["cost"] / cell["dense_cost"]
         for row in self.journal.matching(kind="share", **place):
             return row["share"]
-        asked = answer(self.model, [batch], self.task.tables.get(method), self.costs)
-        share = asked.cost / asked.dense_cost
-        self.journal.add({"kind": "share", **place, "share": share})
-        return share
+        answers = evaluate(self.model, [batch], self.task.tables.get(method), self.costs)
+        fraction = answers.cost / answers.dense_cost
+        self.journal.add({"kind": "share", **place, "share": fraction})
+        return fraction
 
     def _sized(
-        self, methods: Sequence[str], tokens: int, share: float | None, batch: Asked
+        self, methods: Sequence[str], tokens: int, fraction: float | None, batch: PromptBatch
     ) -> list[tuple[Pattern, float | None]]:
-        """The members of families that cost this share, and what was counted; without one those of the paper."""
-        if share is None:
+        """Members of families of this cost, as a fraction of dense, and the counted cost; else those of the paper."""
+        if fraction is None:
             return [(published_pattern(method, self.source.measure.grid), None) for method in methods]
         layers = self._layers(batch)
 
         def member(method: str) -> tuple[Pattern, float]:
-            # The ladder is that of the asked length, so that tasks try the same members and share their programs.
-            return member_at_cost(ladder_of(method, tokens), share, layers, self.costs, Blocks())
+            # The ladder is that of the nominal length, so that tasks try the same members and use the same programs.
+            return member_at_cost(ladder_of(method, tokens), fraction, layers, self.costs, Blocks())
 
         with ThreadPoolExecutor(max_workers=len(methods)) as pool:  # compiling takes most of it, and little memory
             return list(pool.map(member, methods))
 
-    def _layers(self, batch: Asked) -> list[PlanInputs]:
+    def _layers(self, batch: PromptBatch) -> list[PlanInputs]:
         """What plans read of the layers looked at."""
         wanted = layers_looked_at(self.model.config.num_layers)
         prompt = self.source.processor(list(batch.samples[0].parts), cuts_on_device=True)
@@ -88,6 +88,6 @@ class Sizes:
 
 
 def layers_looked_at(num_layers: int) -> list[int]:
-    """Numbers of layers evenly over the depth, each amid its share of them: 1, 3, 5, 7 of 8."""
+    """Numbers of layers evenly over the depth, each in the middle of an equal part: 1, 3, 5, 7 of 8."""
     count = min(NUM_LAYERS_LOOKED_AT, num_layers)
     return [int((n + 0.5) * num_layers / count) for n in np.arange(count)]

@@ -73,7 +73,7 @@ def prefill(
     from models.assets.demo import DEMO_FPS, DEMO_MODEL, DEMO_VIDEO
     from models.media.sampling import MAX_FRAMES
 
-    with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
+    with one_line_errors(shows_traceback=debug), compile_cache.compilation_cache_in(cache_dir):
         take_memory(NEARLY_ALL)
         if distributed:
             jax.distributed.initialize()

@@ -19,7 +19,7 @@ def right_answer(prompt: str) -> str | None:
 
 
 def demo_table() -> PatternTable:
-    """Three patterns in turn: the last queries see everything, one place of every frame, what is heaviest."""
+    """Three patterns round-robin: the last queries dense, one place of every frame, the heaviest keys."""
     near = TriShape(sink=32, local=256, last=64)
     same_place_in_every_frame = Grid(strides=(FramePlace(),), use_slash=True, local=64, sink=32)
     content = VerticalSlash(vertical=256, slash=256, local=64)

@@ -1,4 +1,4 @@
-"""What `mmi prefill` is asked to do, and what it found."""
+"""Options of `mmi prefill`, and its result."""
 
 import dataclasses
 import tempfile
@@ -40,7 +40,7 @@ class RunOptions:
       dtype: name of a JAX type.
       table, blocks, chunk_tokens: see `mmi_jax.prefill`.
       compares_dense: run dense attention as well.
-      uses_mesh: cut prompt, weights and cache over all devices.
+      uses_mesh: shard prompt, weights and cache over all devices.
     """
 
     model: str
@@ -73,7 +73,7 @@ class OutputOptions:
       profile: directory for a profiler trace, or None.
       is_json: one JSON object on stdout instead of tables.
       note: a sentence to print with the answer.
-      right_answer: to print beside the answer, where it is known.
+      right_answer: to print with the answer, where it is known.
     """
 
     plots: Path | None
@@ -97,23 +97,23 @@ class OutputOptions:
 
 def check_directory(option: str, path: Path) -> None:
     """Raises ValueError unless `path` is a directory to write into or one that can be made; it is not made."""
-    there = next(
+    existing = next(
         parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists() or parent.is_symlink()
     )
-    if not there.is_dir():
-        raise ValueError(f"{option} must name a directory, got {str(path)!r}, where {str(there)!r} is a file")
+    if not existing.is_dir():
+        raise ValueError(f"{option} must name a directory, got {str(path)!r}, where {str(existing)!r} is a file")
     try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise ValueError(f"{option} must name a directory that can be written, got {str(path)!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What there is to print.
+    """The result of a run.
 
     Args:
-      report: of the prefill that was asked for; its seconds hold the stages before and after it too.
+      report: of the prefill; its seconds hold the stages before and after it too.
       dense_report: of the dense prefill it is compared with.
       new_tokens, text: the answer.
       pictures: files written.

@@ -11,7 +11,7 @@ from mmi_jax.engine.reporting.profiling import StageTimes
 from mmi_jax.engine.reporting.report import Agreement, PrefillReport
 
 HOST_STAGES = (
-    "There is no device beside the host: these are seconds of the host's threads, several of which run at once, and "
+    "Without an accelerator these are seconds of the host's threads, several of which run at once, and "
     "time without a kernel is not known."
 )
 
@@ -19,7 +19,7 @@ LAYERS_TITLE = "min / mean / max over heads\ndensity: tiles computed, over causa
 
 
 def print_result(result: RunResult, console: Console) -> None:
-    """Everything a prefill found, the answer last."""
+    """All results of a prefill, the answer last."""
     report = result.report
     console.print(prompt_table(report))
     console.print(seconds_table(report, result.dense_report))
@@ -55,7 +55,7 @@ def prompt_table(report: PrefillReport) -> Table:
 
 
 def seconds_table(report: PrefillReport, dense: PrefillReport | None) -> Table:
-    """Wall time of each stage; of the dense prefill beside it where it differs."""
+    """Wall time of each stage; and of the dense prefill it is compared with."""
     table = _table("stage", "seconds", *(["dense"] if dense else []))
     for stage, seconds in report.seconds.items():
         other = [f"{dense.seconds[stage]:.2f}" if stage in dense.seconds else ""] if dense else []
@@ -65,7 +65,7 @@ def seconds_table(report: PrefillReport, dense: PrefillReport | None) -> Table:
 
 def stages_table(stages: StageTimes) -> Table:
     """Device time of each stage of the prefill, from the trace."""
-    table = _table("stage, by the profiler", "seconds", "share")
+    table = _table("stage, by the profiler", "seconds", "fraction")
     total = sum(stages.seconds.values()) or 1.0
     for name, seconds in stages.seconds.items():
         table.add_row(name, f"{seconds:.4f}", f"{seconds / total:.1%}")

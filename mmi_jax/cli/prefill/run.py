@@ -1,4 +1,4 @@
-"""What `mmi prefill` does, stage by stage, and the result it prints."""
+"""The stages of `mmi prefill`, from media to the printed result."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def run_prefill(task: RunOptions, outputs: OutputOptions) -> RunResult:
         with console.spinner("drawing"):
             blocks = task.blocks or Blocks()
             pictures = write_pictures(outputs.plots, model, prompt, report, layer=outputs.plot_layer, blocks=blocks)
-    found = RunResult(
+    run_result = RunResult(
         task=task,
         report=report,
         dense_report=None if dense is None else dense.report,
@@ -76,11 +76,11 @@ def run_prefill(task: RunOptions, outputs: OutputOptions) -> RunResult:
         right_answer=outputs.right_answer,
     )
     if jax.process_index():  # one host speaks for all
-        return found
-    print_result(found, console.stderr_console() if outputs.is_json else console.stdout_console())
+        return run_result
+    print_result(run_result, console.stderr_console() if outputs.is_json else console.stdout_console())
     if outputs.is_json:
-        print(json.dumps(found.to_json()))
-    return found
+        print(json.dumps(run_result.to_json()))
+    return run_result
 
 
 class _Media:
@@ -88,7 +88,7 @@ class _Media:
 
     Attributes:
       videos, images: parts for a processor.
-      show: while set, told how far decoding is.
+      show: while set, called with the progress of decoding.
     """
 
     def __init__(self, task: RunOptions, processor: Processor):

@@ -41,7 +41,7 @@ def qa(
     debug: DebugOption = False,
 ) -> None:
     """Evaluate a model on a public video question answering set. Choices by their logits, words by decoding."""
-    with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
+    with one_line_errors(shows_traceback=debug), compile_cache.compilation_cache_in(cache_dir):
         take_memory(NEARLY_ALL)
         from mmi_jax.cli.qa.run import QaOptions, run_qa  # imported late: other commands start without models
 

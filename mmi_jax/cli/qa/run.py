@@ -1,4 +1,4 @@
-"""What `mmi qa` does: one prefill per question, its answer kept at once, the score at the end."""
+"""The stages of `mmi qa`: one prefill per question, each answer journalled, the score at the end."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ from models.tasks.rows import choice_ids
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QaOptions:
-    """A set of questions and how they are asked; see `mmi qa`."""
+    """Options of `mmi qa`."""
 
     model: str
     dataset: str

@@ -72,7 +72,7 @@ def search(
     debug: DebugOption = False,
 ) -> None:
     """Search a pattern for every head and write the table. A stopped search resumes where it stopped."""
-    with one_line_errors(shows_traceback=debug), compile_cache.kept_programs(cache_dir):
+    with one_line_errors(shows_traceback=debug), compile_cache.compilation_cache_in(cache_dir):
         take_memory(NEARLY_ALL)
         if from_minference is not None:
             convert(from_minference, output)

@@ -1,4 +1,4 @@
-"""What `mmi search` is asked to do; everything that can be refused is refused before anything is loaded."""
+"""Options of `mmi search`, checked before anything is loaded."""
 
 import dataclasses
 from pathlib import Path

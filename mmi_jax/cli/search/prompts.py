@@ -16,11 +16,11 @@ FIRST_HELD_OUT = 1_000_000
 """Seed of the first held-out sample, far from those of calibration."""
 
 
-WEIGHED_TOKENS = 4096
-"""Tokens of the prompts that heads are weighed on, at most; twice or four times as many where a task needs them."""
+IMPORTANCE_TOKENS = 4096
+"""Tokens of the prompts for importance, at most; twice or four times as many where a task needs them."""
 
-NUM_WEIGHED = 2
-"""Samples of each task, and videos, that heads are weighed on, at most."""
+NUM_IMPORTANCE = 2
+"""Samples of each task, and videos, that importance is measured on, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,27 +54,29 @@ def calibration_prompts(processor: Processor, calibration: Calibration) -> Promp
     return _prompts(processor, calibration, videos, calibration.samples, calibration.seed)
 
 
-def weighed_prompts(processor: Processor, calibration: Calibration) -> Prompts:
-    """Short prompts of the same kind, for what each head is worth: the first frames of videos, shorter samples."""
-    videos = {f"first frames of {path}": path for path in calibration.videos[:NUM_WEIGHED]}
-    count, found = min(calibration.samples, NUM_WEIGHED), Prompts(by_name={}, answer_rows={})
+def importance_prompts(processor: Processor, calibration: Calibration) -> Prompts:
+    """Short prompts of the same kind, for the importance of heads: the first frames of videos, shorter samples."""
+    videos = {f"first frames of {path}": path for path in calibration.videos[:NUM_IMPORTANCE]}
+    count, prompts = min(calibration.samples, NUM_IMPORTANCE), Prompts(by_name={}, answer_rows={})
     if videos:
-        found = _prompts(processor, calibration, videos, 0, calibration.seed, most_tokens=WEIGHED_TOKENS)
+        prompts = _prompts(processor, calibration, videos, 0, calibration.seed, max_tokens=IMPORTANCE_TOKENS)
     for task in calibration.tasks if count else ():
-        own = _short_samples(processor, dataclasses.replace(calibration, tasks=(task,)), count)
-        found = Prompts(by_name={**found.by_name, **own.by_name}, answer_rows={**found.answer_rows, **own.answer_rows})
-    return found
+        more = _short_samples(processor, dataclasses.replace(calibration, tasks=(task,)), count)
+        prompts = Prompts(
+            by_name={**prompts.by_name, **more.by_name}, answer_rows={**prompts.answer_rows, **more.answer_rows}
+        )
+    return prompts
 
 
 def _short_samples(processor: Processor, calibration: Calibration, count: int) -> Prompts:
     """Samples of the calibration's tasks, as short as they can be."""
-    tokens = WEIGHED_TOKENS
+    tokens = IMPORTANCE_TOKENS
     while tokens < calibration.tokens:
         try:
-            found = _prompts(processor, dataclasses.replace(calibration, tokens=tokens), {}, count, calibration.seed)
+            short = _prompts(processor, dataclasses.replace(calibration, tokens=tokens), {}, count, calibration.seed)
             return Prompts(
-                by_name={f"{tokens} tokens of {name}": prompt for name, prompt in found.by_name.items()},
-                answer_rows={f"{tokens} tokens of {name}": rows for name, rows in found.answer_rows.items()},
+                by_name={f"{tokens} tokens of {name}": prompt for name, prompt in short.by_name.items()},
+                answer_rows={f"{tokens} tokens of {name}": rows for name, rows in short.answer_rows.items()},
             )
         except ValueError:  # the task needs more
             tokens *= 2
@@ -90,23 +92,23 @@ def held_out_prompts(processor: Processor, calibration: Calibration) -> Prompts:
 
 def _prompts(
     processor: Processor, calibration: Calibration, videos: Mapping[str, Path], number: int, first_seed: int, *,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
 ) -> Prompts:  # fmt: skip
     """Each video with the text after it, and so many samples of every task, their needles spread over the depths."""
-    prompts = {name: _video_prompt(processor, calibration, path, most_tokens) for name, path in videos.items()}
+    prompts = {name: _video_prompt(processor, calibration, path, max_tokens) for name, path in videos.items()}
     answer_rows = {}
     for name, prompt, rows in _samples(processor, calibration, number, first_seed):
         prompts[name], answer_rows[name] = prompt, rows
     return Prompts(by_name=prompts, answer_rows=answer_rows)
 
 
-def _video_prompt(processor: Processor, calibration: Calibration, path: Path, most_tokens: int | None) -> Prompt:
+def _video_prompt(processor: Processor, calibration: Calibration, path: Path, max_tokens: int | None) -> Prompt:
     """A video and the text after it; of the video only so many frames as leave about so many tokens."""
-    most = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
-    video = read_video(path, fps=calibration.fps, max_frames=most, resize=processor.fit_frame)
-    if most_tokens is not None and (tokens := processor.num_tokens(video)) > most_tokens:
+    max_frames = MAX_FRAMES if calibration.max_frames is None else calibration.max_frames
+    video = read_video(path, fps=calibration.fps, max_frames=max_frames, resize=processor.fit_frame)
+    if max_tokens is not None and (tokens := processor.num_tokens(video)) > max_tokens:
         patch = processor.temporal_patch_len
-        kept = max(1, video.num_frames * most_tokens // tokens // patch) * patch
+        kept = max(1, video.num_frames * max_tokens // tokens // patch) * patch
         video = dataclasses.replace(video, frames=video.frames[:kept])
     return processor([video, calibration.text], cuts_on_device=True)
 
@@ -118,12 +120,12 @@ def _samples(
     if not calibration.tasks or not number:
         return ()
     source = SampleSource(processor=processor, haystack=haystack_of(calibration.haystack))
-    found = []
+    samples = []
     for task in map(task_name, calibration.tasks):
         for n in range(number):
             depth = (n + 0.5) / number
             sample = source.sample(task, num_tokens=calibration.tokens, depth=depth, seed=first_seed + n)
             name = f"{task} seed {first_seed + n} depth {depth:.2f}"
             rows = tuple(question_rows(sample, processor).tolist())
-            found.append((name, processor(list(sample.parts), cuts_on_device=True), rows))
-    return found
+            samples.append((name, processor(list(sample.parts), cuts_on_device=True), rows))
+    return samples

@@ -1,4 +1,4 @@
-"""What `mmi search` does: prompts, trials, the best table within the budget, the held-out check, the file."""
+"""The stages of `mmi search`: prompts, trials, the best table within the budget, the held-out check, the file."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from mmi_jax.bench.timing.machine import machine
 from mmi_jax.cli import console
 from mmi_jax.cli.digest import run_on
 from mmi_jax.cli.search.options import SearchOptions
-from mmi_jax.cli.search.prompts import Prompts, calibration_prompts, held_out_prompts, weighed_prompts
+from mmi_jax.cli.search.prompts import Prompts, calibration_prompts, held_out_prompts, importance_prompts
 from mmi_jax.cli.show.table_view import print_table
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.candidates import Candidates
@@ -28,7 +28,7 @@ from models import Prompt, open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchSummary:
     """A finished search: the table, and the errors behind it."""
 
     table: PatternTable
@@ -36,11 +36,11 @@ class Found:
     held_out_error: float | None
 
 
-def run_search(task: SearchOptions) -> Found:
+def run_search(task: SearchOptions) -> SearchSummary:
     """Searches, writes the table and prints it.
 
     Raises:
-      ValueError: a prompt cannot be made, the work file is another search's, or the target is out of reach; what was
+      ValueError: a prompt cannot be made, the work file is another search's, or the target cannot be reached; what was
         measured stays in the work file.
     """
     out = console.stderr_console()
@@ -48,10 +48,10 @@ def run_search(task: SearchOptions) -> Found:
     processor = checkpoint.read_processor()
     with console.spinner("prompts"):
         prompts = calibration_prompts(processor, task.calibration)
-        weighed = weighed_prompts(processor, task.calibration) if task.weights_by_importance else None
+        importance = importance_prompts(processor, task.calibration) if task.weights_by_importance else None
         held_out = held_out_prompts(processor, task.calibration)
     candidates = task.read_candidates()
-    journal = Journal(task.journal, _run_of(task, checkpoint.directory, prompts, weighed))
+    journal = Journal(task.journal, _run_of(task, checkpoint.directory, prompts, importance))
     with console.progress_bar("loading weights", "tensors") as on_tensor:
         model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
     name = task.cost_model or default_costs()
@@ -60,7 +60,9 @@ def run_search(task: SearchOptions) -> Found:
     start = time.perf_counter()
     with console.work_bar("trials") as on_trial:
         search = Search(model=model, journal=journal, on_trial=on_trial)
-        weights = search.importance_weights(weighed.by_name, answer_rows=weighed.answer_rows) if weighed else None
+        weights = (
+            search.importance_weights(importance.by_name, answer_rows=importance.answer_rows) if importance else None
+        )
         scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
         best = choose_patterns(scores, task.target.value, costs, excluded=task.excluded)
@@ -82,14 +84,14 @@ def run_search(task: SearchOptions) -> Found:
     print_table(table, console.stdout_console())
     print(f"wrote {task.output}")
     held_out_error = None if on_others is None else best.error_on(on_others)
-    return Found(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
+    return SearchSummary(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def _run_of(task: SearchOptions, directory: Path, prompts: Prompts, weighed: Prompts | None) -> dict[str, str]:
+def _run_of(task: SearchOptions, directory: Path, prompts: Prompts, importance: Prompts | None) -> dict[str, str]:
     """What the trials' figures are and depend on: a work file of anything else is refused."""
     run = run_on(task.model, directory, task.dtype)
     run |= {"measured": ", ".join(METRICS), "calibration": prompts.description}
-    return run if weighed is None else run | {"heads weighed": f"by {ABLATED} on {weighed.description}"}
+    return run if importance is None else run | {"heads weighted": f"by {ABLATED} on {importance.description}"}
 
 
 def _provenance(
@@ -100,12 +102,12 @@ def _provenance(
     candidates = task.read_candidates()
     error = best.error_on(scores)
     where = machine()
-    found = {
+    provenance = {
         "source": "mmi search",
         **journal.run,
         "target": str(task.target.value),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
-        "attention cost": _dearest(best.relative_costs, "calibration prompt"),
+        "attention cost": _highest(best.relative_costs, "calibration prompt"),
         "error": f"{error:.6g} (mean over heads{', weighted,' if task.weights_by_importance else ''} of the relative "
         "squared error of the attention output; half of it is that of the rows from which answers are read, where a "
         "prompt has "
@@ -119,16 +121,18 @@ def _provenance(
     }
     if on_others is not None:
         held_out_error = best.error_on(on_others)
-        found["held-out cost"] = _dearest(relative_costs(best.choices, on_others, costs), "held-out prompt")
-        found["held-out error"] = f"{held_out_error:.6g} ({held_out_error / max(error, 1e-12) - 1:+.1%})"
-    return found
+        provenance["held-out cost"] = _highest(relative_costs(best.choices, on_others, costs), "held-out prompt")
+        provenance["held-out error"] = f"{held_out_error:.6g} ({held_out_error / max(error, 1e-12) - 1:+.1%})"
+    return provenance
 
 
-def _dearest(shares: Mapping[str, float], what: str) -> str:
-    """The cost of the prompt with the largest one, and the mean beside it."""
-    name, share = max(shares.items(), key=lambda item: item[1])
-    mean = sum(shares.values()) / len(shares)
-    return f"{share:.4f} of dense, speed-up {1 / share:.2f}, on the dearest {what} ({name}); {mean:.4f} on their mean"
+def _highest(costs: Mapping[str, float], what: str) -> str:
+    """The cost of the most expensive prompt, and the mean."""
+    name, cost = max(costs.items(), key=lambda item: item[1])
+    mean = sum(costs.values()) / len(costs)
+    return (
+        f"{cost:.4f} of dense, speed-up {1 / cost:.2f}, on the most expensive {what} ({name}); {mean:.4f} on their mean"
+    )
 
 
 def forecast(candidates: Candidates, prompts: Mapping[str, Prompt], config, cost_name: str, costs: CostModel) -> str:
@@ -141,4 +145,4 @@ def forecast(candidates: Candidates, prompts: Mapping[str, Prompt], config, cost
         return text
     tokens = max(prompt.tokens.shape[1] for prompt in prompts.values())
     most = calls * costs.dense(config.num_heads, tokens) / 1e3
-    return f"{text}, at most {most:.0f} s by the cost model of {cost_name}, beside compiling {len(trials)} programs"
+    return f"{text}, at most {most:.0f} s by the cost model of {cost_name} without compiling {len(trials)} programs"

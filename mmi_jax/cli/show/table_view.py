@@ -44,15 +44,15 @@ def patterns_table(table: PatternTable, marks: Mapping[Pattern, Text]) -> Table:
     """Mark, number of heads, fraction of the time and mean error where scores are, and the pattern with its fields."""
     heads = sum(table.layers, ())
     scores = table.scores
-    found = Table("mark", "heads", *(["time", "error"] if scores else []), "pattern")
+    grid = Table("mark", "heads", *(["time", "error"] if scores else []), "pattern")
     for pattern, mark in marks.items():
         figures = []
         if scores is not None:
             is_own = np.array([p == pattern for p in heads])
             cost, error = np.ravel(scores.cost), np.ravel(scores.error)
             figures = [f"{cost[is_own].sum() / cost.sum():.1%}", f"{error[is_own].mean():.4f}"]
-        found.add_row(mark, str(heads.count(pattern)), *figures, Text(str(pattern), overflow="fold"))
-    return found
+        grid.add_row(mark, str(heads.count(pattern)), *figures, Text(str(pattern), overflow="fold"))
+    return grid
 
 
 def numbers_grid(title: str, values: tuple[tuple[float, ...], ...], factor: int, limits: tuple[int, ...]) -> Text:
@@ -70,17 +70,17 @@ def numbers_grid(title: str, values: tuple[tuple[float, ...], ...], factor: int,
 def layers_table(scores: HeadScores) -> Table:
     """Mean error, density and fraction of the time of each layer, and of all."""
     cost, error, density = (np.array(x) for x in (scores.cost, scores.error, scores.density))
-    found = Table("layer", "error", "density", "cost of dense", "fraction of time")
+    grid = Table("layer", "error", "density", "cost of dense", "fraction of time")
     rows = [(str(n), n) for n in range(len(cost))] + [("all", slice(None))]
     for name, n in rows:
-        found.add_row(
+        grid.add_row(
             name,
             f"{error[n].mean():.4f}",
             f"{density[n].mean():.1%}",
             f"{cost[n].mean() / scores.dense_cost:.1%}",
             f"{cost[n].sum() / cost.sum():.1%}",
         )
-    return found
+    return grid
 
 
 def marks_of(table: PatternTable) -> dict[Pattern, Text]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmi_jax import AShape, Buckets, Grid, PatternTable, prefill
-from mmi_jax.bench.soak import growth, held, soak
+from mmi_jax.bench.soak import growth, memory_in_use, soak
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands.soak import figures
 from mmi_jax.cli.bench.commands.soak import random_prompt as bench_prompt
@@ -43,7 +43,7 @@ def test_fifty_random_prompts_leave_nothing_behind(rng):
     def run(prompt):
         return prefill(tiny_model(), prompt, table=table, buckets=BUCKETS, blocks=BLOCKS)
 
-    before = held()
+    before = memory_in_use()
     rows = soak(run, prompts)
     assert len(prompts) == 50
     used = {BUCKETS.length_for(p.tokens.shape[1]) for p in prompts}
@@ -63,7 +63,7 @@ def test_growth_is_that_of_the_last_third_over_the_middle():
     assert growth(rows, "host_bytes") == 3 and growth(rows, "device_bytes") == 0
     found = figures(rows, [600, 1000, 1024])
     assert (found["host_bytes_growth"], found["compilations_growth"], found["programs"]) == (3, 3, 2)
-    assert found["buckets"] == 2 and found["rows"] == rows and (found["compilations"], found["seconds"]) == (8, 4.5)
+    assert found["buckets"] == 2 and found["log"] == rows and (found["compilations"], found["seconds"]) == (8, 4.5)
 
 
 def test_the_benchmark_s_prompts_are_of_every_kind_and_of_the_asked_length():
@@ -91,8 +91,8 @@ def test_nothing_is_compiled_once_a_soak_has_begun(monkeypatch, tmp_path, capsys
     assert main(["bench", "soak", *arguments, "--table", str(table), "--debug"]) == 0
     printed = capsys.readouterr()
     case = json.loads(printed.out.strip().splitlines()[-1])["cases"][0]
-    assert case["compilations"] == 0 and {row["compilations"] for row in case["rows"]} == {0}
-    assert (case["prompts"], case["runs"], len(case["rows"])) == (9, 18, 18), "each comes twice"
-    assert case["buckets"] == 7 and {row["programs"] for row in case["rows"]} == {case["programs"]}
+    assert case["compilations"] == 0 and {row["compilations"] for row in case["log"]} == {0}
+    assert (case["prompts"], case["runs"], len(case["log"])) == (9, 18, 18), "each comes twice"
+    assert case["buckets"] == 7 and {row["programs"] for row in case["log"]} == {case["programs"]}
     assert case["warmup"]["programs"] > 0 and case["warmup"]["embeddings"] > 0
     assert "warm-up: 7 buckets" in printed.err and "prompt 8, 1,087 tokens" in printed.err

@@ -17,7 +17,7 @@ from mmi_jax.bench.baselines import dense_attention, torch_attention
 from mmi_jax.bench.checks import sampled_rows
 from mmi_jax.bench.checks.kernel_rules import RULE_CASES, check_rules
 from mmi_jax.bench.plans import PLAN_CASES, PlanSizes, bench_plan
-from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
+from mmi_jax.bench.synthetic import GRID, synthetic_qkv, video_prompt
 from mmi_jax.bench.timing import machine, measurements, wall_time
 from mmi_jax.cli import main
 from mmi_jax.layout import TEXT, VISION
@@ -323,22 +323,22 @@ def test_the_video_prompt_is_text_whole_frames_and_text():
     assert layout.num_tokens == 2048
     assert (modality == VISION).sum() == 12 * 128
     assert modality[0] == TEXT and modality[-448:].tolist() == [TEXT] * 448
-    with pytest.raises(ValueError, match="room for one frame of 256, got num_tokens=600"):
+    with pytest.raises(ValueError, match="hold one frame of 256, got num_tokens=600"):
         video_prompt(600)
 
 
-def test_planted_lines_hold_the_attention_they_were_given():
+def test_synthetic_lines_hold_the_attention_they_were_given():
     layout = video_prompt(2048)
-    q, k, _ = planted_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32")
+    q, k, _ = synthetic_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32")
     scores = np.asarray(q[-1, 0] @ k[:, 0].T) * 64**-0.5
     weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     on_line = (np.asarray(layout.row) * 16 + np.asarray(layout.column) == GRID.phase) & (np.asarray(layout.frame) >= 0)
     assert weights[on_line].sum() / on_line.sum() > 20 * weights[np.asarray(layout.frame) >= 0].mean()
 
 
-def test_planted_inputs_need_room_for_their_features():
+def test_synthetic_inputs_need_room_for_their_features():
     with pytest.raises(ValueError, match="head_dim must be at least 50"):
-        planted_qkv(video_prompt(1024), (GRID,), num_kv_heads=1, head_dim=32)
+        synthetic_qkv(video_prompt(1024), (GRID,), num_kv_heads=1, head_dim=32)
 
 
 def test_a_third_of_the_heads_each():

@@ -9,6 +9,7 @@ import pytest
 from mmi_jax import AShape, PatternTable
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands.batch import compare_ways, requests_of
+from mmi_jax.engine.settings.options import PrefillOptions
 from models.qwen2_5_vl import presets
 from models.testing import TINY_PRESET
 
@@ -27,9 +28,11 @@ def test_the_three_ways_give_the_same_logits(monkeypatch, tmp_path, capsys):
 
 
 def test_all_that_the_ways_run_is_compiled_before():
-    requests = requests_of(TINY_PRESET, [1024, 1800, 1000], {"table": AShape(128, 256), "measures_recall": False})
-    assert {(one.sizes.padded, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
-    assert len(requests) == 4 and not any(one.measures_recall for one in requests)
+    requests = requests_of(
+        TINY_PRESET, [1024, 1800, 1000], PrefillOptions(table=AShape(128, 256), measures_recall=False)
+    )
+    assert {(one.lengths.padded_tokens, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
+    assert len(requests) == 4 and not any(one.options.measures_recall for one in requests)
 
 
 def test_figures_of_the_ways_stand_beside_ours():

@@ -112,7 +112,7 @@ def test_the_prompt_is_a_video_with_text_around_it():
     assert prompt.tokens.shape == (1, 2048) and vision.sum() == 5 * 256 and not vision[:65].any()
     assert (prompt.layout.row[0][vision].max(), prompt.layout.frame[0][vision].max()) == (15, 4)
     assert (prompt.tokens < 225).all() and prompt.rope_pos[0, 0, 65 + 256] == prompt.rope_pos[0, 0, 65] + 2
-    with pytest.raises(ValueError, match="leave room for a frame of 256, got 700"):
+    with pytest.raises(ValueError, match="hold a frame of 256, got 700"):
         video_prompt(TINY_PRESET, 700)
 
 
@@ -120,7 +120,7 @@ def test_the_program_whose_start_is_timed_is_the_one_that_runs():
     family = family_of(TINY_PRESET)
     model = family.without_vision(family.abstract_model(TINY_PRESET))
     program, shapes = prefill_program(model, mixed_table(2, 6), 2000)
-    assert program.layers == mixed_table(2, 6).layers and shapes[4].shape == (1, 2048, TINY_PRESET.embed_dim)
+    assert program.layers == mixed_table(2, 6).layers and shapes.x.shape == (1, 2048, TINY_PRESET.embed_dim)
     with pytest.raises(ValueError, match="one for each of the 6 query heads, got 1"):
         random_model(TINY_PRESET, shapes=(HeadShape(),), has_vision=False)
 

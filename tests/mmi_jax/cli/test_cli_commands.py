@@ -146,7 +146,7 @@ def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
         (["--tokens", "2000000", "--device", "h200"], "a prompt must have 1 to 1048576 tokens"),
         (["--tokens", "0", "--device", "h100"], "--tokens and --batch must be at least 1, got 0 and 1"),
         (["--device", "h300"], "--device must be one of a100, h100, h200, v4"),
-        ([], "does not tell its memory: expected --device, got none"),
+        ([], "does not report its memory: expected --device, got none"),
     ],
 )
 def test_doctor_refuses_a_prefill_that_does_not_fit(capsys, arguments, message):

@@ -13,7 +13,7 @@ import pytest
 import mmi_jax
 from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
-from mmi_jax.cli.niah.answers import Answers, Asked, ask_in_batches
+from mmi_jax.cli.niah.answers import Answers, PromptBatch, prompt_batches
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import heat_maps, means_table, remember_methods, results_of
 from mmi_jax.cli.niah.run import Runner
@@ -221,10 +221,10 @@ def sizes_of(directory, **changes) -> Sizes:
 
 
 @pytest.fixture(scope="module")
-def batch() -> Asked:
+def batch() -> PromptBatch:
     source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
     sample = source.sample("v_niah", num_tokens=1024, depth=0.5, seed=0)
-    return ask_in_batches(source.processor, [sample], batch=1, num_rows=1)[0]
+    return prompt_batches(source.processor, [sample], batch=1, num_rows=1)[0]
 
 
 def answers(cost: float) -> Answers:
@@ -252,7 +252,7 @@ def sized(monkeypatch) -> list[tuple[str, int, float | None]]:
 def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_cell_costs(
     tmp_path, monkeypatch, sized, batch
 ):
-    monkeypatch.setattr("mmi_jax.cli.niah.sizes.answer", lambda *_: pytest.fail("the matched method was asked again"))
+    monkeypatch.setattr("mmi_jax.cli.niah.sizes.evaluate", lambda *_: pytest.fail("the matched method was asked again"))
     for row in (cell("dense", 0.2), cell("dense", 0.3, task="mm_niah"), cell("dense", 0.4, tokens=2048)):
         sizes_of(tmp_path).journal.add(row)
     for _ in range(2):  # the second as after a kill: from the journal alone
@@ -266,7 +266,7 @@ def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_c
 
 def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(tmp_path, monkeypatch, sized, batch):
     costs = iter((0.2, 0.3))
-    monkeypatch.setattr("mmi_jax.cli.niah.sizes.answer", lambda *_: answers(next(costs)))
+    monkeypatch.setattr("mmi_jax.cli.niah.sizes.evaluate", lambda *_: answers(next(costs)))
     for _ in range(2):
         sizes = sizes_of(tmp_path)
         for method in ("a-shape", "swin"):
@@ -288,7 +288,7 @@ def test_the_matched_method_is_asked_before_the_baselines_whatever_the_order(tmp
         asked.append(pattern)
         return answers(1.0 if pattern is None else 0.9)
 
-    monkeypatch.setattr("mmi_jax.cli.niah.run.answer", answer)
+    monkeypatch.setattr("mmi_jax.cli.niah.run.evaluate", answer)
     sizes = sizes_of(tmp_path, methods=("a-shape", "dense"))
     runner = Runner(task=sizes.task, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
     place = ("v_niah", 1024, 0)

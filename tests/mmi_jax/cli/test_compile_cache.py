@@ -23,7 +23,7 @@ def quick_programs_are_kept(monkeypatch):
 
 def run(directory):
     """The program's result, compiled or read back."""
-    with compile_cache.kept_programs(directory):
+    with compile_cache.compilation_cache_in(directory):
         jax.clear_caches()
         return np.asarray(jax.jit(program)(jnp.ones((32, 32))))
 
@@ -40,7 +40,7 @@ def test_an_unreadable_program_is_compiled_again_and_replaced(tmp_path, capsys, 
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     np.testing.assert_array_equal(run(tmp_path), first)
-    assert "the kept program jit_program was unreadable: compiled again" in capsys.readouterr().err
+    assert "the cached program jit_program was unreadable: compiled again" in capsys.readouterr().err
     assert len(entries(tmp_path)[0].read_bytes()) == pytest.approx(len(whole), rel=0.2)
     np.testing.assert_array_equal(run(tmp_path), first)
     assert capsys.readouterr().err == "", "the entry is good again"
@@ -52,4 +52,4 @@ def test_a_full_disk_does_not_stop_a_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("jax._src.compilation_cache.put_executable_and_time", full)
     assert np.isfinite(run(tmp_path)).all()
-    assert "the program jit_program is not kept" in capsys.readouterr().err and not entries(tmp_path)
+    assert "the program jit_program is not cached" in capsys.readouterr().err and not entries(tmp_path)

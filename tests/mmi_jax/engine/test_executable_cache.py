@@ -14,7 +14,7 @@ from closeness import assert_same_up_to_order, model_terms
 from test_prefill import ONE, OTHER, TABLE, masked_forward, prefill
 
 from mmi_jax import AShape, Dense, PatternTable
-from mmi_jax.cli.compile_cache import cache_contents, kept_programs
+from mmi_jax.cli.compile_cache import cache_contents, compilation_cache_in
 from mmi_jax.engine.programs import layer_program
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
@@ -43,7 +43,7 @@ def test_layers_that_all_differ_are_a_program_each_and_equal_masked_dense_attent
 
 
 def test_a_cached_program_is_neither_traced_nor_compiled_and_gives_the_same_bits(tmp_path, monkeypatch):
-    with kept_programs(tmp_path):
+    with compilation_cache_in(tmp_path):
         PROGRAMS.clear()
         first = prefill(ONE, table=STATIC)
         PROGRAMS.clear()
@@ -56,7 +56,7 @@ def test_a_cached_program_is_neither_traced_nor_compiled_and_gives_the_same_bits
 
 
 def test_an_unreadable_cached_program_is_replaced(tmp_path):
-    with kept_programs(tmp_path):
+    with compilation_cache_in(tmp_path):
         PROGRAMS.clear()
         first = prefill(ONE, table=STATIC)
         (entry,) = tmp_path.glob("prefill_layer-*-cache")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from cases import plan_of
 
-from mmi_jax.bench.synthetic import GRID, planted_qkv, video_prompt
+from mmi_jax.bench.synthetic import GRID, synthetic_qkv, video_prompt
 from mmi_jax.method.patterns import (
     AShape,
     BlockTopK,
@@ -47,7 +47,7 @@ PATTERNS = [
 def test_typical_blocks_are_near_what_a_plan_visits(pattern):
     """Within a factor of two: the scores of a prompt decide how far the bands of diagonals lie apart, say."""
     layout, blocks = video_prompt(8192), Blocks()
-    q, k, _ = planted_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32")
+    q, k, _ = synthetic_qkv(layout, (GRID,), num_kv_heads=1, head_dim=64, dtype="float32")
     plan = plan_of(pattern, layout, q=q, k=k, blocks=blocks, scale=0.125)
     visited = float(plan.index.count.sum()) / (8192 // blocks.q)
     expected = pattern.typical_blocks(8192 // blocks.kv, blocks)

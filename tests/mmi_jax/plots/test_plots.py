@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 
 from mmi_jax import AShape, Blocks, Dense, Grid, PatternTable, SwinWindow, TokenLayout, VerticalSlash
-from mmi_jax.bench.synthetic import GRID_SLASH, VERTICAL_SLASH, planted_qkv
+from mmi_jax.bench.synthetic import GRID_SLASH, VERTICAL_SLASH, synthetic_qkv
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.plan import Plan, plan_heads, prompt_geometry
@@ -38,7 +38,7 @@ def layout() -> TokenLayout:
 @pytest.fixture(scope="module")
 def plan(layout) -> Plan:
     """One head of each pattern."""
-    q, k, _ = planted_qkv(
+    q, k, _ = synthetic_qkv(
         layout, (GRID_SLASH, VERTICAL_SLASH, GRID_SLASH, GRID_SLASH), num_kv_heads=2, head_dim=64, dtype="float32"
     )
 

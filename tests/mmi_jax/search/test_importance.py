@@ -10,7 +10,7 @@ from closeness import model_terms, squared_error_rtol
 
 from mmi_jax import AShape, Dense, PatternTable, prefill
 from mmi_jax.cli.search.options import Calibration
-from mmi_jax.cli.search.prompts import weighed_prompts
+from mmi_jax.cli.search.prompts import importance_prompts
 from mmi_jax.search.importance import AblationEffect, ablate_heads, head_weights
 from mmi_jax.search.run import Search
 from mmi_jax.search.trials.journal import Journal
@@ -57,7 +57,7 @@ def test_the_change_is_that_of_a_prefill_with_the_head_cut():
     lost = np.square(logits(ABLATION, 1, 2) - dense).sum(axis=-1)
     expected = (lost / np.square(dense).sum(axis=-1)).mean()
     assert expected > 1e-5
-    terms = model_terms(tiny.CONFIG, num_keys=prompt.tokens.shape[1])
+    terms = model_terms(tiny.TINY_CONFIG, num_keys=prompt.tokens.shape[1])
     np.testing.assert_allclose(found.logits[1, 2], expected, rtol=squared_error_rtol(expected, terms))
 
 
@@ -109,7 +109,7 @@ def test_heads_are_weighed_once_and_a_killed_search_goes_on(tmp_path, monkeypatc
 
 
 def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs_them(monkeypatch):
-    monkeypatch.setattr("mmi_jax.cli.search.prompts.WEIGHED_TOKENS", 256)
+    monkeypatch.setattr("mmi_jax.cli.search.prompts.IMPORTANCE_TOKENS", 256)
     calibration = Calibration(
         videos=(),
         held_out=(),
@@ -123,12 +123,12 @@ def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs
         haystack="generated",
         seed=5,
     )
-    found = weighed_prompts(small_processor(), calibration)
+    found = importance_prompts(small_processor(), calibration)
     sizes = {name: prompt.tokens.shape[1] for name, prompt in found.by_name.items()}
     assert [name.partition(" seed")[0] for name in sizes] == ["256 tokens of v_niah"] * 2 + [
         "1024 tokens of middle_questions"
     ] * 2
     assert all(0.8 * int(name.split()[0]) < size <= int(name.split()[0]) for name, size in sizes.items())
     assert [len(rows) for rows in found.answer_rows.values()] == [1, 1, 4, 4]
-    whole = weighed_prompts(small_processor(), dataclasses.replace(calibration, tokens=256, tasks=("v-niah",)))
+    whole = importance_prompts(small_processor(), dataclasses.replace(calibration, tokens=256, tasks=("v-niah",)))
     assert list(whole.by_name) == ["v_niah seed 5 depth 0.25", "v_niah seed 6 depth 0.75"]

@@ -9,7 +9,7 @@ import pytest
 from closeness import assert_same_up_to_order, attention_terms, model_terms, squared_error_rtol
 
 from mmi_jax import AShape, Boundary2D, Dense, Grid, QBoundary, TriShape, VerticalSlash
-from mmi_jax.bench.synthetic import LOCAL, HeadStructure, planted_qkv, video_prompt
+from mmi_jax.bench.synthetic import LOCAL, HeadStructure, synthetic_qkv, video_prompt
 from mmi_jax.engine.programs.single_layer import run_layer, split_layers
 from mmi_jax.layout import concatenate, text_tokens, vision_tokens
 from mmi_jax.method.dispatch import attend_sparsely
@@ -123,7 +123,9 @@ BEST = {"slashes": Grid, "columns": VerticalSlash, "local": AShape}
 def test_planted_heads_get_their_patterns():
     """A video of 32 frames of 64 tokens: with 22 % of the tiles every head keeps what was planted in it."""
     layout, blocks = video_prompt(2048, rows=8, columns=8, head_text=0, tail_text=0), Blocks(q=64, kv=64)
-    q, k, v = planted_qkv(layout, tuple(PLANTED.values()), num_kv_heads=1, head_dim=64, dtype="float32", num_columns=16)
+    q, k, v = synthetic_qkv(
+        layout, tuple(PLANTED.values()), num_kv_heads=1, head_dim=64, dtype="float32", num_columns=16
+    )
     layer = activations_of(layout, q, k, v, blocks)
     grid = Grid((FramePlace(),), use_hline=False, use_vline=False, use_slash=True, local=64, sink=64, tail=0)
     candidates = Candidates(within=(AShape(64, 64), VerticalSlash(96, 16, local=16), grid), across=())

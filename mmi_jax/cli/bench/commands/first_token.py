@@ -1,4 +1,4 @@
-"""`mmi bench first-token`: from a video file to the first token's logits, all parts of that time."""
+"""`mmi bench first-token`: from a video file to the first token's logits, and its parts."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def first_token(
 
     The file is H.264, 448 x 448: a second of two pictures is 256 tokens. Decoding goes on while the tower works; each
     is also timed alone. The dense time is ours with the prefill's part replaced, extrapolated above --dense-limit. The
-    prefills of all lengths are compiled first, side by side.
+    prefills of all lengths are compiled first, in parallel.
     """
     with one_line_errors(shows_traceback=debug):
         if json_file is not None:
@@ -114,7 +114,7 @@ class _Suite:
         return random_model(self.config, shapes=head_shapes(self.config), dtype=jnp.dtype(self.dtype))
 
     def warm_up(self, lengths: Sequence[int]) -> dict[str, Any]:
-        """Seconds until the prefills of all lengths are compiled, side by side; the weights are drawn before."""
+        """Seconds until the prefills of all lengths are compiled in parallel; the weights are drawn before."""
         jax.block_until_ready(self.model)
         start = time.perf_counter()
         buckets = prepare(self.model, lengths, table=self.table, measures_recall=False)

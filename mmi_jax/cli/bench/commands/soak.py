@@ -1,4 +1,4 @@
-"""`mmi bench soak`: random prompts through a random model in one process, watched for what grows."""
+"""`mmi bench soak`: random prompts through a random model in one process, and the growth of its memory."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from mmi_jax.bench.soak import growth, held, soak
+from mmi_jax.bench.soak import growth, memory_in_use, soak
 from mmi_jax.cli.bench.options import (
     BenchDTypeOption,
     JsonFileOption,
@@ -82,8 +82,8 @@ def soak_command(
             several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
             warmup = warm_up(model, chosen, several)
             run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
-            rows = soak(run, several * ROUNDS, on_row=lambda row: tell(row, lengths[row["prompt"] % prompts]))
-            return figures(rows, lengths) | {"case": f"soak {preset}", "layers": layers, "warmup": warmup}
+            log = soak(run, several * ROUNDS, on_prompt=lambda one: report(one, lengths[one["prompt"] % prompts]))
+            return figures(log, lengths) | {"case": f"soak {preset}", "layers": layers, "warmup": warmup}
 
         run_cases([Case("soak", None)], measure, soak_table, json_file, stops_at_error=debug, times_matmul=False)
 
@@ -97,7 +97,8 @@ def warm_up(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]
     for prompt in embedded_alike(model, prompts):
         jax.block_until_ready(model.embed(prompt))
     seconds = {"programs": prepared - start, "embeddings": time.perf_counter() - prepared}
-    tell(held(), f"warm-up: {len(buckets)} buckets in {seconds['programs']:.1f} s, and {seconds['embeddings']:.1f} s")
+    times = " and ".join(f"{value:.1f} s" for value in seconds.values())
+    report(memory_in_use(), f"warm-up: {len(buckets)} buckets in {times}")
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
@@ -123,24 +124,24 @@ def embedded_alike(model: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) 
         yield synthetic_prompt(config, pieces, RepeatedPatches(few, 0 if grid is None else math.prod(grid)), rng)
 
 
-def tell(row: dict[str, Any], what: str | int) -> None:
-    """A line of progress: a soak that is broken off has said how far it came."""
-    name = f"prompt {row['prompt']}, {what:,} tokens, {row['seconds']:.2f} s" if "prompt" in row else what
-    compiled = f"{row['compilations']} compiled, " if "compilations" in row else ""
-    host, device = (row[f"{name}_bytes"] / 2**30 for name in ("host", "device"))
+def report(log: dict[str, Any], what: str | int) -> None:
+    """A line of progress: an interrupted soak has reported its progress."""
+    name = f"prompt {log['prompt']}, {what:,} tokens, {log['seconds']:.2f} s" if "prompt" in log else what
+    compiled = f"{log['compilations']} compiled, " if "compilations" in log else ""
+    host, device = (log[f"{name}_bytes"] / 2**30 for name in ("host", "device"))
     line = f"{name}: {compiled}host {host:.2f} GiB, device {device:.2f} GiB"
     stderr_console().print(line, markup=False, soft_wrap=True)
 
 
-def figures(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
-    """What grew from the middle third of the prompts to the last, what was compiled meanwhile, and every row."""
+def figures(log: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
+    """Growth from the middle third of the prompts to the last, compilations meanwhile, and every prompt's figures."""
     names = ("host_bytes", "device_bytes", "array_bytes", "compilations")
-    grown = {f"{name}_growth": growth(rows, name) for name in names}
+    grown = {f"{name}_growth": growth(log, name) for name in names}
     used = len({Buckets().length_for(length) for length in lengths})
-    last = {name: rows[-1][name] for name in ("programs", "compilations")}
-    sizes = {"prompts": len(lengths), "runs": len(rows), "buckets": used}
-    seconds = round(sum(row["seconds"] for row in rows), 2)
-    return grown | last | sizes | {"seconds": seconds, "rows": list(rows)}
+    last = {name: log[-1][name] for name in ("programs", "compilations")}
+    sizes = {"prompts": len(lengths), "runs": len(log), "buckets": used}
+    seconds = round(sum(one["seconds"] for one in log), 2)
+    return grown | last | sizes | {"seconds": seconds, "log": list(log)}
 
 
 def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
