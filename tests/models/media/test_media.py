@@ -212,7 +212,7 @@ def test_a_source_without_a_frame_rate(tmp_path, frames):
             if packet.size:
                 packet.stream = stream
                 container.mux(packet)
-    with pytest.raises(ValueError, match="a video must tell its frame rate"):
+    with pytest.raises(ValueError, match="a video must have a frame rate"):
         read_video(path, fps=1.0)
 
 
