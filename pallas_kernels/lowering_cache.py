@@ -1,7 +1,7 @@
 """Kernels whose lowering is Python's work, done once in a process for all programs that launch them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,20 +29,22 @@ def lowered_once(launch: Callable[..., Any], *args: Any, **static: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _exported(launch, static, tree, shapes) -> tuple[Callable[..., list[Any]], Any]:
+def _exported(
+    launch: Callable[..., Any], static: tuple[tuple[str, Any], ...], tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[Callable[..., list[Any]], Any]:
     """The launch as a function of its leaves, and the tree of its output; under `jax.vmap` it is lowered as ever."""
 
-    def run(*leaves):
+    def run(*leaves: Any) -> Any:
         return launch(*jax.tree.unflatten(tree, leaves), **dict(static))
 
     exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=[MOSAIC_GPU])(*shapes)
 
     @jax.custom_batching.custom_vmap
-    def call(*leaves):
+    def call(*leaves: Any):
         return jax.tree.leaves(exported.call(*leaves))
 
     @call.def_vmap
-    def mapped(axis_size, in_batched, *leaves):
+    def mapped(axis_size: int, in_batched: Sequence[bool], *leaves: Any):
         del axis_size
         axes = [0 if is_batched else None for is_batched in in_batched]
         out = jax.vmap(lambda *leaves: jax.tree.leaves(run(*leaves)), axes)(*leaves)

@@ -1,6 +1,7 @@
 """Frozen dataclasses that are pytrees, and whose checks run when a user makes one, not when JAX rebuilds one."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, dataclass_transform
 
 import jax
@@ -30,7 +31,7 @@ def pytree[T](cls: type[T]) -> type[T]:
         leaves, static = flatten(value)
         return [(jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)], static
 
-    def unflatten(static, leaves) -> T:
+    def unflatten(static: Iterable[Any], leaves: Iterable[Any]) -> T:
         value = object.__new__(cls)
         for name, field in zip(names + static_names, (*leaves, *static), strict=True):
             object.__setattr__(value, name, field)

@@ -69,14 +69,16 @@ class RandomFraction:
         return _index(num_heads, block, np.cumsum(count) - count, count - 1, count, lists)
 
 
-def _random_rows(rng, count):
+def _random_rows(rng: np.random.Generator, count: np.ndarray) -> np.ndarray:
     """One after another, `count[i]` blocks of each row `i`: some left of the diagonal, ascending, and the diagonal."""
     draw = lambda i, n: np.sort(rng.choice(i, n, replace=False, shuffle=False))  # noqa: E731
     rows = (np.append(draw(i, c - 1), i) for i, c in enumerate(count))
     return np.concatenate(list(rows))
 
 
-def _index(num_heads, block, first, num_full, count, lists) -> BlockIndex:
+def _index(
+    num_heads: int, block: int, first: np.ndarray, num_full: np.ndarray, count: np.ndarray, lists: np.ndarray
+) -> BlockIndex:
     lists = np.broadcast_to(lists, (num_heads, lists.shape[-1])).astype(np.int32)
     per_head = lambda x: np.broadcast_to(np.asarray(x, np.int32), (num_heads, len(count)))  # noqa: E731
     return BlockIndex(
@@ -189,7 +191,7 @@ def mixed_inputs(
     num_shared: int = 512,
     num_extra: int = 128,
     head_dim: int = 64,
-    dtype="bfloat16",
+    dtype: str = "bfloat16",
     block_q: int = 128,
     block_kv: int = 128,
     steepness: float = 0.0,
@@ -212,7 +214,7 @@ def mixed_inputs(
     kv_pos[:, num_shared - 10 : num_shared] = PAD_KV_POS
     kv_pos[1, :20] = PAD_KV_POS
 
-    def draw(*shape):
+    def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     k, v = (draw(num_kv_heads, num_shared, head_dim).at[:, num_shared - 10 :].set(jnp.nan) for _ in range(2))

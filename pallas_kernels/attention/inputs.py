@@ -31,7 +31,7 @@ class AttentionInputs:
         """Query heads that share one kv head."""
         return self.q.shape[0] // self.k.shape[0]
 
-    def keys_and_values_per_head(self):
+    def keys_and_values_per_head(self) -> tuple[Array, ...]:
         """`k` and `v` as each query head sees them, `[h, s + x, d]`: a copy per head, for small inputs only."""
         shared = (jnp.repeat(x, self.heads_per_kv_head, axis=0) for x in (self.k, self.v))
         return tuple(

@@ -1,14 +1,16 @@
-"""What block-sparse attention means: a dense mask and a float32 softmax. Slow, quadratic in memory, obviously right."""
+"""The meaning of block-sparse attention: a dense mask, a float32 softmax; slow and quadratic in memory."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.block_index import BlockIndex
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import AnyArray, Array, Float, Int32, Scalar
 
 
-def pair_is_attended(q_pos, kv_pos, interval):
+def pair_is_attended(q_pos: AnyArray, kv_pos: AnyArray, interval: AnyArray | tuple[Scalar, Scalar]) -> Any:
     """True where causality and the distance interval `(lo, hi)` let a query see a key; shape `[queries, keys]`."""
     distance = q_pos[:, None] - kv_pos[None, :]
     return (distance >= 0) & (distance >= interval[0]) & (distance < interval[1])
@@ -17,8 +19,17 @@ def pair_is_attended(q_pos, kv_pos, interval):
 def coverage(index: BlockIndex, q_pos: Int32[Array, "h t"], kv_pos: Int32[Array, "n s"]) -> Int32[Array, "h t s"]:
     """How many times each (query, key) pair is attended; a sound plan never exceeds 1."""
 
-    def q_block(first, num_full, count, start, interval, intervals, q_pos, kv_pos):
-        def visit(j, counts):
+    def q_block(
+        first: Array,
+        num_full: Array,
+        count: Array,
+        start: Array,
+        interval: Array,
+        intervals: Array,
+        q_pos: Array,
+        kv_pos: Array,
+    ) -> Array:
+        def visit(j: Array, counts: Array) -> Array:
             entry = first + j
             block = jax.lax.dynamic_slice_in_dim(kv_pos, start[entry], index.block_kv)
             tile = (j < num_full) | pair_is_attended(q_pos, block, intervals[interval[entry]])
@@ -27,16 +38,25 @@ def coverage(index: BlockIndex, q_pos: Int32[Array, "h t"], kv_pos: Int32[Array,
 
         return jax.lax.fori_loop(0, count, visit, jnp.zeros((index.block_q, kv_pos.shape[0]), jnp.int32))
 
-    def head(first, num_full, count, start, interval, intervals, pos_row, q_pos):
-        def row(first, num_full, count, q_pos, kv_pos):
+    def head(
+        first: Array,
+        num_full: Array,
+        count: Array,
+        start: Array,
+        interval: Array,
+        intervals: Array,
+        pos_row: Array,
+        q_pos: Array,
+    ) -> Array:
+        def row(first: Array, num_full: Array, count: Array, q_pos: Array, kv_pos: Array) -> Array:
             return q_block(first, num_full, count, start, interval, intervals, q_pos, kv_pos)
 
         counts = jax.vmap(row)(first, num_full, count, q_pos.reshape(-1, index.block_q), kv_pos[pos_row])
         return counts.reshape(-1, kv_pos.shape[1])
 
     index = jax.tree.map(jnp.asarray, index)
-    lists = (index.first, index.num_full, index.count, index.start, index.interval, index.intervals, index.pos_row)
-    return jax.vmap(head)(lists[0], lists[1], lists[2], lists[3], lists[4], lists[5], lists[6], q_pos)
+    lists: list[Any] = [index.first, index.num_full, index.count, index.start, index.interval, index.intervals]
+    return jax.vmap(head)(lists[0], lists[1], lists[2], lists[3], lists[4], lists[5], jnp.asarray(index.pos_row), q_pos)
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:

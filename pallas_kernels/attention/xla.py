@@ -26,7 +26,7 @@ def with_gradients(forward: Attend) -> Attend:
     """A backend's forward pass with gradients in q, k, v and the extra rows, recomputed here from its lse."""
     attend = jax.custom_vjp(forward)
 
-    def forward_with_residuals(inputs):
+    def forward_with_residuals(inputs: AttentionInputs):
         out, lse = forward(inputs)
         return (out, lse), (inputs, out, lse)
 
@@ -34,7 +34,7 @@ def with_gradients(forward: Attend) -> Attend:
     return attend
 
 
-def _head_view(inputs: AttentionInputs, h):
+def _head_view(inputs: AttentionInputs, h: Array) -> tuple[Array, ...]:
     """The kv view of head `h`: k and v, `[s + x, d]`."""
     kv_head = h // inputs.heads_per_kv_head
     return tuple(
@@ -43,7 +43,9 @@ def _head_view(inputs: AttentionInputs, h):
     )
 
 
-def _visit(inputs: AttentionInputs, view, h, i, q_pos, j):
+def _visit(
+    inputs: AttentionInputs, view: tuple[Array, ...], h: Array, i: Array, q_pos: Array, j: Array
+) -> tuple[Array, Array, Array, Array]:
     """The `j`-th block of q block `i`: its first row, keys, values and mask [block_q, block_kv]."""
     index = inputs.index
     k_sd, v_sd = view
@@ -57,16 +59,17 @@ def _visit(inputs: AttentionInputs, view, h, i, q_pos, j):
     return start, jnp.where(is_real, block(k_sd), 0), jnp.where(is_real, block(v_sd), 0), mask
 
 
-def _head(inputs: AttentionInputs, h):
+def _head(inputs: AttentionInputs, h: Array) -> tuple[Float[Array, "t d"], Float[Array, " t"]]:
+    """Output and log-sum-exp of head `h`."""
     index, dtype = inputs.index, inputs.q.dtype
     view = _head_view(inputs, h)
 
-    def q_block(i):
+    def q_block(i: Array) -> tuple[Array, Array]:
         rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * index.block_q, slice_size=index.block_q)
         q_td = rows(inputs.q[h])
         q_pos = rows(inputs.q_pos[h])
 
-        def step(j, carry):
+        def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             acc, row_max, row_sum = carry
             _, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
             scores = jnp.einsum("td,sd->ts", q_td, k_sd, preferred_element_type=jnp.float32)
@@ -87,7 +90,10 @@ def _head(inputs: AttentionInputs, h):
     return out.reshape(inputs.q.shape[1:]), lse.reshape(-1)
 
 
-def _backward(residuals, cotangents):
+def _backward(
+    residuals: tuple[AttentionInputs, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[AttentionInputs]:
+    """The cotangent of the inputs, from those of the output and of the log-sum-exp."""
     inputs, out, lse = residuals
     d_out, d_lse = cotangents
     # d(loss)/d(score) = p * (dp - correction): the row sum of out * d_out, less what arrives through lse.
@@ -95,13 +101,11 @@ def _backward(residuals, cotangents):
     s = inputs.k.shape[1]
     head = functools.partial(_head_gradients, inputs, d_out, lse, correction)
 
-    def step(totals, h):
+    def step(totals: tuple[Array, Array], h: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
         d_q, d_k_view, d_v_view = head(h)
         kv_head = h // inputs.heads_per_kv_head
-        totals = tuple(
-            total.at[kv_head].add(view[:s]) for total, view in zip(totals, (d_k_view, d_v_view), strict=True)
-        )
-        return totals, (d_q, d_k_view[s:], d_v_view[s:])
+        d_k, d_v = (total.at[kv_head].add(view[:s]) for total, view in zip(totals, (d_k_view, d_v_view), strict=True))
+        return (d_k, d_v), (d_q, d_k_view[s:], d_v_view[s:])
 
     zeros = (jnp.zeros(inputs.k.shape, jnp.float32), jnp.zeros(inputs.v.shape, jnp.float32))
     (d_k, d_v), (d_q, d_k_extra, d_v_extra) = jax.lax.scan(step, zeros, jnp.arange(inputs.q.shape[0]))
@@ -111,17 +115,19 @@ def _backward(residuals, cotangents):
     return (jax.tree.unflatten(tree, gradients),)
 
 
-def _head_gradients(inputs: AttentionInputs, d_out, lse, correction, h):
+def _head_gradients(
+    inputs: AttentionInputs, d_out: Array, lse: Array, correction: Array, h: Array
+) -> tuple[Array, Array, Array]:
     """Gradients of head `h`: `d_q [t, d]`, `d_k` and `d_v [s + x, d]`, float32."""
     index = inputs.index
     view = tuple(x.astype(jnp.float32) for x in _head_view(inputs, h))
 
-    def q_block(carry, i):
+    def q_block(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
         rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * index.block_q, slice_size=index.block_q)
         q_td, d_out_td = rows(inputs.q[h]).astype(jnp.float32), rows(d_out[h]).astype(jnp.float32)
         q_pos, lse_t, correction_t = rows(inputs.q_pos[h]), rows(lse[h]), rows(correction[h])
 
-        def step(j, carry):
+        def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_k, d_v = carry
             start, k_sd, v_sd, mask = _visit(inputs, view, h, i, q_pos, j)
             scores = jnp.where(mask, q_td @ k_sd.T * inputs.scale, MASKED_SCORE)
@@ -132,14 +138,15 @@ def _head_gradients(inputs: AttentionInputs, d_out, lse, correction, h):
             )
             return d_q + d_scores @ k_sd, d_k, d_v
 
-        d_q, *carry = jax.lax.fori_loop(0, index.count[h, i], step, (jnp.zeros_like(q_td), *carry))
-        return tuple(carry), d_q
+        d_q, d_k, d_v = jax.lax.fori_loop(0, index.count[h, i], step, (jnp.zeros_like(q_td), *carry))
+        return (d_k, d_v), d_q
 
-    zeros = tuple(jnp.zeros_like(x) for x in view)
+    zeros = jnp.zeros_like(view[0]), jnp.zeros_like(view[1])
     (d_k, d_v), d_q = jax.lax.scan(q_block, zeros, jnp.arange(index.num_q_blocks))
     return d_q.reshape(inputs.q.shape[1:]), d_k, d_v
 
 
-def _add_rows(array, start, rows):
+def _add_rows(array: Array, start: Array, rows: Array) -> Array:
+    """`array` with `rows` added to its rows from `start` on."""
     old = jax.lax.dynamic_slice_in_dim(array, start, rows.shape[0])
     return jax.lax.dynamic_update_slice_in_dim(array, old + rows, start, axis=0)

@@ -1,6 +1,7 @@
 """Reference block lists: the meaning, in plain loops over NumPy arrays."""
 
 import jax
+import jax.core
 import numpy as np
 
 from pallas_kernels.block_lists.inputs import BlockLists, ListInputs

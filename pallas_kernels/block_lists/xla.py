@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.block_lists.inputs import BlockLists, BlockRuns, ListInputs
 from pallas_kernels.block_lists.integers import floor_divide, search
-from pallas_kernels.notation import PAD_KV_POS, Array
+from pallas_kernels.notation import PAD_KV_POS, AnyArray, Array
 
 SHORT_PROGRAM_FROM = 2**21
 """Entries of all heads together, up to which a second, shorter program is not worth a branch."""
@@ -46,7 +46,7 @@ def block_lists(inputs: ListInputs) -> BlockLists:
     return BlockLists(first=first, num_full=num_full, count=count, start=start, interval=interval, pos_row=pos_row)
 
 
-def _block_extents(kv_pos: Sequence[Array], blocks: Blocks) -> tuple[Array, Array]:
+def _block_extents(kv_pos: Sequence[AnyArray], blocks: Blocks) -> tuple[Array, Array]:
     """Smallest and largest position in the kv block that starts at each granule; int32 [n, granules]."""
     window, ends = (blocks.kv // blocks.granule,), ((0, blocks.kv // blocks.granule - 1),)
     granules = [pos.reshape(-1, blocks.granule) for pos in kv_pos]
@@ -60,8 +60,8 @@ def _all_shared(inputs: ListInputs, extents: tuple[Array, Array]) -> tuple[Array
     step = inputs.blocks.kv // inputs.blocks.granule
     kv_min, kv_max = (extent[0, : inputs.num_shared * step : step] for extent in extents)
     min_from_here = jax.lax.cummin(kv_min, reverse=True)
-    count = search(min_from_here, inputs.q_max, side="right")
-    num_full = search(jax.lax.cummax(kv_max), inputs.q_min, side="right")
+    count = search(min_from_here, jnp.asarray(inputs.q_max), side="right")
+    num_full = search(jax.lax.cummax(kv_max), jnp.asarray(inputs.q_min), side="right")
     return jnp.zeros_like(count), jnp.minimum(num_full, count), count
 
 
@@ -86,7 +86,9 @@ class _ListWriter:
 
     def lists(self, runs: BlockRuns, inputs: ListInputs, extents: tuple[Array, Array]) -> tuple[Array, ...]:
         """`first`, `num_full`, `count` [i], and `start`, `interval` of all lists [num_shared + capacity]."""
-        granule = inputs.pos_row[:, None] * self.num_granules + floor_divide(runs.start, self.blocks.granule)
+        granule = inputs.pos_row[:, None] * self.num_granules + floor_divide(
+            jnp.asarray(runs.start), self.blocks.granule
+        )
         word = granule * len(self.intervals) + runs.interval
         kv_min, kv_max = (extent.reshape(-1) for extent in extents)
         args = (runs.num_blocks, word, inputs.q_min, inputs.q_max, kv_min, kv_max)

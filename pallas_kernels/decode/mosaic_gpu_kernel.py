@@ -189,7 +189,7 @@ def _add_product(shape: DecodeShape, acc: Array, weights: Array, v_tile: Ref) ->
         plgpu.wgmma(accumulator, weights, v_tile)  # the left side may come from registers, the right one may not
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((TILE_ROWS, acc.shape[1]), jnp.float32))
 
 
 def _store(refs: Refs, shape: DecodeShape, work: Work, acc: Array, row_max: Array, row_sum: Array) -> None:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels.decode.inputs import DecodeInputs
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import Array, Float, Int32
 
 
 def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
@@ -28,7 +28,9 @@ def attend(inputs: DecodeInputs) -> Float[Array, "b h d"]:
     return (old + new).astype(inputs.q.dtype).reshape(b, h, d)
 
 
-def _rows(k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], count):
+def _rows(
+    k: Float[Array, "b s g d"], v: Float[Array, "b s g d"], count: Int32[Array, " b"]
+) -> tuple[Array, Array, Array]:
     """Keys, values with zeros past `count`, as a weight of 0 times NaN is NaN, and which rows are there."""
     is_key = jnp.arange(k.shape[1])[None] < count[:, None]
     return k, jnp.where(is_key[..., None, None], v, 0), is_key

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -81,7 +81,7 @@ def line_mass(
     return _folding("line_mass", implementation, scale=scale, band=band)(k, kv_pos, kv_head, q, q_pos, q_row)
 
 
-def _check(q, k, kv_head, q_pos, kv_pos, scale: float) -> None:
+def _check(q: Array, k: Array, kv_head: Array, q_pos: Array, kv_pos: Array, scale: float) -> None:
     """Raises ValueError, with rule and got, for arguments that no backend could honour."""
     rules = [
         (
@@ -109,11 +109,11 @@ def _folding(name: str, implementation: Implementation | None, **static: Any) ->
     backends = {backend: getattr(module, name) for backend, module in _BACKENDS.items()}
 
     @jax.custom_batching.custom_vmap
-    def run(*args):
+    def run(*args: Array) -> tuple[Array, ...]:
         return run_backend(backends, DEFAULT_ORDER, implementation, *args, **static)
 
     @run.def_vmap
-    def _(axis_size, is_mapped, *args):
+    def _(axis_size: int, is_mapped: Sequence[bool], *args: Array):
         k, kv_pos, kv_head, *per_head = (
             x if m else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, m in zip(args, is_mapped, strict=True)
         )

@@ -89,10 +89,10 @@ def by_bits(x: Float[Array, " n"], k: int, *, bits_at_once: int = 2) -> Bool[Arr
     key = jnp.where(bits >= SIGN, ~bits, bits | SIGN)
     parts = jnp.pad(key, (0, -len(x) % MAX_COUNTED)).reshape(-1, MAX_COUNTED)  # with 0, which reaches no threshold
 
-    def gain_bits(n, threshold):
+    def gain_bits(n: Array, threshold: Array) -> Array:
         shift = (KEY_BITS - bits_at_once * (n + 1)).astype(jnp.uint32)
         higher = [threshold | (jnp.uint32(digit) << shift) for digit in range(1, 2**bits_at_once)]
-        counts = jnp.stack([jnp.sum(parts >= one, axis=1, dtype=jnp.int32) for one in higher]).sum(axis=1)
+        counts = jnp.stack([jnp.sum(parts >= value, axis=1, dtype=jnp.int32) for value in higher]).sum(axis=1)
         digit = sum((count >= k).astype(jnp.uint32) for count in counts)
         return threshold | (digit << shift)
 

@@ -1,4 +1,6 @@
-"""The same in XLA: runs anywhere, holds the scores of a few heads at a time in float32."""
+"""column_mass and line_mass in XLA: runs anywhere, holds the scores of a few heads at a time in float32."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.notation import Array, Float, Int32
 
 SCORE_BYTES = 2**31
-"""Room for the float32 scores of the heads that are estimated at once; heads beyond it wait their turn."""
+"""Room for the float32 scores of the heads that are estimated at once; more heads run one batch after another."""
 
 
 def column_mass(
@@ -35,17 +37,26 @@ def line_mass(
 ) -> tuple[Float[Array, "h s"], Float[Array, "h bands"]]:
     """Attention mass per key and per band of diagonals, see `api.line_mass`."""
 
-    def masses(weights, q_row):
+    def masses(weights: Array, q_row: Array) -> tuple[Array, Array]:
         return weights.sum(axis=0), diagonal_mass(weights, q_row, band)
 
     return _each_head(masses, k, kv_pos, kv_head, q, q_pos, q_row, scale)
 
 
-def _each_head(masses, k, kv_pos, kv_head, q, q_pos, q_row, scale: float):
+def _each_head[T: tuple[Array, ...]](
+    masses: Callable[[Array, Array], T],
+    k: Float[Array, "s g d"],
+    kv_pos: Int32[Array, "n s"],
+    kv_head: Int32[Array, " h"],
+    q: Float[Array, "h q d"],
+    q_pos: Int32[Array, "h q"],
+    q_row: Int32[Array, "h q"],
+    scale: float,
+) -> T:
     """`masses(weights, q_row)` of every head, as many at once as `SCORE_BYTES` allows."""
     heads_per_row = k.shape[1] // kv_pos.shape[0]
 
-    def head(args):
+    def head(args: tuple[Array, Array, Array, Array]) -> T:
         g, q, q_pos, q_row = args
         return masses(attention_rows(q, k[:, g], q_pos, kv_pos[g // heads_per_row], scale), q_row)
 
@@ -70,7 +81,7 @@ def diagonal_mass(weights: Float[Array, "q s"], q_row: Int32[Array, " q"], band:
     num_bands = num_bands_of(s, band)
     lead = band // 2
 
-    def shift(weight, at):
+    def shift(weight: Array, at: Array) -> Array:
         padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
         by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
         return jnp.where(at >= 0, by_distance, 0.0)

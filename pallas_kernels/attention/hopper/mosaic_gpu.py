@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def _arrays(inputs: AttentionInputs, padded_dim: int) -> dict[str, Array]:
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded_dim - x.shape[2])))
 
-    arrays: dict[str, Array] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
+    arrays: dict[str, Any] = dict(start=index.start, interval=index.interval, intervals=index.intervals)
     arrays |= dict(q=pad(inputs.q), k=pad(inputs.k), v=pad(v))
     if inputs.k_extra.shape[1]:
         arrays |= dict(k_extra=pad(inputs.k_extra), v_extra=pad(v_extra))
@@ -167,7 +168,8 @@ def _run(
         return run(*arrays.values())
     refs = tuple(map(jax.new_ref, previous))
     run(*arrays.values(), *refs)
-    return tuple(map(jax.freeze, refs))
+    out, lse = map(jax.freeze, refs)
+    return out, lse
 
 
 def _rows_to_repeat(table: Int32[Array, "rows 32"], lse: Float[Array, "h t"]) -> Int32[Array, "rows 32"]:

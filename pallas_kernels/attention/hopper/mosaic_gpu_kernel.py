@@ -230,7 +230,7 @@ def _next_tile(
     rows, num_keys = WARPGROUP_ROWS, shape.config.tile_kv
     accumulators = (
         plgpu.WGMMAAccumulatorRef((rows, num_keys), jnp.float32),
-        plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32),
+        plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, acc.shape[1]), jnp.float32),
     )
     acc, (new_softmax, rescale) = pl.run_scoped(run, *accumulators)
     return acc, new_softmax.with_weights_as(weights.dtype), rescale
@@ -252,7 +252,7 @@ def _last_tile(refs: Refs, shape: KernelShape, warpgroup: Array, tile: Array, ac
         _ping_pong_arrive(refs, shape, warpgroup)
         return _drain(shape, o_acc, acc, weights, v, wait_n=0)
 
-    acc = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32))
+    acc = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, acc.shape[1]), jnp.float32))
     plgpu.barrier_arrive(refs.barriers["v_free"].at[slot])
     return acc
 
@@ -265,7 +265,7 @@ def _finish_overlapped(
     next_row = _read_row(refs, shape, n + 1)
     fresh = Softmax(softmax.weights, *empty_rows())
 
-    def first_of_next(is_partial: bool | None):
+    def first_of_next(is_partial: bool | None) -> Callable[[Array], tuple[Array, Softmax]]:
         return lambda acc: _next_tile(
             refs, shape, warpgroup, next_row, (n + 1) % 2, 0, tile, acc, fresh, is_partial, is_first=True
         )[:2]

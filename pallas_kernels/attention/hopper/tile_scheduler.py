@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention.hopper.gpu_config import ROW_FIELDS, TILE_Q
 from pallas_kernels.attention.hopper.kernel_refs import COUNT
 from pallas_kernels.block_index import BlockIndex
-from pallas_kernels.notation import Array, Float, Int32, Scalar
+from pallas_kernels.notation import AnyArray, Array, Float, Int32, Scalar
 
 START_BLOCKS = 1.5
 """What a q tile costs besides its blocks, in blocks: rows of 32 run at 643 TFLOP/s, long ones at 674 (docs/log.md of
@@ -22,7 +22,7 @@ def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "
     num_heads, num_q_blocks = index.first.shape
     head, block, part = jnp.meshgrid(jnp.arange(num_heads), jnp.arange(num_q_blocks), jnp.arange(parts), indexing="ij")
 
-    def repeat(x: Int32[Array, "h i"]) -> Int32[Array, "h i part"]:
+    def repeat(x: Int32[AnyArray, "h i"]) -> Int32[Array, "h i part"]:
         return jnp.broadcast_to(x[..., None], head.shape)
 
     last_entry = index.start.shape[1] - 1

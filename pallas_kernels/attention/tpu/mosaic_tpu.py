@@ -22,7 +22,7 @@ from pallas_kernels.attention.tpu.tpu_config import (
 )
 from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.device import tpu_kind
-from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32
+from pallas_kernels.notation import PAD_KV_POS, Array, Float, Int32, Ref
 
 
 def attend(inputs: AttentionInputs) -> tuple[Float[Array, "h t d"], Float[Array, "h t"]]:
@@ -111,7 +111,7 @@ def launch(
     )
     names = (*arrays, "out", "lse", *scratch)
 
-    def block_sparse_attention(*refs):
+    def block_sparse_attention(*refs: Ref) -> None:
         attention_kernel(Refs(**dict(zip(names, refs, strict=True))), shape)
 
     flat = lambda h, i: (h * num_q_blocks + i, 0, 0)  # noqa: E731
@@ -218,10 +218,10 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
     unit fewer instructions than a strided copy. Values that no query may look at, which may be NaN, are zeros: a weight
     of 0 times NaN is NaN.
     """
-    num_kv_heads, _, d = inputs.k.shape
+    num_kv_heads = inputs.k.shape[0]
     v, v_extra = zero_padding(inputs)
 
-    def side_by_side(v, k):
+    def side_by_side(v: Array, k: Array) -> Array:
         return jnp.concatenate([_place(v, begin=0, width=begin_of_keys), _place(k, begin=0, width=begin_of_keys)], -1)
 
     shared = side_by_side(v, inputs.k)
@@ -231,6 +231,6 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
     return grouped.transpose(0, 1, 3, 2, 4)
 
 
-def _place(x, *, begin: int, width: int):
+def _place(x: Array, *, begin: int, width: int) -> Array:
     """`x` in rows of `width` lanes, from lane `begin`, zeros around it."""
     return jnp.pad(x, ((0, 0), (0, 0), (begin, width - begin - x.shape[2])))

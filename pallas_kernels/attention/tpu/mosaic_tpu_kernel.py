@@ -197,10 +197,10 @@ def _scores(q_td: Array, k_sd: Array) -> Array:
 
 def _weighted(weights: list[Array], v_sd: Array) -> Array:
     """The sum of values by their weights, given as columns of 128 keys."""
-    weights = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
+    weights_ts = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
     contract = (((1,), (0,)), ((), ()))
     return lax.dot_general(
-        weights, v_sd, contract, precision=_precision(v_sd.dtype), preferred_element_type=jnp.float32
+        weights_ts, v_sd, contract, precision=_precision(v_sd.dtype), preferred_element_type=jnp.float32
     )
 
 
@@ -232,13 +232,13 @@ def _attend_online(refs: Refs, shape: KernelShape, row: Row, num_tiles: Scalar, 
     refs.row_max[...] = jnp.full_like(refs.row_max, INITIAL_ROW_MAX)
 
     @pl.loop(0, num_tiles)
-    def _tile(n):
+    def _tile(n: Array):
         loads.start_tile(refs, shape, row, n, slot)
         loads.wait_tile(refs, shape, row, n, slot)
         _write_limits(refs, shape, row, n, slot)
 
         @pl.loop(0, refs.q.shape[1], step=LANES)
-        def _rows(q_begin):
+        def _rows(q_begin: Array):
             _online_step(refs, shape, slot, pl.ds(pl.multiple_of(q_begin, LANES), LANES))
 
     refs.row_max[...] *= shape.score_scale

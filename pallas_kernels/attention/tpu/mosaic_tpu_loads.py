@@ -12,6 +12,7 @@ holds a sample of near and of far keys (see `_choose_reference` of the kernel).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -168,7 +169,7 @@ def start_piece(refs: Refs, shape: KernelShape, row: Row, piece: Scalar) -> None
         _piece_copy(refs, row, piece, begin).start()
 
 
-def _piece_copy(refs: Refs, row: Row, piece: Scalar, begin: Scalar) -> Ref:
+def _piece_copy(refs: Refs, row: Row, piece: Scalar, begin: Any) -> Ref:
     place = piece & (PIECES - 1)
     return pltpu.make_async_copy(
         refs.entries.at[0, pl.ds(pl.multiple_of(begin, LANES), PIECE_ENTRIES)],

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 LANES = 128
 """Lanes of a vector register, of 8 sublanes each: arrays are cut along their last axis at multiples of it."""
@@ -53,7 +54,7 @@ class TpuConfig:
             if step % LANES or self.tile_kv % step:
                 raise ValueError(f"{name} must be a multiple of {LANES} and divide {self.tile_kv=}, got {step}")
 
-    def scratch(self, *, block_q: int, block_kv: int, width: int, kv_width: int, dtype) -> dict[str, Any]:
+    def scratch(self, *, block_q: int, block_kv: int, width: int, kv_width: int, dtype: DTypeLike) -> dict[str, Any]:
         """The kernel's scratch by name; `width` is of the output's accumulator, `kv_width` of a gathered row."""
         blocks = self.tile_kv // block_kv
         return {
@@ -71,7 +72,9 @@ class TpuConfig:
             "list_arrived": pltpu.SemaphoreType.DMA((RINGS, PIECES)),
         }
 
-    def vmem_bytes(self, *, block_q: int, block_kv: int, width: int, kv_width: int, q_width: int, dtype) -> int:
+    def vmem_bytes(
+        self, *, block_q: int, block_kv: int, width: int, kv_width: int, q_width: int, dtype: DTypeLike
+    ) -> int:
         """VMEM of scratch, double-buffered q, out, positions and lse, and the scores and weights of one step."""
         scratch = self.scratch(block_q=block_q, block_kv=block_kv, width=width, kv_width=kv_width, dtype=dtype)
         held = sum(_bytes(x.shape, x.dtype) for x in scratch.values() if x.memory_space == pltpu.VMEM)
@@ -86,7 +89,7 @@ class TpuConfig:
         return held + 4 * 2 * (2 * ROW_FIELDS + 2 * MAX_INTERVALS)
 
 
-def _bytes(shape, dtype) -> int:
+def _bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
     """Bytes in VMEM: the last axis in whole lanes, the one before in whole sublanes."""
     *outer, rows, lanes = shape
     item = jnp.dtype(dtype).itemsize
