@@ -235,7 +235,7 @@ def test_captured_layers_continue_with_the_dense_output():
         x, _ = run_layer(graphdef, weights(n), x, rotary, attend)
     *expected, t = seen[-1]
     for name, value in zip(("q", "k", "v", "out"), expected, strict=True):
-        assert_same_up_to_order(getattr(last, name)[:, :t], value, terms=model_terms(tiny.CONFIG, num_keys=t))
+        assert_same_up_to_order(getattr(last, name)[:, :t], value, terms=model_terms(tiny.TINY_CONFIG, num_keys=t))
 
 
 def test_prompts_of_different_modalities_are_refused(tmp_path):
