@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from mmi_jax import (
     AShape,
+    Blocks,
     BlockTopK,
     Boundary2D,
     Dense,
@@ -34,6 +35,7 @@ from mmi_jax import (
     VerticalSlash,
 )
 from mmi_jax.layout import AUDIO, concatenate, text_tokens, vision_tokens
+from mmi_jax.method import patterns as registry
 from mmi_jax.method.attention import attend_by_plan
 
 BUCKET, HEADS = 112, tuple(PATTERNS.values())
@@ -198,3 +200,37 @@ def test_positions_of_the_queries_survive_the_permutation():
 def test_the_mask_is_where_the_coverage_is_positive():
     plan = plan_of(AShape(sink=0, local=5), text_tokens(20))
     assert (np.asarray(plan.to_mask()) == (visit_counts(plan) == 1)).all()
+
+
+def test_a_pattern_plans_one_example():
+    """q [t, h, d], k [s, g, d]: every head has the pattern, the mask is in prompt order."""
+    q, k = np.zeros((6, 2, 8), np.float32), np.zeros((6, 1, 8), np.float32)
+    tokens = Blocks(q=1, kv=1, granule=1)
+    mask = AShape(sink=1, local=2).plan(jnp.asarray(q), jnp.asarray(k), text_tokens(6), blocks=tokens).to_mask()
+    rows = ["100000", "110000", "111000", "101100", "100110", "100011"]
+    assert mask.dtype == bool and mask.astype(int).tolist() == [[[int(x) for x in row] for row in rows]] * 2
+
+
+def test_a_pattern_plans_queries_in_the_middle_of_the_keys():
+    q, k = jnp.zeros((2, 1, 8)), jnp.zeros((6, 1, 8))
+    plan = AShape(sink=1, local=2).plan(q, k, text_tokens(6), q_start=3, blocks=Blocks(q=1, kv=1, granule=1))
+    assert plan.to_mask()[0].astype(int).tolist() == [[1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "num_tokens", "message"),
+    [
+        ((1, 6, 2, 8), (6, 1, 8), 6, "a plan is of one example"),
+        ((6, 3, 8), (6, 2, 8), 6, "num_q_heads=3 must be a multiple of num_kv_heads=2"),
+        ((6, 2, 8), (6, 2, 4), 6, "q and k must agree in head dim"),
+        ((7, 2, 8), (6, 2, 8), 6, "there are more queries than keys"),
+        ((6, 2, 8), (6, 2, 8), 5, "the layout must describe every kv token"),
+    ],
+)
+def test_a_plan_of_arrays_that_do_not_fit_is_refused(no_shape_checks, q, k, num_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Dense().plan(jnp.zeros(q), jnp.zeros(k), text_tokens(num_tokens))
+
+
+def test_the_table_of_cases_has_every_registered_pattern():
+    assert {type(pattern) for pattern in HEADS} == set(registry.PATTERNS)
