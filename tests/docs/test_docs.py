@@ -10,7 +10,6 @@ import matplotlib
 import pytest
 import typer
 
-import mmi_jax
 from mmi_jax.cli.app import app, main
 
 ROOT = pages.ROOT
@@ -43,9 +42,6 @@ def reader_directory(tmp_path, monkeypatch, no_shape_checks):
 
 @pytest.mark.parametrize("page", pages_with("python", "sh"))
 def test_the_examples_of_a_page_run_in_order(page, reader_directory):
-    text = page.read_text(encoding="utf-8")
-    if "load_table" in text and not hasattr(mmi_jax, "load_table"):
-        pytest.skip("names that are not there yet")
     namespace = {"__name__": "example"}
     for block in pages.blocks(page, "python", "sh"):
         if block.language == "sh":
