@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmi_jax import PatternTable
+from mmi_jax.cli.niah.journal_entries import with_present_names
 from mmi_jax.cli.niah.results import accuracy_of, mean_cost
 from mmi_jax.engine.programs.layer_program import NUM_RECALL_QUERIES
 from mmi_jax.files import write_whole
@@ -50,15 +51,16 @@ def write_page(
 ) -> None:
     """Writes the page, and heads.csv and prompts.csv next to its pictures."""
     pictures = output.with_suffix("")
+    cells = list(map(with_present_names, results["cells"]))
     write_whole(pictures / "heads.csv", heads_csv(tables["ours"], recall))
     write_whole(pictures / "prompts.csv", prompts_csv(tables))
     sections = [
         head(results["run"], command),
-        answers(results["cells"], pictures.name),
+        answers(cells, pictures.name),
         searched(tables, pictures.name),
         heads(tables["ours"], recall, pictures.name),
         maps(shown, picture_tokens, pictures.name),
-        failures(results["cells"], tables, notes),
+        failures(cells, tables, notes),
     ]
     write_whole(output, "\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -89,7 +91,9 @@ def answers(cells: Sequence[Mapping[str, Any]], pictures: str) -> str:
             right = [f"{accuracy_of(own):.1%}" for own in (*by_length, mine)]
             cost = " / ".join(f"{mean_cost(own, method):.1%}" for own in by_length)
             density = " / ".join(f"{np.mean([cell['density'] for cell in own]):.1%}" for own in by_length)
-            rows.append([NAMES.get(method, method), *right, str(sum(cell["asked"] for cell in mine)), cost, density])
+            rows.append(
+                [NAMES.get(method, method), *right, str(sum(cell["questions"] for cell in mine)), cost, density]
+            )
         columns = ["method", *(f"{n:,} tokens" for n in lengths), "all", "questions", "cost", "density"]
         parts += [f"### {task}", markdown(columns, rows), f"![{task} by length and depth]({pictures}/{task}.png)"]
     return "\n\n".join(parts)

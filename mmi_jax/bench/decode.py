@@ -99,20 +99,27 @@ def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
 def _attend(q: Array, cache: KVCache, implementation: Implementation | None, layer: Any = 0):
     nothing = jnp.zeros((*cache.k.shape[:2], decode_step.MIN_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
     return decode_attention(
-        q, cache.k, cache.v, layer=layer, lengths=cache.lengths, k_new=nothing, v_new=nothing, num_new=0,
+        q,
+        cache.k,
+        cache.v,
+        layer=layer,
+        lengths=cache.lengths,
+        k_new=nothing,
+        v_new=nothing,
+        num_new=0,
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
 def _attention_errors(q: Array, cache: KVCache) -> dict[str, float]:
     """Relative errors of one layer's attention against float32: ours at most twice that of XLA in the same dtype."""
-    one = dataclasses.replace(cache, k=cache.k[-1:], v=cache.v[-1:])
+    layer = dataclasses.replace(cache, k=cache.k[-1:], v=cache.v[-1:])
     with jax.default_matmul_precision("highest"):
-        exact = dataclasses.replace(one, k=one.k.astype(jnp.float32), v=one.v.astype(jnp.float32))
+        exact = dataclasses.replace(layer, k=layer.k.astype(jnp.float32), v=layer.v.astype(jnp.float32))
         want = np.asarray(jax.jit(lambda q, cache: _attend(q, cache, "xla"))(q.astype(jnp.float32), exact))
     del exact
     ours, plain = (
-        _relative(jax.jit(functools.partial(_attend, implementation=name))(q, one), want) for name in (None, "xla")
+        _relative(jax.jit(functools.partial(_attend, implementation=name))(q, layer), want) for name in (None, "xla")
     )
     limit = 2 * plain + float(jnp.finfo(q.dtype).eps)
     if not ours <= limit:
@@ -130,7 +137,7 @@ def _step_error(graphdef: Any, state: Any, cache: KVCache) -> dict[str, float]:
     decoding = _start(cache, state, graphdef)
     ours, plain = (jax.jit(functools.partial(logits, name))(state, cache, decoding) for name in (None, "xla"))
     error = _relative(ours, np.asarray(plain))
-    # About eight values of a layer are rounded, each by half an ulp at most, and each side rounds in its own way.
+    # About eight values of a layer are rounded, each by half an ulp at most, and the two sides round differently.
     limit = float(jnp.finfo(cache.k.dtype).eps) / 2 * (2 * 8 * cache.k.shape[0]) ** 0.5
     if not error <= limit:
         raise RuntimeError(f"the logits must equal XLA's within {limit:.2e}, got {error:.2e}")
@@ -161,9 +168,16 @@ def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Imple
     limit = jnp.int32(1 + decode_step.BLOCK_TOKENS)
     key = jax.random.key(0)
     lowered = decode_step.run_block.lower(
-        graphdef, state, cache, _start(cache, state, graphdef), key, limit,
-        choice=_greedy(), implementation=implementation, sharding=None,
-    )  # fmt: skip
+        graphdef,
+        state,
+        cache,
+        _start(cache, state, graphdef),
+        key,
+        limit,
+        choice=_greedy(),
+        implementation=implementation,
+        sharding=None,
+    )
     program = compile_lowered(lowered)
 
     def run():
@@ -187,12 +201,12 @@ def _time_attention(q: Array, cache: KVCache, repeats: int) -> dict[str, Any]:
 def _time_cudnn(q: Array, cache: KVCache, repeats: int) -> dict[str, Any]:
     """`jax.nn.dot_product_attention` with lengths, on one layer that was copied out before; cuDNN or a reason."""
     k, v = cache.k[0], cache.v[0]
-    one = jnp.ones(len(cache.lengths), jnp.int32)
+    q_lengths = jnp.ones(len(cache.lengths), jnp.int32)
 
     def attend(q, k, v, lengths):
         return jax.nn.dot_product_attention(
-            q[:, None], k, v, query_seq_lengths=one, key_value_seq_lengths=lengths, implementation="cudnn"
-        )  # fmt: skip
+            q[:, None], k, v, query_seq_lengths=q_lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
 
     timing = compile_program(attend, q, k, v, cache.lengths).time(q, k, v, cache.lengths, repeats=repeats)
     return _attention_rate(timing.median_ms, cache)

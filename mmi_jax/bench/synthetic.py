@@ -6,7 +6,7 @@ few features and every query weights them, so that softmax attention has, above 
 - locality: a smooth peak around the query, from Fourier features of the position;
 - sinks: the first four tokens;
 - vertical lines: all tokens at one place of their frame;
-- slashes: the tokens at the query's own place in other frames;
+- slashes: the tokens at the query's place in other frames;
 - columns: a few tokens anywhere that everyone attends to.
 """
 
@@ -34,7 +34,7 @@ class HeadStructure:
       local: at distance 0; it falls off over a few hundred tokens.
       sink: on the first four tokens.
       vertical: on the tokens at place `phase` of their frame.
-      slash: on the tokens at the query's own place.
+      slash: on the tokens at the query's place.
       column: on the chosen columns.
       phase: place in a frame, row-major.
     """
@@ -65,9 +65,15 @@ def video_prompt(
 
 
 def synthetic_qkv(
-    layout: TokenLayout, heads: tuple[HeadStructure, ...], *, num_kv_heads: int, head_dim: int, dtype="bfloat16",
-    seed: int = 0, num_columns: int = 64,
-) -> tuple[Float[Array, "t h d"], Float[Array, "t g d"], Float[Array, "t g d"]]:  # fmt: skip
+    layout: TokenLayout,
+    heads: tuple[HeadStructure, ...],
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype="bfloat16",
+    seed: int = 0,
+    num_columns: int = 64,
+) -> tuple[Float[Array, "t h d"], Float[Array, "t g d"], Float[Array, "t g d"]]:
     """Queries, keys and values of one example; scores are meant for scale `head_dim ** -0.5`.
 
     Args:
@@ -84,9 +90,15 @@ def synthetic_qkv(
     columns = rng.choice(layout.num_tokens, min(num_columns, layout.num_tokens), replace=False)
     weights = np.array([(x.local, x.sink, x.vertical, x.slash, x.column, x.phase) for x in heads])
     return _build(
-        jax.tree.map(jnp.asarray, layout), jnp.asarray(codes, jnp.float32), jnp.asarray(columns), jnp.asarray(weights),
-        jax.random.key(seed), num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype),
-    )  # fmt: skip
+        jax.tree.map(jnp.asarray, layout),
+        jnp.asarray(codes, jnp.float32),
+        jnp.asarray(columns),
+        jnp.asarray(weights),
+        jax.random.key(seed),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def _build(layout, codes, columns, weights, key, *, num_kv_heads: int, head_dim: int, dtype):

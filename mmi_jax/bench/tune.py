@@ -24,14 +24,17 @@ from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""
 
-DIALS: dict[str, tuple[Any, ...]] = {
-    "stagger": (0, 7), "lengths_per_octave": (1,), "fixed_max": (False,), "ping_pong": (True,),
-}  # fmt: skip
-"""Other fields of a config and their other values, one at a time, in the `NUM_TURNED` best of the sizes."""
+OTHER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "stagger": (0, 7),
+    "lengths_per_octave": (1,),
+    "fixed_max": (False,),
+    "ping_pong": (True,),
+}
+"""Other fields of a config and their other values, one at a time, in the `NUM_VARIED` best of the sizes."""
 
-NUM_TURNED = 2
+NUM_VARIED = 2
 NUM_FINALISTS = 3
-"""Configs, besides the built-in ones, that are timed on every kind of list."""
+"""Configs in addition to the built-in ones that are timed on every kind of list."""
 
 NUM_SCREENED = 2
 """Measurements of every candidate on random lists: a card slows down while it warms up, so they are round-robin."""
@@ -77,9 +80,15 @@ class TuneProblem:
         half = max(1, self.num_tokens // self.block_kv // 2)
         random, short = RandomLists(blocks_per_row=half), RandomLists(blocks_per_row=min(half, SHORT_ROW))
         case = AttentionCase(
-            name=self.label, num_tokens=self.num_tokens, lists=random, num_q_heads=self.num_q_heads,
-            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, dtype=self.dtype, block=self.block_kv,  # pyright: ignore
-        )  # fmt: skip
+            name=self.label,
+            num_tokens=self.num_tokens,
+            lists=random,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            block=self.block_kv,  # pyright: ignore
+        )
         inputs = case.inputs()
         most = inputs.index.start.shape[1]
 
@@ -110,9 +119,9 @@ def sizes(problem: TuneProblem) -> list[HopperConfig]:
 
 
 def variants(configs: Sequence[HopperConfig]) -> list[HopperConfig]:
-    """Each of these configs with one of `DIALS` turned."""
-    turned = ({name: value} for name, values in DIALS.items() for value in values)
-    changed = [dataclasses.replace(config, **change) for change in turned for config in configs]
+    """Each of these configs with one of `OTHER_FIELDS` changed."""
+    changes = ({name: value} for name, values in OTHER_FIELDS.items() for value in values)
+    changed = [dataclasses.replace(config, **change) for change in changes for config in configs]
     return [config for config in dict.fromkeys(changed) if config not in configs]
 
 
@@ -168,7 +177,7 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
 
     screened, failed = screen(sizes(problem))
     fastest = sorted(screened, key=lambda config: -screened[config]["random"])
-    more, more_failed = screen(variants(fastest[:NUM_TURNED]))
+    more, more_failed = screen(variants(fastest[:NUM_VARIED]))
     screened, failed = screened | more, failed | more_failed
     finalists = [c for (d, _), c in CONFIGS.items() if d == problem.head_dim and c in screened]
     finalists += sorted(screened.keys() - {*finalists}, key=lambda c: -screened[c]["random"])[:NUM_FINALISTS]
@@ -185,9 +194,12 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
 
 
 def _rates(
-    configs: Sequence[HopperConfig], names: Sequence[str], rounds: int,
-    check: Callable[[HopperConfig, str], None], rate: Callable[[HopperConfig, str], float],
-) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:  # fmt: skip
+    configs: Sequence[HopperConfig],
+    names: Sequence[str],
+    rounds: int,
+    check: Callable[[HopperConfig, str], None],
+    rate: Callable[[HopperConfig, str], float],
+) -> tuple[dict[HopperConfig, dict[str, float]], dict[HopperConfig, str]]:
     """The median rate of each config on each kind of list, configs round-robin, and why the others have none."""
     rates: dict[HopperConfig, dict[str, list[float]]] = {config: {name: [] for name in names} for config in configs}
     failed = {}

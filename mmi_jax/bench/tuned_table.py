@@ -36,13 +36,13 @@ def check_table(path: Path) -> None:
         read_table(path)
 
 
-def tune_and_keep(problem: TuneProblem, table: Path, *, repeats: int) -> dict[str, Any]:
-    """The figures of `tune`, the best of them kept in the table; `error` says why where it could not be kept."""
+def tune_and_save(problem: TuneProblem, table: Path, *, repeats: int) -> dict[str, Any]:
+    """The figures of `tune`, the best of them saved in the table; `error` says why where it could not be."""
     figures = tune(problem, repeats=repeats)
     try:
         put_entry(table, tuned_entry(problem, figures["ranking"]))
     except Exception as error:  # the search took long: its ranking must not be lost with the table
-        figures["error"] = f"measured, but not kept in {table}: {reason(error)}"
+        figures["error"] = f"measured, but not saved in {table}: {reason(error)}"
     return figures
 
 

@@ -32,7 +32,7 @@ _CACHE_ERROR = re.compile(
 
 @contextlib.contextmanager
 def compilation_cache_in(directory: Path | None) -> Iterator[Path]:
-    """Programs compiled in the block are read from and kept in `directory`, the user's own when None."""
+    """Programs compiled in the block are read from and stored in `directory`, the user's cache when None."""
     directory = directory or default_cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     settings = {

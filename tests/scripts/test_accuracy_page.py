@@ -26,9 +26,9 @@ RUN: dict[str, object] = {
 RUN["matched to"] = "ours"
 
 
-def cell(method, correct, cost, tokens=4096, asked=10):
-    return dict(task="mm_niah", method=method, tokens=tokens, depth=0.5, correct=correct, asked=asked, cost=cost,
-                dense_cost=1.0, density=cost, pattern="x")  # fmt: skip
+def cell(method, correct, cost, tokens=4096, questions=10):
+    place = dict(task="mm_niah", method=method, tokens=tokens, depth=0.5)
+    return place | dict(correct=correct, questions=questions, cost=cost, dense_cost=1.0, density=cost, pattern="x")
 
 
 def table(held_out="0.1", digest="d"):

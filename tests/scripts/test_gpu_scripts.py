@@ -17,7 +17,7 @@ import pytest
 from mmi_jax.bench.checks.kernel_rules import RULE_CASES
 from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.cli import main
-from mmi_jax.cli.bench.start_child import ready
+from mmi_jax.cli.bench.start_child import warm_up
 from models.qwen2_5_vl import presets
 from models.testing import TINY_PRESET
 from pallas_kernels.attention.cases import CASES
@@ -194,7 +194,7 @@ def test_the_status_is_0_where_all_jobs_are_done(tmp_path, interpreter):
 def test_a_start_s_programs_are_read_back_by_the_prefill_that_is_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY_PRESET)
     time_starts = runpy.run_path(str(ROOT / "gpu_scripts/time_starts.py"))
-    ready(preset="tiny", layers=None, table="mix", dtype="float32", tokens=1024, directory=str(tmp_path))
+    warm_up(preset="tiny", layers=None, table="mix", dtype="float32", tokens=1024, directory=str(tmp_path))
     kept = sorted(tmp_path.glob("prefill_layer-*"))
     options = argparse.Namespace(preset="tiny", layers=None, tables=["mix"], dtype="float32", tokens=[1024], repeats=1)
     time_starts["prefill_times"](options, tmp_path)

@@ -1,1 +1,1 @@
-"""What the results are compared with: dense attention, torch, transformers."""
+"""Baselines of the results: dense attention, torch, transformers."""

@@ -21,9 +21,14 @@ MASKED_LIMIT = 4096
 
 
 def measure_dense(
-    q: Float[Array, "h t d"], k: Float[Array, "g t d"], v: Float[Array, "g t d"], expected: SampledRows,
-    *, scale: float, repeats: int,
-) -> dict[str, Any]:  # fmt: skip
+    q: Float[Array, "h t d"],
+    k: Float[Array, "g t d"],
+    v: Float[Array, "g t d"],
+    expected: SampledRows,
+    *,
+    scale: float,
+    repeats: int,
+) -> dict[str, Any]:
     """Figures of dense causal `jax.nn.dot_product_attention`, checked first: cuDNN on a GPU, XLA elsewhere.
 
     Args:

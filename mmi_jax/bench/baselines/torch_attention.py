@@ -1,6 +1,6 @@
 """Peers through torch, where it is installed: cuDNN and FlashAttention-2 dense, FlexAttention on the same lists.
 
-Torch gets the same numbers in copies of its own, which it frees after each peer. JAX must leave memory for them on the
+Torch gets the same numbers in its own copies, which it frees after each peer. JAX must leave memory for them on the
 device: see `mmi_jax.cli.bench.app`.
 """
 

@@ -1,4 +1,4 @@
-"""Transformers' Qwen2 with the same sizes and sdpa, as a user would run instead, in a process of its own.
+"""Transformers' Qwen2 with the same sizes and sdpa, as a user would run instead, in its own process.
 
 JAX keeps the device memory it has taken, so torch runs in another process, before JAX opens the device. The layers are
 those of Qwen2.5-VL; rotary positions with one axis cost the same.

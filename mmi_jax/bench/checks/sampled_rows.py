@@ -63,9 +63,12 @@ class SampledRows:
 
     def of_heads(self, heads: np.ndarray) -> "SampledRows":
         """The rows of some of the heads; at least one of them was sampled if it is the first or the last."""
-        is_kept = np.isin(self.heads, heads)
+        is_selected = np.isin(self.heads, heads)
         return SampledRows(
-            heads=self.heads[is_kept], rows=self.rows[is_kept], out=self.out[is_kept], lse=self.lse[is_kept]
+            heads=self.heads[is_selected],
+            rows=self.rows[is_selected],
+            out=self.out[is_selected],
+            lse=self.lse[is_selected],
         )
 
     def of(self, x) -> np.ndarray:

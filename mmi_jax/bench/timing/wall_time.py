@@ -58,7 +58,7 @@ def compile_programs(functions: Mapping[str, tuple[Callable[..., Any], tuple[Any
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Program:
-    """The traced function compiled; may run in a thread of its own."""
+    """The traced function compiled; may run in its own thread."""
     start = time.perf_counter()
     compiled = lowered.compile()
     return Program(call=compiled, compile_ms=(time.perf_counter() - start) * 1e3)

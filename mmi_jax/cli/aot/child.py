@@ -1,6 +1,6 @@
 """The process that `mmi aot` starts, as the TPU compiler reads its flags only once, when it is loaded.
 
-`python -m mmi_jax.cli.aot.child OPTIONS`, a JSON object; a line of JSON on stdout for each thing found,
+`python -m mmi_jax.cli.aot.child OPTIONS`, a JSON object; a line of JSON on stdout for each result,
 `{"error": ...}` and status 2 for what bad input raises.
 """
 

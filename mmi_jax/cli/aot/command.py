@@ -75,13 +75,13 @@ def aot(
         options.check()
         _check_json_file(json_file)
         _check_compiler()
-        found = _run(options)
-        line = json.dumps(found)
-        _print(found)
+        result = _run(options)
+        line = json.dumps(result)
+        _print(result)
         print(line, flush=True)
         if json_file is not None:
             json_file.write_text(line + "\n")
-    if not found["fits"]:
+    if not result["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
 
 
@@ -110,14 +110,14 @@ def _run(options: AotOptions) -> dict[str, Any]:
             show(f"{memory['padded_tokens']:,} tokens: {memory['total_bytes'] / GB:.2f} GB {verdict}")
         fitting = [memory for memory in tried if memory["fits"]]
         best = max(fitting, key=lambda memory: memory["padded_tokens"]) if fitting else tried[-1]
-        found = {"task": _options_json(options), **best, "tried": tried if options.longest else []}
+        result = {"options": _options_json(options), **best, "tried": tried if options.longest else []}
         if not best["fits"]:
-            return found
+            return result
         show("compiling the kernel")
         with tempfile.TemporaryDirectory() as dump:
             at_best = dataclasses.replace(options, tokens=best["padded_tokens"], longest=False, dump=dump)
             (kernel,) = _child(at_best, LIBTPU_INIT_ARGS=dump_flags(Path(dump)))
-    return found | kernel
+    return result | kernel
 
 
 def _child(options: AotOptions, **environment: str) -> Iterator[dict[str, Any]]:
@@ -146,43 +146,43 @@ def _options_json(options: AotOptions) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if name != "dump"}
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     """Memory; of a prompt that fits, kernel and bound as tables, too."""
-    out, task = stdout_console(), found["task"]
-    mesh = " x ".join(f"{count} {axis}" for axis, count in found["mesh"].items())
-    layers = "" if task["layers"] is None else f", first {task['layers']} layers"
+    out, options = stdout_console(), result["options"]
+    mesh = " x ".join(f"{count} {axis}" for axis, count in result["mesh"].items())
+    layers = "" if options["layers"] is None else f", first {options['layers']} layers"
     out.print(
-        f"{task['preset']}{layers}, {found['padded_tokens']:,} tokens on {found['chips']} chips of {task['topology']}: "
-        f"{found['devices']} devices ({mesh}), compiled in {found['compile_seconds']} s",
+        f"{options['preset']}{layers}, {result['padded_tokens']:,} tokens on {result['chips']} chips of "
+        f"{options['topology']}: {result['devices']} devices ({mesh}), compiled in {result['compile_seconds']} s",
         soft_wrap=True,
     )
-    limit = found["limit_bytes"] or found["hbm_bytes_per_device"]
-    verdict = "fits" if found["fits"] else "does not fit"
-    held = f", {found['argument_bytes'] / GB:.2f} GB of it arguments"
+    limit = result["limit_bytes"] or result["hbm_bytes_per_device"]
+    verdict = "fits" if result["fits"] else "does not fit"
+    held = f", {result['argument_bytes'] / GB:.2f} GB of it arguments"
     out.print(
-        f"memory of each device: {found['total_bytes'] / GB:.2f} GB of {limit / GB:.2f} GB, {verdict}{held}",
+        f"memory of each device: {result['total_bytes'] / GB:.2f} GB of {limit / GB:.2f} GB, {verdict}{held}",
         soft_wrap=True,
     )
-    if "kernel" in found:
-        _print_kernel(out, found)
+    if "kernel" in result:
+        _print_kernel(out, result)
 
 
-def _print_kernel(out: Console, found: dict[str, Any]) -> None:
+def _print_kernel(out: Console, result: dict[str, Any]) -> None:
     """The kernel's tile and schedule, bytes moved and the roofline lower bound."""
-    kernel, bound = found["kernel"], found["lower_bound_seconds"]
+    kernel, bound = result["kernel"], result["lower_bound_seconds"]
     vmem, vmem_limit = kernel["vmem_bytes"] / 2**20, kernel["vmem_limit_bytes"] / 2**20
     out.print(
         f"kernel tile: {kernel['block_q']} queries x {kernel['tile_kv']} keys, {vmem:.1f} of {vmem_limit:.1f} MiB VMEM"
     )
     out.print(_regions_table(kernel))
-    out.print(_moved_table(found["work"]))
+    out.print(_moved_table(result["work"]))
     out.print(
         f"roofline lower bound: {bound['all']:.4g} s; "
         f"projections {bound['matmul']:.4g} s and attention {bound['attention']:.4g} s, "
         f"memory {bound['hbm']:.4g} s, links {bound['links']:.4g} s",
         soft_wrap=True,
     )
-    for assumption in found["assumptions"]:
+    for assumption in result["assumptions"]:
         out.print(f"- {assumption}", soft_wrap=True)
 
 

@@ -39,7 +39,7 @@ BenchDTypeOption = Annotated[str | None, typer.Option(help="Default: bfloat16 on
 
 
 def bench_dtype(given: str | None, known: Sequence[str] = tuple(DType)) -> str:
-    """What `BenchDTypeOption` stands for on the default device; raises ValueError for a type that is not known."""
+    """The value of `BenchDTypeOption` on the default device; raises ValueError for a type that is not known."""
     check_known("--dtype", given, known)
     return given or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
 

@@ -91,7 +91,7 @@ def _progress(name: str, figures: dict[str, Any]) -> str:
     return f"{name}: measured{error}{time}{rate}"
 
 
-def in_process_of_its_own(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:
+def in_new_process(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:
     """Measures one case in a fresh interpreter: `mmi bench` with these arguments and the case's name."""
 
     def measure(name: Any) -> dict[str, Any]:

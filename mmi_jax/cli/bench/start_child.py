@@ -1,4 +1,4 @@
-"""A process that makes one prefill's programs ready and says how long that took, for `mmi bench prefill --start`."""
+"""A process that compiles one prefill's programs and times it, for `mmi bench prefill --start`."""
 
 import json
 import sys
@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 
-def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: int, directory: str) -> dict[str, float]:
+def warm_up(
+    *, preset: str, layers: int | None, table: str, dtype: str, tokens: int, directory: str
+) -> dict[str, float]:
     """Seconds until all programs for so many tokens are compiled or read back, those of all its threads together, and
     the number of different layers.
     """
@@ -31,4 +33,4 @@ def ready(*, preset: str, layers: int | None, table: str, dtype: str, tokens: in
 
 
 if __name__ == "__main__":
-    print(json.dumps(ready(**json.loads(sys.argv[1]))))
+    print(json.dumps(warm_up(**json.loads(sys.argv[1]))))

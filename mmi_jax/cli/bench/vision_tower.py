@@ -34,12 +34,12 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
     """
     config = tower.config
     rng = np.random.default_rng(0)
-    one = rng.standard_normal((math.prod(size), config.patch_dim), dtype=np.float32)
-    patches, grids = np.tile(one, (num_frames, 1)), ((num_frames, *size),)
+    frame = rng.standard_normal((math.prod(size), config.patch_dim), dtype=np.float32)
+    patches, grids = np.tile(frame, (num_frames, 1)), ((num_frames, *size),)
     start = time.perf_counter()
     tokens = jax.block_until_ready(tower(patches, grids))
     compile_ms = (time.perf_counter() - start) * 1e3
-    errors = _errors(tower, one, size, tokens.reshape(num_frames, -1, config.out_dim)[-1])
+    errors = _errors(tower, frame, size, tokens.reshape(num_frames, -1, config.out_dim)[-1])
     del tokens
     timing = summary(
         time_calls(lambda: tower(patches, grids), jax.block_until_ready, repeats=repeats), compile_ms=compile_ms
@@ -48,7 +48,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
     names: tuple[Implementation | None, ...] = (None, "xla") if with_baseline else (None,)
     batches = {
         f"one batch on the device{', xla attention' if attention else ''}": functools.partial(
-            _one_batch, tower, one, size, num_frames, attention, repeats
+            _one_batch, tower, frame, size, num_frames, attention, repeats
         )
         for attention in names
     }
@@ -95,7 +95,7 @@ def in_float32(tower: Any) -> Any:
 
 
 def _one_batch(tower, patches, size: Size, num_frames: int, attention, repeats: int) -> dict[str, Any]:
-    """One batch of the call's own length."""
+    """One batch of the call's length."""
     length, encode = tower.batch_frames(num_frames, size), tower.encoder(size, attention)
     frames = jnp.broadcast_to(jnp.asarray(patches), (length, *patches.shape))
 

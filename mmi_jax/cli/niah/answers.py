@@ -52,7 +52,8 @@ class Answers:
     """Of some samples.
 
     Args:
-      correct, asked: questions.
+      correct: answers that are right.
+      questions: that were evaluated.
       cost: of the attention of a prompt, all layers, by the cost model; mean.
       dense_cost: of dense attention.
       density: visited tiles over dense ones, mean over layers and heads.
@@ -60,7 +61,7 @@ class Answers:
     """
 
     correct: int
-    asked: int
+    questions: int
     cost: float
     dense_cost: float
     density: float
@@ -75,7 +76,7 @@ def evaluate(
     Args:
       table: patterns as given: none is replaced by dense attention where that is faster.
     """
-    correct, asked, totals = 0, 0, []
+    correct, num_questions, totals = 0, 0, []
     for batch in batches:
         result = mmi_jax.prefill(
             model, batch.prompt, table=table, logits_at=batch.rows, measures_recall=False, may_run_dense=False
@@ -84,8 +85,15 @@ def evaluate(
         for rows, questions in zip(logits, batch.questions, strict=True):
             for row, (question, choices) in zip(rows, questions, strict=False):
                 correct += int(np.argmax(row[choices])) == question.answer
-                asked += 1
+                num_questions += 1
         cost, dense = report_cost(result.report, costs, Blocks())
         totals.append([cost, dense, float(result.report.density.mean()), float(np.mean(result.report.lengths))])
     cost, dense, density, length = np.mean(totals, axis=0).tolist()
-    return Answers(correct=correct, asked=asked, cost=cost, dense_cost=dense, density=density, prompt_tokens=length)
+    return Answers(
+        correct=correct,
+        questions=num_questions,
+        cost=cost,
+        dense_cost=dense,
+        density=density,
+        prompt_tokens=length,
+    )

@@ -112,5 +112,5 @@ def read_methods(names: list[str], table: Path | None) -> tuple[tuple[str, ...],
 
 
 def read_tasks(names: list[str]) -> tuple[str, ...]:
-    """The tasks' own names; those for any model when none is given."""
+    """The tasks' full names; those for any model when none is given."""
     return tuple(map(task_name, names or DEFAULT_TASKS))

@@ -49,7 +49,7 @@ class Runner:
       warmed: programs that are compiled: method, pattern and padded length.
     """
 
-    task: NiahOptions
+    options: NiahOptions
     model: Any
     source: SampleSource
     costs: CostModel
@@ -58,10 +58,10 @@ class Runner:
 
     def batches(self, name: str, tokens: int, depth_number: int) -> list[PromptBatch]:
         """The samples of one cell, the same for every method."""
-        depth = self.task.depths[depth_number]
-        seeds = self.task.seeds(depth_number)
+        depth = self.options.depths[depth_number]
+        seeds = self.options.seeds(depth_number)
         samples = [self.source.sample(name, num_tokens=tokens, depth=depth, seed=seed) for seed in seeds]
-        return prompt_batches(self.source.processor, samples, batch=self.task.batch, num_rows=QUESTIONS)
+        return prompt_batches(self.source.processor, samples, batch=self.options.batch, num_rows=QUESTIONS)
 
     def missing(self, place: Place, methods: Sequence[str]) -> list[str]:
         """Those that have no cell in a place."""
@@ -69,16 +69,16 @@ class Runner:
 
     def fill(self, place: Place, batches: Sequence[PromptBatch], on_step: Callable[[str], None]) -> None:
         """The missing cells of a place; the baselines last, as the matched method's cell decides their sizes."""
-        given = self.missing(place, self.task.fixed_methods)
-        self._evaluate_all(place, {method: self.task.tables.get(method) for method in given}, batches, on_step)
-        if baselines := self.missing(place, self.task.baselines):
+        given = self.missing(place, self.options.fixed_methods)
+        self._evaluate_all(place, {method: self.options.tables.get(method) for method in given}, batches, on_step)
+        if baselines := self.missing(place, self.options.baselines):
             on_step("sizes of baselines")
             name, tokens, _ = place
             self._evaluate_all(place, self._sizes.fit(baselines, name, tokens, batches[0]), batches, on_step)
 
     @property
     def _sizes(self) -> Sizes:
-        return Sizes(task=self.task, model=self.model, source=self.source, costs=self.costs, journal=self.journal)
+        return Sizes(options=self.options, model=self.model, source=self.source, costs=self.costs, journal=self.journal)
 
     def _evaluate_all(
         self, place: Place, patterns: Methods, batches: Sequence[PromptBatch], on_step: Callable[[str], None]
@@ -95,9 +95,9 @@ class Runner:
         length = Buckets().length_for(batches[0].prompt.tokens.shape[1])
         programs = {method: (method, _named(pattern), length) for method, pattern in patterns.items()}
         cold = [method for method, program in programs.items() if program not in self.warmed]
-        if cold and self.task.parallel_compilations > 1:
+        if cold and self.options.parallel_compilations > 1:
             on_step("compiling")
-            with ThreadPoolExecutor(max_workers=self.task.parallel_compilations) as pool:
+            with ThreadPoolExecutor(max_workers=self.options.parallel_compilations) as pool:
                 list(pool.map(lambda method: self._evaluate(batches[:1], patterns[method]), cold))
         self.warmed.update(programs.values())
 
@@ -108,10 +108,10 @@ class Runner:
     def _key(self, place: Place, method: str) -> dict[str, Any]:
         """What names a cell of one method."""
         name, tokens, number = place
-        return {"kind": "cell", "task": name, "tokens": tokens, "depth": self.task.depths[number], "method": method}
+        return {"kind": "cell", "task": name, "tokens": tokens, "depth": self.options.depths[number], "method": method}
 
 
-def run_niah(task: NiahOptions) -> None:
+def run_niah(options: NiahOptions) -> None:
     """Fills the grid, writes CSV, JSON and heat maps into the output directory, and prints the means.
 
     What is written holds all cells of the output directory, those of methods, tasks and lengths of earlier runs too.
@@ -119,37 +119,37 @@ def run_niah(task: NiahOptions) -> None:
     Raises:
       ValueError: the model, haystack or journal cannot be used, or the prompts are too short for a task.
     """
-    checkpoint = open_checkpoint(task.model)
-    source = SampleSource(processor=checkpoint.read_processor(), haystack=haystack_of(task.haystack))
-    for name, tokens in itertools.product(task.tasks, task.tokens):  # refused now rather than after an hour
-        for seed in task.seeds(0):
+    checkpoint = open_checkpoint(options.model)
+    source = SampleSource(processor=checkpoint.read_processor(), haystack=haystack_of(options.haystack))
+    for name, tokens in itertools.product(options.tasks, options.tokens):  # refused now rather than after an hour
+        for seed in options.seeds(0):
             source.script(name, num_tokens=tokens, depth=0.5, seed=seed)
-    cost_name = task.cost_model or default_costs()
-    task.output.mkdir(parents=True, exist_ok=True)
-    run = _run_of(task, checkpoint.directory, cost_name)
-    journal = Journal(task.output / "cells.jsonl", run)
+    cost_name = options.cost_model or default_costs()
+    options.output.mkdir(parents=True, exist_ok=True)
+    run = _run_of(options, checkpoint.directory, cost_name)
+    journal = Journal(options.output / "cells.jsonl", run)
     with console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
-    for table in task.tables.values():
+        model = checkpoint.load_model(dtype=jnp.dtype(options.dtype), on_tensor=on_tensor)
+    for table in options.tables.values():
         table.check_fits(num_layers=model.config.num_layers, num_heads=model.config.num_heads)
-    runner = Runner(task=task, model=model, source=source, costs=cost_models()[cost_name], journal=journal)
-    remember_methods(journal, task.methods)
+    runner = Runner(options=options, model=model, source=source, costs=cost_models()[cost_name], journal=journal)
+    remember_methods(journal, options.methods)
     with console.work_bar("cells") as on_cell:
         _fill(runner, on_cell)
-    write_results(task, journal)
+    write_results(options, journal)
 
 
 def _fill(runner: Runner, on_cell: Callable[[int, int, str], None]) -> None:
     """Every cell, in the order of task, length and depth; the next samples are made while these are evaluated."""
-    task, journal = runner.task, runner.journal
-    places = list(itertools.product(task.tasks, task.tokens, range(len(task.depths))))
-    missing = {place: runner.missing(place, task.methods) for place in places}
-    total, unfilled = len(places) * len(task.methods), [place for place in places if missing[place]]
+    options, journal = runner.options, runner.journal
+    places = list(itertools.product(options.tasks, options.tokens, range(len(options.depths))))
+    missing = {place: runner.missing(place, options.methods) for place in places}
+    total, unfilled = len(places) * len(options.methods), [place for place in places if missing[place]]
     of_others = len(journal.matching(kind="cell")) - (total - sum(map(len, missing.values())))
     with ThreadPoolExecutor(max_workers=SAMPLES_AHEAD) as pool:
         coming = [pool.submit(runner.batches, *place) for place in unfilled[:SAMPLES_AHEAD]]
         for n, (name, tokens, number) in enumerate(unfilled):
-            what = f"{name}, {tokens} tokens, depth {task.depths[number]:.2f}"
+            what = f"{name}, {tokens} tokens, depth {options.depths[number]:.2f}"
 
             def on_step(step: str, what=what) -> None:
                 on_cell(len(journal.matching(kind="cell")) - of_others, total, f"{step}: {what}")
@@ -168,18 +168,18 @@ def _named(table: PatternTable | Pattern | None) -> str:
     return "a table" if isinstance(table, PatternTable) else repr(table)
 
 
-def _run_of(task: NiahOptions, directory: Path, cost_name: str) -> dict[str, Any]:
+def _run_of(options: NiahOptions, directory: Path, cost_name: str) -> dict[str, Any]:
     """What the cells depend on besides their own coordinates; more tasks, lengths or methods may be added later."""
-    return run_on(task.model, directory, task.dtype) | {
+    return run_on(options.model, directory, options.dtype) | {
         "version": VERSION,
-        "haystack": task.haystack,
-        "depths": task.num_depths,
-        "samples": task.samples,
-        "seed": task.seed,
+        "haystack": options.haystack,
+        "depths": options.num_depths,
+        "samples": options.samples,
+        "seed": options.seed,
         "costs": cost_name,
-        "matched to": task.matched_method,
+        "matched to": options.matched_method,
         "tables": {
             name: [[pattern_json.to_json(p) for p in row] for row in table.layers]
-            for name, table in task.tables.items()
+            for name, table in options.tables.items()
         },
     }

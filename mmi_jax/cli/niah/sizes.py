@@ -9,6 +9,7 @@ import numpy as np
 
 from mmi_jax import Blocks
 from mmi_jax.cli.niah.answers import PromptBatch, evaluate
+from mmi_jax.cli.niah.journal_entries import MATCHED_COST, matched_fractions
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.samples import SampleSource
 from mmi_jax.method.patterns import Pattern
@@ -25,12 +26,12 @@ NUM_LAYERS_LOOKED_AT = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The baselines of every task and length, chosen once and kept in the journal.
+    """The baselines of every task and length, chosen once and recorded in the journal.
 
     A size is never taken over from another task: what a baseline costs depends on the prompts, as ours does.
     """
 
-    task: NiahOptions
+    options: NiahOptions
     model: Any
     source: SampleSource
     costs: CostModel
@@ -40,28 +41,28 @@ class Sizes:
         """The baselines of a task and a length; those not in the journal are sized on the first prompt."""
         place = {"task": name, "tokens": tokens}
         rows = self.journal.matching(kind="size", **place)
-        found = {row["method"]: pattern_json.from_json(row["pattern"]) for row in rows if row["method"] in methods}
-        if missing := [method for method in methods if method not in found]:
+        patterns = {row["method"]: pattern_json.from_json(row["pattern"]) for row in rows if row["method"] in methods}
+        if missing := [method for method in methods if method not in patterns]:
             fraction = self._cost_to_match(name, tokens, batch)
             for method, (pattern, counted) in zip(missing, self._sized(missing, tokens, fraction, batch), strict=True):
-                row = {"kind": "size", **place, "method": method, "share": fraction, "counted": counted}
+                row = {"kind": "size", **place, "method": method, "fraction": fraction, "counted": counted}
                 self.journal.add(row | {"pattern": pattern_json.to_json(pattern)})
-                found[method] = pattern
-        return found
+                patterns[method] = pattern
+        return patterns
 
     def _cost_to_match(self, name: str, tokens: int, batch: PromptBatch) -> float | None:
         """What the matched method costs there, of dense attention, from its own cell; evaluated if it has none."""
-        method = self.task.matched_method
+        method = self.options.matched_method
         if method is None:
             return None
         place = {"task": name, "tokens": tokens, "method": method}
         for cell in self.journal.matching(kind="cell", **place):
             return cell["cost"] / cell["dense_cost"]
-        for row in self.journal.matching(kind="share", **place):
-            return row["share"]
-        answers = evaluate(self.model, [batch], self.task.tables.get(method), self.costs)
+        for fraction in matched_fractions(self.journal, **place).values():
+            return fraction
+        answers = evaluate(self.model, [batch], self.options.tables.get(method), self.costs)
         fraction = answers.cost / answers.dense_cost
-        self.journal.add({"kind": "share", **place, "share": fraction})
+        self.journal.add({"kind": MATCHED_COST, **place, "fraction": fraction})
         return fraction
 
     def _sized(
@@ -81,10 +82,10 @@ class Sizes:
 
     def _layers(self, batch: PromptBatch) -> list[PlanInputs]:
         """What plans read of the layers looked at."""
-        wanted = layers_looked_at(self.model.config.num_layers)
+        numbers = layers_looked_at(self.model.config.num_layers)
         prompt = self.source.processor(list(batch.samples[0].parts), cuts_on_device=True)
-        layers = layer_activations(self.model, prompt, blocks=Blocks(), num_layers=wanted[-1] + 1)
-        return [PlanInputs(x.q, x.k, x.layout) for n, x in enumerate(layers) if n in wanted]
+        layers = layer_activations(self.model, prompt, blocks=Blocks(), num_layers=numbers[-1] + 1)
+        return [PlanInputs(x.q, x.k, x.layout) for n, x in enumerate(layers) if n in numbers]
 
 
 def layers_looked_at(num_layers: int) -> list[int]:

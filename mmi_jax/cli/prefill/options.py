@@ -121,7 +121,7 @@ class RunResult:
       note, right_answer: as of `OutputOptions`.
     """
 
-    task: RunOptions
+    options: RunOptions
     report: PrefillReport
     dense_report: PrefillReport | None
     agreement: Agreement | None
@@ -135,11 +135,11 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values."""
         return {
-            "model": self.task.model,
-            "prompt": self.task.text,
-            "videos": [str(path) for path in self.task.videos],
-            "images": [str(path) for path in self.task.images],
-            "dtype": self.task.dtype,
+            "model": self.options.model,
+            "prompt": self.options.text,
+            "videos": [str(path) for path in self.options.videos],
+            "images": [str(path) for path in self.options.images],
+            "dtype": self.options.dtype,
             "device": jax.devices()[0].device_kind,
             "report": self.report.to_json(),
             "dense_seconds": None if self.dense_report is None else self.dense_report.to_json()["seconds"],

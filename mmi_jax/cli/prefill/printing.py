@@ -38,7 +38,7 @@ def print_result(result: RunResult, console: Console) -> None:
     if result.note:
         console.print(result.note, style="yellow", soft_wrap=True)
     if result.right_answer is not None:
-        console.print(f"question: {result.task.text!r}", markup=False, soft_wrap=True)
+        console.print(f"question: {result.options.text!r}", markup=False, soft_wrap=True)
     console.print(f"answer: {result.text!r}", markup=False, soft_wrap=True)
     if result.right_answer is not None:
         console.print(f"right answer: {result.right_answer!r}", markup=False, soft_wrap=True)

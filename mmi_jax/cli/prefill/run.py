@@ -31,40 +31,40 @@ from models.media.image import read_image
 from models.media.video_stream import VideoStream
 
 
-def run_prefill(task: RunOptions, outputs: OutputOptions) -> RunResult:
-    """Runs the task and prints its result.
+def run_prefill(options: RunOptions, outputs: OutputOptions) -> RunResult:
+    """Runs the prefill and prints its result.
 
     Raises:
       ValueError: a file, the prompt or the table cannot be used; nothing was written.
     """
     seconds: dict[str, float] = {}
-    checkpoint = open_checkpoint(task.model)
+    checkpoint = open_checkpoint(options.model)
     processor = checkpoint.read_processor()
     with _timed(seconds, "media decoding"):
-        media = _Media(task, processor)
-        prompt = processor(arrange(task.text, videos=media.videos, images=media.images))
+        media = _Media(options, processor)
+        prompt = processor(arrange(options.text, videos=media.videos, images=media.images))
     opened = media.waited_seconds
-    mesh = make_mesh(num_kv_heads=checkpoint.config.num_kv_heads) if task.uses_mesh else None
+    mesh = make_mesh(num_kv_heads=checkpoint.config.num_kv_heads) if options.uses_mesh else None
     with _timed(seconds, "weights"), console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor, mesh=mesh)
+        model = checkpoint.load_model(dtype=jnp.dtype(options.dtype), on_tensor=on_tensor, mesh=mesh)
     outputs.check_layer(model.config.num_layers)
-    result = _prefill(model, prompt, task, task.table, mesh, media)
+    result = _prefill(model, prompt, options, options.table, mesh, media)
     waited = media.waited_seconds - opened
-    dense = _prefill(model, prompt, task, None, mesh, media) if task.compares_dense else None
+    dense = _prefill(model, prompt, options, None, mesh, media) if options.compares_dense else None
     with _timed(seconds, "new tokens"), console.spinner("decoding the answer"):
-        new_tokens = _decode(model, result, task.sampling, processor.end_tokens)
+        new_tokens = _decode(model, result, options.sampling, processor.end_tokens)
     stages = None
     if outputs.profile is not None:
-        run = functools.partial(_prefill, model, prompt, task, task.table, mesh, media)
+        run = functools.partial(_prefill, model, prompt, options, options.table, mesh, media)
         _, stages = profiled(lambda: run().logits, outputs.profile, program_texts)
     report = _with_stages(result.report, seconds, waited)
     pictures: tuple[Path, ...] = ()
     if outputs.plots is not None:
         with console.spinner("drawing"):
-            blocks = task.blocks or Blocks()
+            blocks = options.blocks or Blocks()
             pictures = write_pictures(outputs.plots, model, prompt, report, layer=outputs.plot_layer, blocks=blocks)
     run_result = RunResult(
-        task=task,
+        options=options,
         report=report,
         dense_report=None if dense is None else dense.report,
         agreement=None if dense is None else agreement(dense.logits, result.logits, dense.hidden, result.hidden),
@@ -84,28 +84,28 @@ def run_prefill(task: RunOptions, outputs: OutputOptions) -> RunResult:
 
 
 class _Media:
-    """The images and videos of a task; videos are decoded while weights are loaded and first frames are encoded.
+    """The images and videos of a prompt; videos are decoded while weights are loaded and first frames are encoded.
 
     Attributes:
       videos, images: parts for a processor.
       show: while set, called with the progress of decoding.
     """
 
-    def __init__(self, task: RunOptions, processor: Processor):
+    def __init__(self, options: RunOptions, processor: Processor):
         """Returns when each video's first frame is decoded; on a mesh, when all are."""
         self.show: Callable[[str], None] | None = None
         self.streams = [
             VideoStream(
                 path,
-                fps=task.fps,
-                max_frames=task.max_frames,
+                fps=options.fps,
+                max_frames=options.max_frames,
                 resize=processor.fit_frame,
                 on_frame=functools.partial(self._tell, path.name),
             )
-            for path in task.videos
+            for path in options.videos
         ]
-        self.videos = [stream.read() for stream in self.streams] if task.uses_mesh else self.streams
-        self.images = [read_image(path) for path in task.images]
+        self.videos = [stream.read() for stream in self.streams] if options.uses_mesh else self.streams
+        self.images = [read_image(path) for path in options.images]
 
     @property
     def waited_seconds(self) -> float:
@@ -119,7 +119,7 @@ class _Media:
 
 
 def _prefill(
-    model, prompt: Prompt, task: RunOptions, table: PatternTable | Pattern | None, mesh: Mesh | None, media: "_Media"
+    model, prompt: Prompt, options: RunOptions, table: PatternTable | Pattern | None, mesh: Mesh | None, media: "_Media"
 ) -> PrefillResult:
     """One prefill behind a spinner that names the stage; all layers are one program, which reports only its end."""
     stages = {"vision": "vision tower", "compile": "compiling", "prefill": f"{model.config.num_layers} layers"}
@@ -127,7 +127,7 @@ def _prefill(
     with console.spinner("dense prefill" if table is None else "sparse prefill") as show:
 
         def on_stage(stage: str) -> None:
-            chunk = f" of chunk {next(num_chunks)}" if task.chunk_tokens and stage == "prefill" else ""
+            chunk = f" of chunk {next(num_chunks)}" if options.chunk_tokens and stage == "prefill" else ""
             show(stages[stage] + chunk)
             media.show = show if stage == "vision" else None
 
@@ -135,9 +135,9 @@ def _prefill(
             model,
             prompt,
             table=table,
-            chunk_tokens=task.chunk_tokens,
-            max_new_tokens=task.sampling.max_new_tokens,
-            blocks=task.blocks,
+            chunk_tokens=options.chunk_tokens,
+            max_new_tokens=options.sampling.max_new_tokens,
+            blocks=options.blocks,
             mesh=mesh,
             on_stage=on_stage,
         )
@@ -163,11 +163,11 @@ def _with_stages(report: PrefillReport, seconds: dict[str, float], waited: float
     Args:
       waited: seconds that the vision tower waited for frames, which count as decoding.
     """
-    around, own, new_tokens = dict(seconds), dict(report.seconds), seconds["new tokens"]
+    around, stages, new_tokens = dict(seconds), dict(report.seconds), seconds["new tokens"]
     del around["new tokens"]
     around["media decoding"] += waited
-    own["vision"] -= waited
-    return dataclasses.replace(report, seconds={**around, **own, "new tokens": new_tokens})
+    stages["vision"] -= waited
+    return dataclasses.replace(report, seconds={**around, **stages, "new tokens": new_tokens})
 
 
 @contextlib.contextmanager

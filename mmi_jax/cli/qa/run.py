@@ -51,65 +51,66 @@ class QaOptions:
         return None if self.table is None else pattern_json.to_json(self.table)
 
 
-def run_qa(task: QaOptions) -> Score:
-    """Asks every question and prints the score.
+def run_qa(options: QaOptions) -> Score:
+    """Answers every question and prints the score.
 
     Raises:
       ValueError: the set is not complete, a video cannot be read, or the output is another run's.
     """
-    items = DATASETS[task.dataset](task.directory)[: task.limit]
-    checkpoint = open_checkpoint(task.model)
+    items = DATASETS[options.dataset](options.directory)[: options.limit]
+    checkpoint = open_checkpoint(options.model)
     processor = checkpoint.read_processor()
-    run = run_on(task.model, checkpoint.directory, task.dtype) | {
-        "dataset": task.dataset,
-        "patterns": task.patterns,
-        "frames": [task.fps, task.max_frames],
+    run = run_on(options.model, checkpoint.directory, options.dtype) | {
+        "dataset": options.dataset,
+        "patterns": options.patterns,
+        "frames": [options.fps, options.max_frames],
     }
-    journal = Journal(task.output, run)
+    journal = Journal(options.output, run)
     done = {row["name"]: row for row in journal.entries}
     if any(item.name not in done for item in items):
         with console.progress_bar("loading weights", "tensors") as on_tensor:
-            model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
+            model = checkpoint.load_model(dtype=jnp.dtype(options.dtype), on_tensor=on_tensor)
         with console.work_bar("questions") as on_item:
             for n, item in enumerate(items):
                 on_item(n, len(items), item.name[:40])
                 if item.name not in done:
-                    done[item.name] = _ask(task, model, processor, item)
+                    done[item.name] = _ask(options, model, processor, item)
                     journal.add(done[item.name])
             on_item(len(items), len(items), "done")
     score = scores([item.kind for item in items], [done[item.name]["is_right"] for item in items])
-    console.stdout_console().print(score_table(task.dataset, score))
+    console.stdout_console().print(score_table(options.dataset, score))
     return score
 
 
-def _ask(task: QaOptions, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
+def _ask(options: QaOptions, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
     """One question's answer."""
-    video = read_video(item.video, fps=task.fps, max_frames=task.max_frames, resize=processor.fit_frame)
-    given = _choice(task, model, processor, item, video) if item.options else _words(
-        task, model, processor, item, video
-    )  # fmt: skip
+    video = read_video(item.video, fps=options.fps, max_frames=options.max_frames, resize=processor.fit_frame)
+    predict = _choice if item.options else _words
+    given = predict(options, model, processor, item, video)
     is_right = given == item.answer if item.options else matches(str(given), str(item.answer))
     return {"name": item.name, "answer": given, "expected": item.answer, "is_right": bool(is_right)}
 
 
-def _choice(task: QaOptions, model: Any, processor: Processor, item: Item, video: Video) -> int:
-    asked = sample(item, video)
-    result = mmi_jax.prefill(model, processor(list(asked.parts)), table=task.table, measures_recall=False)
-    return int(np.argmax(np.asarray(result.logits)[0, choice_ids(asked.questions[0], processor.tokenizer)]))
+def _choice(options: QaOptions, model: Any, processor: Processor, item: Item, video: Video) -> int:
+    generated = sample(item, video)
+    result = mmi_jax.prefill(model, processor(list(generated.parts)), table=options.table, measures_recall=False)
+    return int(np.argmax(np.asarray(result.logits)[0, choice_ids(generated.questions[0], processor.tokenizer)]))
 
 
-def _words(task: QaOptions, model, processor: Processor, item: Item, video: Video) -> str:
+def _words(options: QaOptions, model, processor: Processor, item: Item, video: Video) -> str:
     ends, prompt = processor.end_tokens, processor(parts(item, video))
-    result = mmi_jax.prefill(model, prompt, table=task.table, measures_recall=False, max_new_tokens=task.max_new_tokens)
-    tokens = mmi_jax.decode(model, result, max_new_tokens=task.max_new_tokens, end_tokens=ends)
-    kept = [token for token in np.asarray(tokens)[0].tolist() if token not in ends]
-    return processor.tokenizer.decode(kept).strip()
+    result = mmi_jax.prefill(
+        model, prompt, table=options.table, measures_recall=False, max_new_tokens=options.max_new_tokens
+    )
+    tokens = mmi_jax.decode(model, result, max_new_tokens=options.max_new_tokens, end_tokens=ends)
+    answer = [token for token in np.asarray(tokens)[0].tolist() if token not in ends]
+    return processor.tokenizer.decode(answer).strip()
 
 
 def score_table(name: str, score: Score) -> Table:
     """Accuracy by kind and over all questions."""
-    table = Table(name, "right", "asked", "accuracy")
-    for kind, (right, asked) in score.by_kind.items():
-        table.add_row(kind, str(right), str(asked), f"{right / asked:.1%}")
+    table = Table(name, "right", "questions", "accuracy")
+    for kind, (right, count) in score.by_kind.items():
+        table.add_row(kind, str(right), str(count), f"{right / count:.1%}")
     table.add_row("all", str(score.correct), str(score.asked), f"{score.accuracy:.1%}", style="bold")
     return table

@@ -91,9 +91,14 @@ def held_out_prompts(processor: Processor, calibration: Calibration) -> Prompts:
 
 
 def _prompts(
-    processor: Processor, calibration: Calibration, videos: Mapping[str, Path], number: int, first_seed: int, *,
+    processor: Processor,
+    calibration: Calibration,
+    videos: Mapping[str, Path],
+    number: int,
+    first_seed: int,
+    *,
     max_tokens: int | None = None,
-) -> Prompts:  # fmt: skip
+) -> Prompts:
     """Each video with the text after it, and so many samples of every task, their needles spread over the depths."""
     prompts = {name: _video_prompt(processor, calibration, path, max_tokens) for name, path in videos.items()}
     answer_rows = {}

@@ -36,7 +36,7 @@ class SearchSummary:
     held_out_error: float | None
 
 
-def run_search(task: SearchOptions) -> SearchSummary:
+def run_search(options: SearchOptions) -> SearchSummary:
     """Searches, writes the table and prints it.
 
     Raises:
@@ -44,17 +44,17 @@ def run_search(task: SearchOptions) -> SearchSummary:
         measured stays in the work file.
     """
     out = console.stderr_console()
-    checkpoint = open_checkpoint(task.model)
+    checkpoint = open_checkpoint(options.model)
     processor = checkpoint.read_processor()
     with console.spinner("prompts"):
-        prompts = calibration_prompts(processor, task.calibration)
-        importance = importance_prompts(processor, task.calibration) if task.weights_by_importance else None
-        held_out = held_out_prompts(processor, task.calibration)
-    candidates = task.read_candidates()
-    journal = Journal(task.journal, _run_of(task, checkpoint.directory, prompts, importance))
+        prompts = calibration_prompts(processor, options.calibration)
+        importance = importance_prompts(processor, options.calibration) if options.weights_by_importance else None
+        held_out = held_out_prompts(processor, options.calibration)
+    candidates = options.read_candidates()
+    journal = Journal(options.journal, _run_of(options, checkpoint.directory, prompts, importance))
     with console.progress_bar("loading weights", "tensors") as on_tensor:
-        model = checkpoint.load_model(dtype=jnp.dtype(task.dtype), on_tensor=on_tensor)
-    name = task.cost_model or default_costs()
+        model = checkpoint.load_model(dtype=jnp.dtype(options.dtype), on_tensor=on_tensor)
+    name = options.cost_model or default_costs()
     costs = cost_models()[name]
     out.print(forecast(candidates, prompts.by_name, model.config, name, costs), markup=False, soft_wrap=True)
     start = time.perf_counter()
@@ -65,56 +65,60 @@ def run_search(task: SearchOptions) -> SearchSummary:
         )
         scores = search.calibrate(prompts.by_name, candidates, answer_rows=prompts.answer_rows, weights=weights)
     with console.spinner("choosing"):
-        best = choose_patterns(scores, task.target.value, costs, excluded=task.excluded)
+        best = choose_patterns(scores, options.target.value, costs, excluded=options.excluded)
     on_others = None
     if held_out.by_name:
         with console.work_bar("trials") as on_trial:
             search = dataclasses.replace(search, on_trial=on_trial)
             search.measure(held_out.by_name, best.trials, "held-out prompts", answer_rows=held_out.answer_rows)
         on_others = search.scores(held_out.by_name, best.trials, weights)
-    provenance = _provenance(task, journal, name, best, scores, costs, on_others)
+    provenance = _provenance(options, journal, name, best, scores, costs, on_others)
     provenance["seconds of this run"] = f"{time.perf_counter() - start:.0f}"
     table = PatternTable(
         layers=tuple(tuple(choice.pattern for choice in row) for row in best.choices),
-        model=Path(task.model).name,
+        model=Path(options.model).name,
         provenance=provenance,
         scores=best.scores,
     )
-    table.save(task.output)
+    table.save(options.output)
     print_table(table, console.stdout_console())
-    print(f"wrote {task.output}")
+    print(f"wrote {options.output}")
     held_out_error = None if on_others is None else best.error_on(on_others)
     return SearchSummary(table=table, calibration_error=best.error_on(scores), held_out_error=held_out_error)
 
 
-def _run_of(task: SearchOptions, directory: Path, prompts: Prompts, importance: Prompts | None) -> dict[str, str]:
-    """What the trials' figures are and depend on: a work file of anything else is refused."""
-    run = run_on(task.model, directory, task.dtype)
+def _run_of(options: SearchOptions, directory: Path, prompts: Prompts, importance: Prompts | None) -> dict[str, str]:
+    """What the trials' figures are and depend on: a journal of anything else is refused."""
+    run = run_on(options.model, directory, options.dtype)
     run |= {"measured": ", ".join(METRICS), "calibration": prompts.description}
     return run if importance is None else run | {"heads weighted": f"by {ABLATED} on {importance.description}"}
 
 
 def _provenance(
-    task: SearchOptions, journal: Journal, cost_name: str, best: SearchResult, scores: Scores, costs: CostModel,
+    options: SearchOptions,
+    journal: Journal,
+    cost_name: str,
+    best: SearchResult,
+    scores: Scores,
+    costs: CostModel,
     on_others: Scores | None,
-) -> dict[str, str]:  # fmt: skip
-    """How the table was found, as text by name."""
-    candidates = task.read_candidates()
+) -> dict[str, str]:
+    """The provenance of the table, as text by name."""
+    candidates = options.read_candidates()
     error = best.error_on(scores)
     where = machine()
     provenance = {
         "source": "mmi search",
         **journal.run,
-        "target": str(task.target.value),
+        "target": str(options.target.value),
         "costs": f"{cost_name} ({'counted tiles' if cost_name == 'tiles' else 'milliseconds'})",
         "attention cost": _highest(best.relative_costs, "calibration prompt"),
-        "error": f"{error:.6g} (mean over heads{', weighted,' if task.weights_by_importance else ''} of the relative "
-        "squared error of the attention output; half of it is that of the rows from which answers are read, where a "
-        "prompt has "
-        "such)",
+        "error": f"{error:.6g} (mean over heads{', weighted,' if options.weights_by_importance else ''} of the "
+        "relative squared error of the attention output; half of it is that of the rows from which answers are read, "
+        "where a prompt has such)",
         "candidates": f"{len(candidates.within)} within, {len(candidates.across)} across modalities, "
         f"{len(scores.by_trial)} trials",
-        "excluded": ", ".join(sorted(task.excluded)) or "nothing",
+        "excluded": ", ".join(sorted(options.excluded)) or "nothing",
         "date": where["date"],
         "commit": where["commit"],
         "jax": where["jax"],

@@ -48,9 +48,9 @@ def patterns_table(table: PatternTable, marks: Mapping[Pattern, Text]) -> Table:
     for pattern, mark in marks.items():
         figures = []
         if scores is not None:
-            is_own = np.array([p == pattern for p in heads])
+            is_pattern = np.array([p == pattern for p in heads])
             cost, error = np.ravel(scores.cost), np.ravel(scores.error)
-            figures = [f"{cost[is_own].sum() / cost.sum():.1%}", f"{error[is_own].mean():.4f}"]
+            figures = [f"{cost[is_pattern].sum() / cost.sum():.1%}", f"{error[is_pattern].mean():.4f}"]
         grid.add_row(mark, str(heads.count(pattern)), *figures, Text(str(pattern), overflow="fold"))
     return grid
 

@@ -1,4 +1,4 @@
-"""Planted structure is found: strides and phases, columns and diagonals, and one index per modality."""
+"""Synthetic structure is recovered: strides and phases, columns and diagonals, and one index per modality."""
 
 import functools
 
@@ -39,8 +39,8 @@ def documents(rng):
 
 def two_videos(rng):
     small, large = (
-        draw_video(rng, 400, most_rows=4, most_columns=5),
-        draw_video(rng, 400, least_rows=5, least_columns=6),
+        draw_video(rng, 400, max_rows=4, max_columns=5),
+        draw_video(rng, 400, min_rows=5, min_columns=6),
     )
     between = text_tokens(int(rng.integers(1, 30)))
     order = [small, large] if rng.random() < 0.5 else [large, small]
@@ -48,10 +48,10 @@ def two_videos(rng):
     return [first, between, second]
 
 
-def draw_video(rng, most_tokens, *, text=0, least_rows=2, most_rows=6, least_columns=3, most_columns=8):
+def draw_video(rng, max_tokens, *, text=0, min_rows=2, max_rows=6, min_columns=3, max_columns=8):
     """Rows, columns and frames, at least six of them, of a video of at most so many tokens."""
-    rows, columns = rng.integers((least_rows, least_columns), (most_rows + 1, most_columns + 1)).tolist()
-    return rows, columns, int(rng.integers(6, most_tokens // (rows * columns + text) + 1))
+    rows, columns = rng.integers((min_rows, min_columns), (max_rows + 1, max_columns + 1)).tolist()
+    return rows, columns, int(rng.integers(6, max_tokens // (rows * columns + text) + 1))
 
 
 PROMPTS = (plain, timestamps, documents, two_videos)
@@ -78,7 +78,7 @@ def planted_line(rng, layout, is_by_row: bool):
 
 
 def planted_qk(rng, layout, is_line):
-    """q, k [t, d]: noise of one nat, a line, and all that a trained head shows beside it.
+    """q, k [t, d]: noise of one nat, a line, and all that a trained head shows next to it.
 
     Four sink tokens, five tokens anywhere that everyone attends to, one frame that the question is about, a pull
     towards recent tokens, and half a nat by which every token differs from its neighbours for all queries alike.
@@ -112,20 +112,22 @@ def find_lines(q, k, layouts, *, grid):
 
 @pytest.mark.slow
 def test_the_planted_stride_and_phase_are_found_in_every_case(rng):
-    layouts, planted, inputs = [], [], []
+    layouts, true_lines, inputs = [], [], []
     while len(layouts) < NUM_CASES:
         layout, is_by_row = random_prompt(rng), len(layouts) % 2
         phase, is_line = planted_line(rng, layout, bool(is_by_row))
         if phase is None:
             continue
         layouts.append(layout)
-        planted.append((is_by_row, phase))
+        true_lines.append((is_by_row, phase))
         inputs.append(planted_qk(rng, layout, is_line))
     q, k = (np.stack(x) for x in zip(*inputs, strict=True))
     layouts = jax.tree.map(lambda *x: np.stack(x), *layouts)
-    found = np.stack(find_lines(q, k, layouts, grid=GRID), axis=1)
-    missed = np.flatnonzero((found != np.array(planted)).any(axis=1))
-    assert not len(missed), f"{len(missed)} of {NUM_CASES} missed: {[(planted[n], found[n].tolist()) for n in missed]}"
+    lines = np.stack(find_lines(q, k, layouts, grid=GRID), axis=1)
+    missed = np.flatnonzero((lines != np.array(true_lines)).any(axis=1))
+    assert not len(missed), (
+        f"{len(missed)} of {NUM_CASES} missed: {[(true_lines[n], lines[n].tolist()) for n in missed]}"
+    )
 
 
 def test_without_geometry_the_rank_among_vision_tokens_is_folded(rng):
@@ -134,8 +136,8 @@ def test_without_geometry_the_rank_among_vision_tokens_is_folded(rng):
     is_line = (layout.modality == VISION) & ((layout.pos - 20) % 25 == 17)
     q, k = planted_qk(rng, layout, is_line)
     grid = Grid(strides=tuple(map(RankPhase, (16, 24, 25, 26, 30))), local=64, sink=4)
-    found = find_lines(q[None], k[None], jax.tree.map(lambda x: x[None], layout), grid=grid)
-    assert [int(x[0]) for x in found] == [2, 17]
+    lines = find_lines(q[None], k[None], jax.tree.map(lambda x: x[None], layout), grid=grid)
+    assert [int(x[0]) for x in lines] == [2, 17]
 
 
 SPARSE = Blocks(q=16, kv=16, granule=1)
@@ -151,7 +153,7 @@ def test_planted_columns_and_diagonals_are_in_the_plan(rng):
     """In blocks that start anywhere a chosen diagonal is kept by every query."""
     t, period = 256, 512
     layout, columns, distances = text_tokens(t), [61, 118, 143], np.array([0, 37, 90])
-    # A diagonal is a rotary pair: cos(angle of q - angle of k) is 1 at the planted distance and averages out elsewhere.
+    # A diagonal is a rotary pair: cos(angle of q - angle of k) is 1 at the distance and averages out elsewhere.
     frequency = 2 * np.pi * rng.integers(1, period, 48) / period
     angle, shift = np.arange(t)[:, None] * frequency, distances[:, None, None] * frequency
     wave = lambda x: np.concatenate([np.cos(x), np.sin(x)], axis=-1)  # noqa: E731
@@ -219,7 +221,7 @@ def test_boundary_2d_finds_the_columns_of_each_pair(rng, pair):
     mask = attended(Boundary2D({pair: inner}), layout, q, k, blocks)
     for column in columns:
         assert (mask[is_query & (keys >= column), column] == 1).all(), f"{column=}"
-    own = mask[np.ix_(is_query, is_key)]
+    within = mask[np.ix_(is_query, is_key)]
     others = np.tril(np.ones_like(mask)) * ~(is_query[:, None] & is_key[None])
-    assert own.sum() < 0.6 * np.tril(np.ones_like(mask))[np.ix_(is_query, is_key)].sum()
+    assert within.sum() < 0.6 * np.tril(np.ones_like(mask))[np.ix_(is_query, is_key)].sum()
     assert (mask * ~(is_query[:, None] & is_key[None]) == others).all(), "pairs not listed are dense"

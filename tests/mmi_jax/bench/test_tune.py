@@ -48,7 +48,7 @@ _attend = jax.jit(reference.attend)
 
 
 def stand_ins(**of_fast) -> Any:
-    """Each config a millisecond slower than the one before it, but `FAST` as told."""
+    """Each config a millisecond slower than the one before it, but `FAST` as given."""
     count = itertools.count()
 
     def compile_all(configs, inputs):
@@ -58,28 +58,28 @@ def stand_ins(**of_fast) -> Any:
 
 
 def test_the_fastest_config_is_first_and_becomes_the_entry():
-    found = tune.tune(PROBLEM, repeats=2, compile_all=stand_ins(ms=1.0))
-    entry = tuned_table.tuned_entry(PROBLEM, found["ranking"])
+    result = tune.tune(PROBLEM, repeats=2, compile_all=stand_ins(ms=1.0))
+    entry = tuned_table.tuned_entry(PROBLEM, result["ranking"])
     assert entry.config == FAST and entry.key == (64, 128, 2)
-    assert entry.tflops_per_s == found["ranking"][0]["tflops_per_s"] and set(entry.tflops_per_s) == {
+    assert entry.tflops_per_s == result["ranking"][0]["tflops_per_s"] and set(entry.tflops_per_s) == {
         "all",
         "random",
         "short",
     }
-    others = [row["tflops_per_s"]["random"] for row in found["ranking"] if "all" not in row["tflops_per_s"]]
-    tried = {HopperConfig(**row["config"]) for row in found["ranking"]}
-    assert others == sorted(others, reverse=True) and len(found["ranking"]) == len(tried)
-    finalists = {HopperConfig(**row["config"]) for row in found["ranking"] if "all" in row["tflops_per_s"]}
+    others = [row["tflops_per_s"]["random"] for row in result["ranking"] if "all" not in row["tflops_per_s"]]
+    tried = {HopperConfig(**row["config"]) for row in result["ranking"]}
+    assert others == sorted(others, reverse=True) and len(result["ranking"]) == len(tried)
+    finalists = {HopperConfig(**row["config"]) for row in result["ranking"] if "all" in row["tflops_per_s"]}
     assert finalists > {config for (d, _), config in CONFIGS.items() if d == PROBLEM.head_dim}
     assert tried > {*tune.sizes(PROBLEM), *tune.variants([FAST])}
 
 
 def test_a_wrong_config_is_never_chosen_and_last_with_the_reason():
-    found = tune.tune(PROBLEM, repeats=1, compile_all=stand_ins(ms=1.0, error=0.1))
-    wrong = found["ranking"][-1]
+    result = tune.tune(PROBLEM, repeats=1, compile_all=stand_ins(ms=1.0, error=0.1))
+    wrong = result["ranking"][-1]
     assert HopperConfig(**wrong["config"]) == FAST and wrong["tflops_per_s"] == {}
     assert "relative error against float64 must be at most" in wrong["error"]
-    assert "error" not in found["ranking"][0]
+    assert "error" not in result["ranking"][0]
 
 
 def test_without_a_right_config_there_is_no_entry():
@@ -92,17 +92,19 @@ def test_without_a_right_config_there_is_no_entry():
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_sizes_fit_the_shared_memory_and_hold_the_built_in_configs(head_dim):
-    found = tune.sizes(dataclasses.replace(PROBLEM, head_dim=head_dim))
-    assert all(config.shared_memory_bytes(head_dim, "bfloat16") <= SHARED_MEMORY_BYTES for config in found)
-    assert {config for (d, _), config in CONFIGS.items() if d == head_dim} <= set(found)
-    assert len(set(found)) == len(found)
+    configs = tune.sizes(dataclasses.replace(PROBLEM, head_dim=head_dim))
+    assert all(config.shared_memory_bytes(head_dim, "bfloat16") <= SHARED_MEMORY_BYTES for config in configs)
+    assert {config for (d, _), config in CONFIGS.items() if d == head_dim} <= set(configs)
+    assert len(set(configs)) == len(configs)
 
 
 def test_a_variant_differs_in_one_field():
-    found = [dataclasses.asdict(config) for config in tune.variants([FAST])]
-    changed = [{name for name, value in dataclasses.asdict(FAST).items() if value != one[name]} for one in found]
-    assert [len(names) for names in changed] == [1] * len(found)
-    assert set().union(*changed) == set(tune.DIALS)
+    configs = [dataclasses.asdict(config) for config in tune.variants([FAST])]
+    changed = [
+        {name for name, value in dataclasses.asdict(FAST).items() if value != config[name]} for config in configs
+    ]
+    assert [len(names) for names in changed] == [1] * len(configs)
+    assert set().union(*changed) == set(tune.OTHER_FIELDS)
 
 
 def test_all_kinds_of_lists_have_one_shape():
@@ -195,8 +197,8 @@ def test_the_figures_outlive_a_table_that_breaks_during_the_search(tmp_path, cap
 
 def test_the_best_of_a_search_is_kept(tmp_path, run_tune):
     assert run_tune(tmp_path / "x.json", lambda *_, **__: dict(FIGURES)) == 0
-    (found,) = read_table(tmp_path / "x.json")
-    assert (found.config, found.key) == (FAST, (64, 128, 2))
+    (entry,) = read_table(tmp_path / "x.json")
+    assert (entry.config, entry.key) == (FAST, (64, 128, 2))
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
 
 

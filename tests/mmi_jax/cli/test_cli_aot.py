@@ -75,20 +75,20 @@ def kernel() -> dict:
 
 @pytest.fixture
 def children(monkeypatch) -> types.SimpleNamespace:
-    """Children that compile nothing: `prefill` is what the first one says; `tasks` what they were asked."""
-    asked = types.SimpleNamespace(prefill=[memory(4096, fits=True)], tasks=[])
+    """Children that compile nothing: `prefill` is what the first one says; `options` what they got."""
+    children = types.SimpleNamespace(prefill=[memory(4096, fits=True)], options=[])
 
-    def child(task, **_):
-        asked.tasks.append(task)
-        if task.dump is None:
-            return iter(asked.prefill)
-        if not asked.prefill[-1]["fits"]:
+    def child(options, **_):
+        children.options.append(options)
+        if options.dump is None:
+            return iter(children.prefill)
+        if not children.prefill[-1]["fits"]:
             raise ValueError("compiling ended with status 1: RESOURCE_EXHAUSTED")
         return iter([kernel()])
 
     monkeypatch.setattr(command, "_child", child)
     monkeypatch.setattr(command, "_check_compiler", lambda: None)
-    return asked
+    return children
 
 
 def test_a_prompt_that_does_not_fit_has_its_verdict_and_no_kernel(capsys, children, tmp_path):
@@ -97,9 +97,9 @@ def test_a_prompt_that_does_not_fit_has_its_verdict_and_no_kernel(capsys, childr
     assert main([*SMALL, "--tokens", "10000000", "--json-file", str(path)]) == command.DOES_NOT_FIT
     printed = capsys.readouterr().out
     assert "memory of each device: 15.00 GB of 10.00 GB, does not fit, 1.00 GB of it arguments" in printed
-    found = json.loads(printed.strip().splitlines()[-1])
-    assert found == json.loads(path.read_text()) and "kernel" not in found
-    assert (found["fits"], found["padded_tokens"], len(children.tasks)) == (False, 10_485_760, 1)
+    result = json.loads(printed.strip().splitlines()[-1])
+    assert result == json.loads(path.read_text()) and "kernel" not in result
+    assert (result["fits"], result["padded_tokens"], len(children.options)) == (False, 10_485_760, 1)
 
 
 def test_the_results_are_printed_before_the_file_is_written(capsys, children, monkeypatch, tmp_path):
@@ -117,7 +117,7 @@ def test_the_kernel_is_compiled_at_the_padded_length_that_was_found(children, mo
     """The last bucket of a search, 123 * 8192, is no bucket of a longer table: it would be padded to 128 * 8192."""
     children.prefill = [memory(1_007_616, fits=True)]
     assert main([*SMALL, "--longest", "--tokens", "1010000"]) == 0
-    (_, task) = children.tasks
+    (_, task) = children.options
     assert (task.tokens, task.longest) == (1_007_616, False)
     lengths = []
 
@@ -163,13 +163,13 @@ def test_a_small_model_compiles_and_has_its_figures(capsys, tmp_path, topology):
     PatternTable(layers=((window,) * 8 + (others,) * 8,) * 36).save(table)
     assert main([*SMALL, "--topology", topology, "--table", str(table), "--json-file", str(path)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(printed.strip().splitlines()[-1])
-    assert found == json.loads(path.read_text())
-    assert (found["fits"], found["chips"], found["mesh"]) == (True, 4, {"sequence": 2, "heads": 2})
-    assert 0 < found["argument_bytes"] < found["total_bytes"] < found["hbm_bytes_per_device"]
-    assert found["kernel"]["vmem_bytes"] < found["kernel"]["vmem_limit_bytes"]
-    assert all(0.1 < region["mxu"] <= 1 for region in found["kernel"]["compute_regions"])
-    bound = found["lower_bound_seconds"]
+    result = json.loads(printed.strip().splitlines()[-1])
+    assert result == json.loads(path.read_text())
+    assert (result["fits"], result["chips"], result["mesh"]) == (True, 4, {"sequence": 2, "heads": 2})
+    assert 0 < result["argument_bytes"] < result["total_bytes"] < result["hbm_bytes_per_device"]
+    assert result["kernel"]["vmem_bytes"] < result["kernel"]["vmem_limit_bytes"]
+    assert all(0.1 < region["mxu"] <= 1 for region in result["kernel"]["compute_regions"])
+    bound = result["lower_bound_seconds"]
     assert 0 < bound["hbm"] and bound["all"] >= max(bound["matmul"] + bound["attention"], bound["hbm"]) * 0.999
     assert "of it arguments" in printed and "- Each unit is never idle" in printed
 
@@ -178,8 +178,8 @@ def test_a_small_model_compiles_and_has_its_figures(capsys, tmp_path, topology):
 @needs_compiler
 def test_the_weights_of_a_large_model_do_not_fit_a_small_slice(capsys):
     assert main(["aot", "--topology", "v5e:2x2", "--preset", "72b", "--tokens", "4096"]) == command.DOES_NOT_FIT
-    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert not found["fits"] and found["total_bytes"] > found["limit_bytes"] > 15 * 2**30
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert not result["fits"] and result["total_bytes"] > result["limit_bytes"] > 15 * 2**30
 
 
 @pytest.mark.slow

@@ -105,9 +105,9 @@ def test_dense_rows_see_what_stands_before_them():
 
 def test_without_torch_every_peer_gives_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = peers_of("float32")
-    assert [row["name"] for row in found] == [*torch_attention.DENSE, torch_attention.FLEX]
-    assert all(row["error"].startswith("torch is not installed") for row in found)
+    peers = peers_of("float32")
+    assert [row["name"] for row in peers] == [*torch_attention.DENSE, torch_attention.FLEX]
+    assert all(row["error"].startswith("torch is not installed") for row in peers)
 
 
 def peers_of(dtype):
@@ -120,12 +120,12 @@ def peers_of(dtype):
 @pytest.mark.parametrize("takes_gqa", [True, False])
 def test_peers_get_our_arrays_and_lists_and_are_checked(monkeypatch, dtype, takes_gqa):
     fake_torch.install(monkeypatch, takes_gqa=takes_gqa)
-    found = peers_of(dtype)
-    assert [row["name"] for row in found] == [*torch_attention.DENSE, torch_attention.FLEX]
-    assert all(row["relative_error"] < 1e-6 and row["median_ms"] > 0 and "speedup" in row for row in found)
-    assert [row.get("note") for row in found] == [None if takes_gqa else "kv heads repeated"] * 2 + [None]
+    peers = peers_of(dtype)
+    assert [row["name"] for row in peers] == [*torch_attention.DENSE, torch_attention.FLEX]
+    assert all(row["relative_error"] < 1e-6 and row["median_ms"] > 0 and "speedup" in row for row in peers)
+    assert [row.get("note") for row in peers] == [None if takes_gqa else "kv heads repeated"] * 2 + [None]
     visited = SMALL.flops(SMALL.lists.index(SMALL.num_q_heads, SMALL.num_tokens, SMALL.block))
-    for row, flops in zip(found, (2.0 * 4 * 512**2 * 64, 2.0 * 4 * 512**2 * 64, visited), strict=True):
+    for row, flops in zip(peers, (2.0 * 4 * 512**2 * 64, 2.0 * 4 * 512**2 * 64, visited), strict=True):
         assert row["tflops_per_s"] == pytest.approx(flops / row["median_ms"] / 1e9, abs=6e-4)
 
 
@@ -148,9 +148,9 @@ def test_flex_tables_hold_the_lists_partial_and_full_apart():
     (partial_count, full_count), (partial, full) = torch_attention.flex_tables(index)
     assert (partial_count == 1).all() and full_count.sum() == index.num_full.sum()
     for h, i in np.ndindex(2, 8):
-        found = [*full[0, h, i, : full_count[0, h, i]], *partial[0, h, i, : partial_count[0, h, i]]]
+        blocks = [*full[0, h, i, : full_count[0, h, i]], *partial[0, h, i, : partial_count[0, h, i]]]
         first = index.first[h, i]
-        assert [128 * n for n in found] == index.start[h, first : first + index.count[h, i]].tolist()
+        assert [128 * n for n in blocks] == index.start[h, first : first + index.count[h, i]].tolist()
 
 
 def test_flex_tables_refuse_what_would_not_fit():
@@ -190,22 +190,22 @@ def test_heads_that_run_dense_are_counted_and_checked_as_dense(monkeypatch):
 
 
 def test_dense_is_measured_up_to_the_limit_and_extrapolated_by_the_square(monkeypatch):
-    asked = []
+    measured = []
 
-    def measured(num_tokens, *sizes, **_):
-        asked.append(num_tokens)
+    def measure(num_tokens, *sizes, **_):
+        measured.append(num_tokens)
         return (
             {"name": "slow", "median_ms": 9.0},
             {"name": "failed", "error": "why"},
             {"name": "fast", "median_ms": 3.0},
         )
 
-    monkeypatch.setattr(dense_attention, "measure_synthetic_dense", measured)
-    found = dense_attention.best_dense(8192, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
-    assert (found["dense"], found["dense_ms"], found["is_dense_extrapolated"]) == ("fast", 48.0, True)
-    found = dense_attention.best_dense(1024, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
-    assert (found["dense_ms"], found["is_dense_extrapolated"]) == (3.0, False)
-    assert asked == [2048, 1024]
+    monkeypatch.setattr(dense_attention, "measure_synthetic_dense", measure)
+    figures = dense_attention.best_dense(8192, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
+    assert (figures["dense"], figures["dense_ms"], figures["is_dense_extrapolated"]) == ("fast", 48.0, True)
+    figures = dense_attention.best_dense(1024, 4, 2, 64, "float32", limit=2048, repeats=1, with_peers=False)
+    assert (figures["dense_ms"], figures["is_dense_extrapolated"]) == (3.0, False)
+    assert measured == [2048, 1024]
 
 
 @pytest.mark.slow
@@ -252,8 +252,8 @@ def test_an_unknown_dtype_is_refused_once_and_first(capsys, nothing_runs):
 
 def test_a_case_that_fails_is_a_row_and_the_others_are_measured(capsys, small_case, monkeypatch):
     monkeypatch.setitem(CASES, "bad", dataclasses.replace(SMALL, name="bad", num_q_heads=3))
-    asked = ["--case", "bad", "--case", "small", "--no-isolate", "--repeats", "1"]
-    assert main(["bench", "attention", *asked]) == 1
+    arguments = ["--case", "bad", "--case", "small", "--no-isolate", "--repeats", "1"]
+    assert main(["bench", "attention", *arguments]) == 1
     bad, good = last_line(capsys)["cases"]
     assert bad == {"case": "bad", "error": "num_q_heads=3 must be a multiple of num_kv_heads=2"}
     assert good["case"] == "small" and good["median_ms"] > 0
@@ -354,5 +354,5 @@ def test_a_measurement_queues_as_many_calls_as_fill_it(monkeypatch):
     times = wall_time.time_calls(lambda: log.append("call"), lambda _: log.append("wait"), repeats=2, fill_ms=50.0)
     assert log == ["call", "wait"] * 2 + (["call"] * 5 + ["wait"]) * 2
     assert times == pytest.approx([10.0, 9.0])
-    found = wall_time.summary([3.0, 1.0, 2.0], compile_ms=7.0)
-    assert found.figures() == {"median_ms": 2.0, "fastest_ms": 1.0, "slowest_ms": 3.0, "compile_ms": 7.0}
+    timing = wall_time.summary([3.0, 1.0, 2.0], compile_ms=7.0)
+    assert timing.figures() == {"median_ms": 2.0, "fastest_ms": 1.0, "slowest_ms": 3.0, "compile_ms": 7.0}

@@ -31,20 +31,25 @@ def test_all_that_the_ways_run_is_compiled_before():
     requests = requests_of(
         TINY_PRESET, [1024, 1800, 1000], PrefillOptions(table=AShape(128, 256), measures_recall=False)
     )
-    assert {(one.lengths.padded_tokens, one.batch) for one in requests} == {(1024, 1), (1024, 2), (1920, 1), (1920, 3)}
-    assert len(requests) == 4 and not any(one.options.measures_recall for one in requests)
+    assert {(request.lengths.padded_tokens, request.batch) for request in requests} == {
+        (1024, 1),
+        (1024, 2),
+        (1920, 1),
+        (1920, 3),
+    }
+    assert len(requests) == 4 and not any(request.options.measures_recall for request in requests)
 
 
-def test_figures_of_the_ways_stand_beside_ours():
-    asked = []
+def test_figures_of_the_ways_are_compared_with_ours():
+    ways = []
 
     def run(way):
-        asked.append(way)
+        ways.append(way)
         time.sleep(1e-3)
         return np.full((3, 2), 2.0 if way == "many" else 1.0)
 
     figures = compare_ways(run, [1024, 1800, 1000], 2)
-    assert asked == [way for way in ("many", "padded", "alone") for _ in range(3)]
+    assert ways == [way for way in ("many", "padded", "alone") for _ in range(3)]
     assert (figures["tokens"], figures["padded_tokens"], figures["batches"]) == (3824, 2 * 1024 + 1920, [1, 2])
     padded, alone = figures["others"]
     assert padded["padded_tokens"] == 3 * 1920 and alone["padded_tokens"] == figures["padded_tokens"]

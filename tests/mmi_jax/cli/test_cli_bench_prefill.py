@@ -90,18 +90,18 @@ def test_no_soak_begins_that_could_not_end(tiny_preset, arguments, capsys):
 
 
 def test_dense_seconds_are_measured_up_to_the_limit_and_extrapolated_above():
-    """Linear and quadratic parts are told apart by two measurements."""
-    asked = []
+    """Linear and quadratic parts are separated by two measurements."""
+    measured = []
 
     def measure(num_tokens):
-        asked.append(num_tokens)
+        measured.append(num_tokens)
         return 3e-6 * num_tokens + 5e-10 * num_tokens**2
 
     baseline = DenseBaseline(measure=measure, limit=8192)
     assert baseline.of(8192) == {"dense_seconds": round(measure(8192), 4), "is_dense_extrapolated": False}
     far = baseline.of(2**20)
     assert far["dense_seconds"] == pytest.approx(measure(2**20), rel=1e-4) and far["dense_measured_at"] == [4096, 8192]
-    assert asked.count(4096) == 1
+    assert measured.count(4096) == 1
     failing = DenseBaseline(measure=lambda _: 1 / 0, limit=8192)
     assert failing.of(16384) == {"dense_error": "ZeroDivisionError: division by zero"}
 

@@ -1,4 +1,4 @@
-"""`mmi prefill` killed while it writes: no file is half there under its own name, and the next run works."""
+"""`mmi prefill` killed while it writes: no file is half written under its final name, and the next run works."""
 
 import json
 import os
@@ -44,7 +44,7 @@ else:
     Figure.savefig = half_a_picture
 sys.exit(main(sys.argv[2:]))
 """
-"""A run that stops, for ever, with half of a kept program or of a picture on the disk."""
+"""A run that stops, for ever, with half of a cached program or of a picture on the disk."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`mmi prefill`: the demo whole, then what can be asked of it and what it refuses."""
+"""`mmi prefill`: the demo whole, then its options and its refusals."""
 
 import contextlib
 import dataclasses
@@ -269,7 +269,7 @@ REFUSED = {
         ["--model", "/no/such/model", "--prompt", "a", "--profile", "UNDER"],
         "--profile must name a directory, got",
     ),
-    "trace where nobody can write": (
+    "trace in a read-only directory": (
         ["--model", "/no/such/model", "--prompt", "a", "--profile", "/proc/trace"],
         "--profile must name a directory that can be written, got '/proc/trace'",
     ),

@@ -14,6 +14,7 @@ import mmi_jax
 from mmi_jax import AShape, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
 from mmi_jax.cli.niah.answers import Answers, PromptBatch, prompt_batches
+from mmi_jax.cli.niah.journal_entries import read_cells
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import heat_maps, means_table, remember_methods, results_of
 from mmi_jax.cli.niah.run import Runner
@@ -191,7 +192,7 @@ def test_niah_fills_a_grid_and_goes_on_where_it_stopped(model, tmp_path, capsys,
     assert "% (not equal)" in capsys.readouterr().out  # its smallest size costs more than ours at 700 tokens
 
 
-def niah_task(directory, **changes) -> NiahOptions:
+def niah_options(directory, **changes) -> NiahOptions:
     values: dict[str, Any] = dict(
         model="m",
         tasks=("v_niah",),
@@ -216,8 +217,8 @@ def niah_task(directory, **changes) -> NiahOptions:
 def sizes_of(directory, **changes) -> Sizes:
     source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
     journal = Journal(directory / "cells.jsonl", {"model": "m"})
-    task = niah_task(directory, **changes)
-    return Sizes(task=task, model=None, source=source, costs=cost_models()["tiles"], journal=journal)
+    options = niah_options(directory, **changes)
+    return Sizes(options=options, model=None, source=source, costs=cost_models()["tiles"], journal=journal)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def batch() -> PromptBatch:
 
 
 def answers(cost: float) -> Answers:
-    return Answers(correct=1, asked=1, cost=cost, dense_cost=1.0, density=cost, prompt_tokens=1024.0)
+    return Answers(correct=1, questions=1, cost=cost, dense_cost=1.0, density=cost, prompt_tokens=1024.0)
 
 
 def cell(method: str, cost: float, task: str = "v_niah", tokens: int = 1024, depth: float = 0.5) -> dict[str, Any]:
@@ -239,20 +240,22 @@ def cell(method: str, cost: float, task: str = "v_niah", tokens: int = 1024, dep
 @pytest.fixture
 def sized(monkeypatch) -> list[tuple[str, int, float | None]]:
     """Which baselines got a size, for how many tokens and to cost what; the size is a thousand times that."""
-    found = []
+    sizes = []
 
-    def sizes(self, methods, tokens, share, batch):
-        found.extend((method, tokens, share) for method in methods)
-        return [(AShape(sink=128, local=round(1000 * share)), share) for _ in methods]
+    def fake_sizes(self, methods, tokens, fraction, batch):
+        sizes.extend((method, tokens, fraction) for method in methods)
+        return [(AShape(sink=128, local=round(1000 * fraction)), fraction) for _ in methods]
 
-    monkeypatch.setattr(Sizes, "_sized", sizes)
-    return found
+    monkeypatch.setattr(Sizes, "_sized", fake_sizes)
+    return sizes
 
 
 def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_cell_costs(
     tmp_path, monkeypatch, sized, batch
 ):
-    monkeypatch.setattr("mmi_jax.cli.niah.sizes.evaluate", lambda *_: pytest.fail("the matched method was asked again"))
+    monkeypatch.setattr(
+        "mmi_jax.cli.niah.sizes.evaluate", lambda *_: pytest.fail("the matched method was evaluated again")
+    )
     for row in (cell("dense", 0.2), cell("dense", 0.3, task="mm_niah"), cell("dense", 0.4, tokens=2048)):
         sizes_of(tmp_path).journal.add(row)
     for _ in range(2):  # the second as after a kill: from the journal alone
@@ -264,7 +267,7 @@ def test_a_baseline_is_sized_once_for_each_task_and_length_to_what_the_matched_c
     assert sized == [("a-shape", 1024, 0.2), ("swin", 1024, 0.3), ("a-shape", 1024, 0.3), ("a-shape", 2048, 0.4)]
 
 
-def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(tmp_path, monkeypatch, sized, batch):
+def test_a_matched_method_without_cells_is_evaluated_once_for_each_task_and_length(tmp_path, monkeypatch, sized, batch):
     costs = iter((0.2, 0.3))
     monkeypatch.setattr("mmi_jax.cli.niah.sizes.evaluate", lambda *_: answers(next(costs)))
     for _ in range(2):
@@ -272,7 +275,7 @@ def test_a_matched_method_without_cells_is_asked_once_for_each_task_and_length(t
         for method in ("a-shape", "swin"):
             sizes.fit([method], "v_niah", 1024, batch)
             sizes.fit([method], "mm_niah", 1024, batch)
-    assert sized == [(method, 1024, share) for method in ("a-shape", "swin") for share in (0.2, 0.3)]
+    assert sized == [(method, 1024, fraction) for method in ("a-shape", "swin") for fraction in (0.2, 0.3)]
     assert next(costs, None) is None
 
 
@@ -281,20 +284,20 @@ def test_without_a_method_to_match_sizes_are_those_of_the_paper(tmp_path, batch)
     assert sizes.fit(["a-shape"], "v_niah", 1024, batch) == {"a-shape": AShape(sink=128, local=4096)}
 
 
-def test_the_matched_method_is_asked_before_the_baselines_whatever_the_order(tmp_path, monkeypatch, sized):
-    asked = []
+def test_the_matched_method_is_evaluated_before_the_baselines_whatever_the_order(tmp_path, monkeypatch, sized):
+    evaluated = []
 
     def answer(model, batches, pattern, costs):
-        asked.append(pattern)
+        evaluated.append(pattern)
         return answers(1.0 if pattern is None else 0.9)
 
     monkeypatch.setattr("mmi_jax.cli.niah.run.evaluate", answer)
     sizes = sizes_of(tmp_path, methods=("a-shape", "dense"))
-    runner = Runner(task=sizes.task, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
+    runner = Runner(options=sizes.options, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
     place = ("v_niah", 1024, 0)
     runner.fill(place, runner.batches(*place), lambda step: None)
-    assert asked == [None, AShape(128, 1000)] and sized == [("a-shape", 1024, 1.0)]
-    assert not runner.missing(place, sizes.task.methods)
+    assert evaluated == [None, AShape(128, 1000)] and sized == [("a-shape", 1024, 1.0)]
+    assert not runner.missing(place, sizes.options.methods)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +310,7 @@ def test_layers_looked_at_are_spread_over_the_depth(num_layers, expected):
 def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_path):
     journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
     remember_methods(journal, ("dense", "ours", "swin"))
-    for method in ("ours", "swin"):  # killed before dense was asked
+    for method in ("ours", "swin"):  # killed before dense was evaluated
         journal.add(cell(method, 0.2, tokens=2048))
     remember_methods(journal, ("a-shape", "dense"))
     for method in ("a-shape", "dense"):
@@ -315,9 +318,9 @@ def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_pat
     length = len(journal.entries)
     remember_methods(journal, ("swin",))
     assert len(journal.entries) == length
-    results = results_of(niah_task(tmp_path), journal)
-    found = [(c["tokens"], c["method"]) for c in results.cells]
-    assert found == [(1024, "dense"), (1024, "a-shape"), (2048, "ours"), (2048, "swin")]
+    results = results_of(niah_options(tmp_path), journal)
+    cells = [(c["tokens"], c["method"]) for c in results.cells]
+    assert cells == [(1024, "dense"), (1024, "a-shape"), (2048, "ours"), (2048, "swin")]
     assert list(results.methods) == ["dense", "ours", "swin", "a-shape"]
     table = means_table("v_niah", results)
     assert [list(column.cells)[1] for column in table.columns[:3]] == ["ours", "", "100.0%"]
@@ -325,22 +328,32 @@ def test_results_hold_every_cell_of_the_journal_in_the_order_first_named(tmp_pat
     assert titles[:4] == [f"{method}, cost 20.0%" for method in results.methods]
 
 
-@pytest.mark.parametrize("is_asked", [True, False])
-def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, is_asked):
+def test_cells_of_0_1_0_are_read_under_the_present_names(tmp_path):
+    journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
+    now = cell("dense", 0.2)
+    journal.add({("asked" if name == "questions" else name): value for name, value in now.items()})
+    assert read_cells(journal) == [now]
+
+
+@pytest.mark.parametrize("source", ["cell", "entry", "entry of 0.1.0"])
+def test_another_cost_than_the_matched_one_is_marked_at_each_length(tmp_path, source):
     """Also where the matched method is not among the methods. Of both baselines the mean is equal."""
     journal = Journal(tmp_path / "cells.jsonl", {"model": "m"})
     remember_methods(journal, ("dense", "a-shape", "swin"))
-    for tokens, share in ((1024, 0.4), (2048, 0.2)):
-        if is_asked:
-            journal.add(cell("dense", share, tokens=tokens))
-        else:
-            journal.add({"kind": "share", "task": "v_niah", "tokens": tokens, "method": "dense", "share": share})
+    for tokens, fraction in ((1024, 0.4), (2048, 0.2)):
+        place = {"task": "v_niah", "tokens": tokens, "method": "dense"}
+        entries = {
+            "cell": cell("dense", fraction, tokens=tokens),
+            "entry": {"kind": "matched cost", **place, "fraction": fraction},
+            "entry of 0.1.0": {"kind": "share", **place, "share": fraction},
+        }
+        journal.add(entries[source])
     for method, costs in {"a-shape": (0.41, 0.19), "swin": (0.35, 0.25)}.items():
         for tokens, cost in zip((1024, 2048), costs, strict=True):
             journal.add(cell(method, cost, tokens=tokens))
-    table = means_table("v_niah", results_of(niah_task(tmp_path), journal))
+    table = means_table("v_niah", results_of(niah_options(tmp_path), journal))
     shown = dict(zip(table.columns[0].cells, table.columns[4].cells, strict=True))
-    assert shown == ({"dense": "30.0%"} if is_asked else {}) | {"a-shape": "30.0%", "swin": "30.0% (not equal)"}
+    assert shown == ({"dense": "30.0%"} if source == "cell" else {}) | {"a-shape": "30.0%", "swin": "30.0% (not equal)"}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +394,7 @@ def write_video(path):
 
 
 @pytest.mark.slow
-def test_qa_asks_every_question_once(model, tmp_path, capsys, monkeypatch):
+def test_qa_answers_every_question_once(model, tmp_path, capsys, monkeypatch):
     data = tmp_path / "data"
     (data / "dataset").mkdir(parents=True)
     write_video(data / "v_one.mp4")
@@ -393,7 +406,7 @@ def test_qa_asks_every_question_once(model, tmp_path, capsys, monkeypatch):
     options += ["--output", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "2"]
     assert main(options) == 0
     assert "yes or no" in capsys.readouterr().out
-    monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a question was asked again"))
+    monkeypatch.setattr(mmi_jax, "prefill", lambda *_, **__: pytest.fail("a question was answered again"))
     assert main(options) == 0
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
     assert main([*options, "--pattern", "AShape"]) == 2

@@ -1,4 +1,4 @@
-"""`mmi search`, killed at a moment it does not know of, goes on to the table that it would have found."""
+"""`mmi search`, killed at any moment, resumes to the same table."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def program(x):
 
 
 @pytest.fixture(autouse=True)
-def quick_programs_are_kept(monkeypatch):
+def quick_programs_are_cached(monkeypatch):
     monkeypatch.setattr(compile_cache, "MIN_COMPILE_SECONDS", 0.0)
 
 

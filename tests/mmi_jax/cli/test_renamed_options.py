@@ -30,8 +30,8 @@ def test_a_command_runs_under_a_former_name(capsys):
 
 @pytest.mark.parametrize("command", RENAMED, ids=" ".join)
 def test_a_command_has_the_new_names_and_not_the_old_ones(command):
-    found: Any = typer.main.get_command(app)
+    entry: Any = typer.main.get_command(app)
     for name in command:
-        found = found.commands[name]
-    options = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
+        entry = entry.commands[name]
+    options = {name for option in entry.params for name in (*option.opts, *option.secondary_opts)}
     assert set(RENAMED[command].values()) <= options and not options & set(RENAMED[command])

@@ -20,7 +20,7 @@ from mmi_jax.cli.bench.options import (
     check_known,
     matching_cases,
 )
-from mmi_jax.cli.bench.runner import Case, in_process_of_its_own, run_cases
+from mmi_jax.cli.bench.runner import Case, in_new_process, run_cases
 from mmi_jax.cli.bench.tables import figures_table, kernel_cells, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import ALONE, WITH_TORCH, take_memory
@@ -44,12 +44,12 @@ def attention(
     """Time block-sparse attention over given block lists. By default the cases that suit the device."""
 
     def measure(name: str) -> dict[str, Any]:
-        one = CASES[name]
-        is_short = one.num_tokens <= dense_limit
+        case = CASES[name]
+        is_short = case.num_tokens <= dense_limit
         return bench_attention(
-            one,
+            case,
             implementation=implementation,  # pyright: ignore
-            with_dense=baseline and is_short and dense_fits(one.num_q_heads, one.num_tokens),
+            with_dense=baseline and is_short and dense_fits(case.num_q_heads, case.num_tokens),
             with_peers=peers and is_short,
             repeats=repeats,
         )
@@ -63,7 +63,7 @@ def attention(
         flags += ["--implementation", implementation] if implementation else []
         flags += ["--dense-limit", str(dense_limit), "--repeats", str(repeats)]
         is_isolated = (on_cpu if isolate is None else isolate) and len(names) > 1
-        each = in_process_of_its_own(["attention", *flags]) if is_isolated else measure
+        each = in_new_process(["attention", *flags]) if is_isolated else measure
         run_cases([Case(name, name) for name in names], each, attention_table, json_file, stops_at_error=debug)
 
 

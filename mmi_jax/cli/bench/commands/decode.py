@@ -68,9 +68,18 @@ def _bytes_per_token(model: Any) -> int:
 def decode_table(result: dict[str, Any]) -> Table:
     """Time of a token and the rate of reading, then what it is compared with."""
     table = figures_table(
-        result, "", "prompts", "rel. error", "logits differ", "ms per token", "tokens/s", "GB per token", "TB/s",
-        "% of copy", "compile s",
-    )  # fmt: skip
+        result,
+        "",
+        "prompts",
+        "rel. error",
+        "logits differ",
+        "ms per token",
+        "tokens/s",
+        "GB per token",
+        "TB/s",
+        "% of copy",
+        "compile s",
+    )
     for case in measured_cases(result):
         table.add_row(
             case["case"],

@@ -49,7 +49,7 @@ FPS = 2
 ALL = 2**31
 """Pictures that are sampled at most."""
 
-Opened = Callable[[Path, Any], tuple[Any, Callable[[], float]]]
+PatchSource = Callable[[Path, Any], tuple[Any, Callable[[], float]]]
 """From a file and a model's sizes to patches, and to the seconds that they were waited for."""
 
 
@@ -97,7 +97,7 @@ def first_token(
 
 @dataclasses.dataclass
 class _Suite:
-    """The model, made once, and what is measured of it."""
+    """The model, built once, and what is measured of it."""
 
     config: Any
     table: PatternTable
@@ -123,8 +123,8 @@ class _Suite:
     def measure(self, num_tokens: int) -> dict[str, Any]:
         """The figures of one length."""
         with self.video(num_tokens) as path:
-            first = self.once(num_tokens, path, arriving)
-            runs = [self.once(num_tokens, path, arriving) for _ in range(self.repeats)]
+            first = self.once(num_tokens, path, streamed_patches)
+            runs = [self.once(num_tokens, path, streamed_patches) for _ in range(self.repeats)]
             runs.sort(key=lambda run: run["seconds"])
             figures = runs[len(runs) // 2] | {
                 "case": self.table.model,
@@ -141,7 +141,7 @@ class _Suite:
                 "others": [],
             }
             if num_tokens <= self.host_limit:
-                by_host = lambda: [self.once(num_tokens, path, made_by_host) for _ in range(2)][1]  # noqa: E731
+                by_host = lambda: [self.once(num_tokens, path, host_patches) for _ in range(2)][1]  # noqa: E731
                 figures["others"].append(measurement("patches made by the host", by_host))
         return figures if self.dense is None else figures | with_dense_prefill(figures, self.dense.of(num_tokens))
 
@@ -161,11 +161,11 @@ class _Suite:
         """Text, the video, text."""
         return synthetic_prompt(self.config, video_pieces(self.config, num_tokens), patches, np.random.default_rng(0))
 
-    def once(self, num_tokens: int, path: Path, opened: Opened) -> dict[str, Any]:
+    def once(self, num_tokens: int, path: Path, source: PatchSource) -> dict[str, Any]:
         """Seconds from the file to the logits on the host, and those of each part."""
         gc.collect()
         start = time.perf_counter()
-        patches, waited = opened(path, self.config)
+        patches, waited = source(path, self.config)
         prompt = self.prompt(num_tokens, patches)
         prompt_seconds = time.perf_counter() - start
         result = prefill(self.model, prompt, table=self.table, measures_recall=False)
@@ -182,7 +182,7 @@ class _Suite:
         from models import family_of
 
         start = time.perf_counter()
-        stream = opened_stream(path)
+        stream = open_stream(path)
         stream.read()
         patches = family_of(self.config).pixel_patches(self.config, stream)
         decoded = time.perf_counter() - start
@@ -206,23 +206,23 @@ def with_dense_prefill(figures: dict[str, Any], dense: dict[str, Any]) -> dict[s
     return dense | {"dense_first_token": round(whole, 4), "speedup": round(whole / figures["seconds"], 3)}
 
 
-def arriving(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+def streamed_patches(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
     """Patches cut on the device from pictures that a thread decodes, and for how many seconds these were waited for."""
     from models import family_of
 
-    stream = opened_stream(path)
+    stream = open_stream(path)
     return family_of(config).pixel_patches(config, stream), lambda: stream.waited_seconds
 
 
-def opened_stream(path: Path) -> Any:
+def open_stream(path: Path) -> Any:
     """A `VideoStream` of all pictures of the file."""
     from models.media.video_stream import VideoStream
 
     return VideoStream(path, fps=float(FPS), max_frames=ALL)
 
 
-def made_by_host(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
-    """Patches made by the host once all pictures are decoded, for which nobody waits afterwards."""
+def host_patches(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+    """Patches made by the host once all pictures are decoded: no waiting afterwards."""
     from models import family_of
     from models.media.video import read_video
 
@@ -234,9 +234,22 @@ def first_token_table(result: dict[str, Any]) -> Table:
     """The whole time of each length, its parts in order, and decoding and the tower each alone; dense as elsewhere."""
     parts = ("prompt", "vision", "prefill", "rest")
     table = figures_table(
-        result, "", "tokens", "pictures", "whole, s", *parts, "waited", "decoding alone", "tower alone",
-        "dense prefill", "dense whole", "speed-up", "warm-up s, all", "first s more", "peak GiB",
-    )  # fmt: skip
+        result,
+        "",
+        "tokens",
+        "pictures",
+        "whole, s",
+        *parts,
+        "waited",
+        "decoding alone",
+        "tower alone",
+        "dense prefill",
+        "dense whole",
+        "speed-up",
+        "warm-up s, all",
+        "first s more",
+        "peak GiB",
+    )
     for case in measured_cases(result):
         sign = "~" if case.get("is_dense_extrapolated") else ""
         dense = [f"{sign}{case[name]:.4g}" if name in case else "" for name in ("dense_seconds", "dense_first_token")]

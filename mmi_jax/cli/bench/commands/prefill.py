@@ -77,8 +77,8 @@ def prefill(
         chosen = table_of(table, config)
         dtype = bench_dtype(dtype)
         rows = measure_transformers(config, [n for n in lengths if n <= peers_limit]) if peers else []
-        task = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
-        started = measurement("start", lambda: start_seconds(task)) if start else None
+        options = dict(preset=preset, layers=layers, table=table, dtype=dtype, tokens=lengths[-1])
+        started = measurement("start", lambda: start_seconds(options)) if start else None
         with with_empty_cache():
             runs = [Case(f"{preset} {n}", n) for n in lengths]
             suite = _Suite(
@@ -95,7 +95,7 @@ def prefill(
 
 @dataclasses.dataclass
 class _Suite:
-    """The model, made once, and what is measured of it."""
+    """The model, built once, and what is measured of it."""
 
     config: Any
     table: PatternTable
@@ -151,9 +151,20 @@ def prefill_table(result: dict[str, Any]) -> Group:
     table the stages and the check.
     """
     table = figures_table(
-        result, "", "tokens", "layers", "density", "s (fastest, slowest)", "dense s", "speed-up", "tokens/s",
-        "projections at the matmul rate, s", "compile s", "planned GiB", "peak GiB",
-    )  # fmt: skip
+        result,
+        "",
+        "tokens",
+        "layers",
+        "density",
+        "s (fastest, slowest)",
+        "dense s",
+        "speed-up",
+        "tokens/s",
+        "projections at the matmul rate, s",
+        "compile s",
+        "planned GiB",
+        "peak GiB",
+    )
     for case in measured_cases(result):
         dense = (
             f"{'~' if case['is_dense_extrapolated'] else ''}{case['dense_seconds']:.4g}" if "speedup" in case else ""
@@ -191,11 +202,11 @@ def _prefill_notes(case: dict[str, Any]) -> Iterator[str]:
         yield f"{label}, start: " + (case["start"].get("error") or ", ".join(_starts(case["start"])))
     if "check" in case:
         check = case["check"]
-        found = check.get("error") or (
+        verdict = check.get("error") or (
             f"{check['tokens']:,} tokens, relative error {check['relative_error']:.1e} "
             f"(dense attention's own {check['relative_error_of_dense']:.1e})"
         )
-        yield f"{label}, {check['name']}: {found}"
+        yield f"{label}, {check['name']}: {verdict}"
 
 
 def _starts(start: dict[str, Any]) -> Iterator[str]:

@@ -82,7 +82,7 @@ def soak_command(
             several = [functools.partial(random_prompt, config, n, seed + k) for k, n in enumerate(lengths)]
             warmup = warm_up(model, chosen, several)
             run = lambda make: prefill(model, make(), table=chosen, measures_recall=False)  # noqa: E731
-            log = soak(run, several * ROUNDS, on_prompt=lambda one: report(one, lengths[one["prompt"] % prompts]))
+            log = soak(run, several * ROUNDS, on_prompt=lambda entry: report(entry, lengths[entry["prompt"] % prompts]))
             return figures(log, lengths) | {"case": f"soak {preset}", "layers": layers, "warmup": warmup}
 
         run_cases([Case("soak", None)], measure, soak_table, json_file, stops_at_error=debug, times_matmul=False)
@@ -140,7 +140,7 @@ def figures(log: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, 
     used = len({Buckets().length_for(length) for length in lengths})
     last = {name: log[-1][name] for name in ("programs", "compilations")}
     sizes = {"prompts": len(lengths), "runs": len(log), "buckets": used}
-    seconds = round(sum(one["seconds"] for one in log), 2)
+    seconds = round(sum(entry["seconds"] for entry in log), 2)
     return grown | last | sizes | {"seconds": seconds, "log": list(log)}
 
 
@@ -153,9 +153,9 @@ def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
     pieces, left = list[Any]([first]), num_tokens - first
     for _ in range(rng.integers(0, 4)):
         side, is_image, text = FRAME_SIDES[rng.integers(2)], bool(rng.integers(3) == 0), int(rng.integers(1, 32))
-        room = left - text - 3  # two marks, and a last word
-        frames = 1 if is_image else int(room * rng.uniform(0.2, 0.9)) // side**2
-        if not 0 < frames * side**2 <= room:
+        available = left - text - 3  # two marks, and a last word
+        frames = 1 if is_image else int(available * rng.uniform(0.2, 0.9)) // side**2
+        if not 0 < frames * side**2 <= available:
             continue
         patches = side * config.vision.merge_size
         pieces += [MediumSize(grid=(frames, patches, patches), is_image=is_image), text]
@@ -169,9 +169,19 @@ def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
 def soak_table(result: dict[str, Any]) -> Table:
     """The warm-up before, what grew while prompts went by, and what was compiled all the same."""
     table = figures_table(
-        result, "", "prompts", "buckets", "programs", "warm-up s", "embeddings warm-up s", "all prompts s",
-        "host MiB grown", "device MiB", "arrays MiB", "compiled",
-    )  # fmt: skip
+        result,
+        "",
+        "prompts",
+        "buckets",
+        "programs",
+        "warm-up s",
+        "embeddings warm-up s",
+        "all prompts s",
+        "host MiB grown",
+        "device MiB",
+        "arrays MiB",
+        "compiled",
+    )
     for case in measured_cases(result):
         grown = (f"{case[f'{name}_bytes_growth'] / 2**20:.1f}" for name in ("host", "device", "array"))
         sizes = (str(case[name]) for name in ("prompts", "buckets", "programs"))

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from mmi_jax.bench.tune import TuneProblem
-from mmi_jax.bench.tuned_table import check_table, tune_and_keep
+from mmi_jax.bench.tuned_table import check_table, tune_and_save
 from mmi_jax.cli.bench.options import JsonFileOption, RepeatsOption, StopOption, parse_heads
 from mmi_jax.cli.bench.runner import Case, run_cases
 from mmi_jax.cli.bench.tables import figures_table, measured_cases
@@ -39,10 +39,10 @@ def tune_command(
     json_file: JsonFileOption = None,
     debug: StopOption = False,
 ) -> None:
-    """Search the Hopper kernel's configs. Outputs are checked, the ranking printed, the best kept in a table."""
+    """Search the Hopper kernel's configs. Outputs are checked, the ranking printed, the best saved in a table."""
 
     def measure(problem: TuneProblem) -> dict[str, Any]:
-        return tune_and_keep(problem, table, repeats=repeats)
+        return tune_and_save(problem, table, repeats=repeats)
 
     with one_line_errors(shows_traceback=debug):
         take_memory(ALONE)

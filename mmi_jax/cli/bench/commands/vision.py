@@ -73,9 +73,16 @@ def _grid(text: str) -> tuple[int, int]:
 def vision_table(result: dict[str, Any]) -> Table:
     """The whole call from host memory, then one batch on the device."""
     table = figures_table(
-        result, "", "frames", "rel. error (xla's)", "ms (fastest, slowest)", "TFLOP/s", "% of matmul", "frames/s",
+        result,
+        "",
+        "frames",
+        "rel. error (xla's)",
+        "ms (fastest, slowest)",
+        "TFLOP/s",
+        "% of matmul",
+        "frames/s",
         "tokens/s",
-    )  # fmt: skip
+    )
     for case in measured_cases(result):
         errors = f"{case['relative_error']:.1e} ({case['relative_error_xla']:.1e})"
         rates = f"{case['frames_per_s']:.4g}", f"{case['tokens_per_s']:.5g}"
