@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TPU_STAMP := $(VENV)/.installed-tpu
 DOCS_STAMP := $(VENV)/.installed-docs
-AOT_TESTS := tests/mmi_jax/cli/test_cli_aot.py tests/pallas_kernels/test_top_k.py tests/mmi_jax/method/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
+AOT_TESTS := tests/mmi_jax/cli/aot/test_cli_aot.py tests/pallas_kernels/test_top_k.py tests/mmi_jax/method/test_kernels_of_plans.py tests/pallas_kernels/test_mosaic_tpu.py -k "ahead_of_time or aot"
 # A file stays in one process: its tests share compiled programs.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # The meaning in small: masks by hand, patterns, block lists, kernels against references.

@@ -1,4 +1,4 @@
-"""Shapes and the search of `mmi aot`; the compiler itself runs in tests/test_cli_aot.py."""
+"""Shapes and the search of `mmi aot`; the compiler itself runs in tests/mmi_jax/cli/aot/test_cli_aot.py."""
 
 import functools
 

@@ -191,7 +191,7 @@ def test_the_figures_outlive_a_table_that_breaks_during_the_search(tmp_path, cap
     out = capsys.readouterr().out
     (case,) = json.loads(out.strip().splitlines()[-1])["cases"]
     assert case["ranking"] == FIGURES["ranking"] and case["tflops_per_s"] == 2.0
-    assert case["error"].startswith(f"measured, but not kept in {table}: {table} must hold JSON")
+    assert case["error"].startswith(f"measured, but not saved in {table}: {table} must hold JSON")
     assert table.read_text() == "{"
 
 

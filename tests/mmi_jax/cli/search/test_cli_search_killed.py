@@ -13,7 +13,7 @@ import pytest
 
 from models.testing.random_checkpoint import write_random_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 TOKENS = "700"  # 64 of them for every two frames
 TELL_THE_DAY = ("date", "seconds of this run")
 

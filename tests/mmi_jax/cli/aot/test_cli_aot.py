@@ -1,5 +1,6 @@
 """`mmi aot`: what it refuses at once, and, where the TPU compiler is installed, small programs compiled by it."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -13,6 +14,7 @@ from mmi_jax import AShape, Blocks, Dense, PatternTable, VerticalSlash
 from mmi_jax.cli import main
 from mmi_jax.cli.aot import child, command
 from mmi_jax.sharding import make_mesh
+from models import family_of, presets
 
 SMALL = ["aot", "--topology", "v5e:2x2", "--preset", "3b", "--layers", "1", "--tokens", "4096", "--block-q", "256"]
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -117,8 +119,8 @@ def test_the_kernel_is_compiled_at_the_padded_length_that_was_found(children, mo
     """The last bucket of a search, 123 * 8192, is no bucket of a longer table: it would be padded to 128 * 8192."""
     children.prefill = [memory(1_007_616, fits=True)]
     assert main([*SMALL, "--longest", "--tokens", "1010000"]) == 0
-    (_, task) = children.options
-    assert (task.tokens, task.longest) == (1_007_616, False)
+    (_, options) = children.options
+    assert (options.tokens, options.longest) == (1_007_616, False)
     lengths = []
 
     def compile_kernel(target, num_tokens):
@@ -126,11 +128,12 @@ def test_the_kernel_is_compiled_at_the_padded_length_that_was_found(children, mo
         raise NotImplementedError("no need of the compiler")
 
     monkeypatch.setattr(child.compile_ahead, "compile_kernel", compile_kernel)
-    model = types.SimpleNamespace(config=types.SimpleNamespace(num_kv_heads=4))
-    mesh = make_mesh(list(range(16)), num_kv_heads=4)
-    target = child.compile_ahead.Target(model=model, table=task.patterns(), mesh=mesh, blocks=Blocks(q=512))
+    config = dataclasses.replace(presets()["7b"], num_layers=1)
+    model = family_of(config).abstract_model(config)
+    mesh = make_mesh(list(range(16)), num_kv_heads=config.num_kv_heads)
+    target = child.compile_ahead.Target(model=model, table=options.patterns(), mesh=mesh, blocks=Blocks(q=512))
     with pytest.raises(NotImplementedError, match="no need of the compiler"):
-        child.kernel_figures(task, target, tmp_path)
+        child.kernel_figures(options, target, tmp_path)
     assert lengths == [1_007_616] and target.buckets(2**21).length_for(1_007_616) == 2**20
 
 
