@@ -39,7 +39,7 @@ ROPE_SPEC = P(None, None, BOTH)
 CACHE_SPEC = P(None, None, SEQUENCE, HEADS, None)
 """Keys and values `[layers, b, s, g, d]`."""
 
-OWN_SPEC = P(BOTH)
+PER_DEVICE_SPEC = P(BOTH)
 """Anything with a leading axis that each device made for itself: the devices' arrays one after another."""
 
 
@@ -112,7 +112,7 @@ class Shards:
         return x if self.num_devices == 1 else jax.lax.psum(x, BOTH)
 
     def everywhere(self, x):
-        """True where it is true on every device that shares this one's tokens in attention."""
+        """True where it is true on every device that attends with this one's tokens."""
         return x if self.heads == 1 else jax.lax.pmin(x.astype(jnp.int32), HEADS).astype(bool)
 
     def by_piece(self, x, *, has_heads: bool):

@@ -81,7 +81,7 @@ def read_schedules(directory: Path, name: str) -> list[KernelSchedule]:
 
 
 def _sibling(directory: Path, match: re.Match) -> Path:
-    """The table of units that belongs to a schedule; of the same stamp and kernel, its own number."""
+    """The table of units that belongs to a schedule; of the same stamp and kernel, but another number."""
     prefix = f"{match['stamp']}-{match['kernel']}-"
     tables = [p for p in directory.iterdir() if p.name.startswith(prefix) and p.name.endswith(f"-{UNITS}")]
     if len(tables) != 1:

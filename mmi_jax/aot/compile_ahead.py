@@ -41,7 +41,7 @@ _DOES_NOT_FIT = re.compile(
     r"(?:Used (?P<used>[\d.]+[KMG]) of|HLO temporaries \((?P<early>[\d.]+[KMG])\) exceeds available HBM) "
     r"\(?(?P<limit>[\d.]+[KMG])\)?"
 )
-"""What the compiler says of a program that does not fit: once it has laid out its memory, or before."""
+"""The compiler's message for a program that does not fit: after it has assigned memory, or before."""
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -130,7 +130,7 @@ def devices_of(topology: str) -> list[Any]:
     """
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    except Exception as error:  # the plugin raises types of its own
+    except Exception as error:  # the plugin defines its exception types
         raise ValueError(f"the TPU compiler must know the topology: got {topology!r}: {error}") from error
 
 
@@ -206,8 +206,8 @@ def compile_kernel(target: Target, num_tokens: int) -> dict[str, Any]:
     place = SingleDeviceSharding(target.mesh.devices.flat[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
     jax.jit(target.attention).trace(shapes).lower(lowering_platforms=("tpu",)).compile()
-    sizes = dict(block_q=target.blocks.q, block_kv=target.blocks.kv, dtype=target.dtype)
-    vmem_bytes = config.vmem_bytes(**sizes, **mosaic_tpu.widths(target.model.config.head_dim))
+    widths = mosaic_tpu.widths(target.model.config.head_dim)
+    vmem_bytes = config.vmem_bytes(block_q=target.blocks.q, block_kv=target.blocks.kv, dtype=target.dtype, **widths)
     return {
         "block_q": target.blocks.q,
         "tile_kv": config.tile_kv,

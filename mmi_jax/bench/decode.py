@@ -159,8 +159,8 @@ def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_step.Decoding:
 
     model: Any = nnx.merge(graphdef, state)
     logits = jnp.zeros((len(cache.lengths), model.config.vocab_size), jnp.float32)
-    room = decode_step.MIN_NEW_TOKENS
-    return decode_step.start(logits, cache, jax.random.key(0), choice=_greedy(), room=room, sharding=None)
+    num_rows = decode_step.MIN_NEW_TOKENS
+    return decode_step.start(logits, cache, jax.random.key(0), choice=_greedy(), num_rows=num_rows, sharding=None)
 
 
 def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Implementation | None, repeats: int):

@@ -59,10 +59,10 @@ def prefill_many(
     """
     keywords: dict[str, Any] = dict(settings)
     if not_allowed := [name for name in ONE_PROMPT_ONLY if keywords.pop(name, None) is not None]:
-        raise ValueError(f"prefill_many runs prompts of their own on one device: expected no {', '.join(not_allowed)}")
+        raise ValueError(f"prefill_many runs independent prompts on one device: expected no {', '.join(not_allowed)}")
     options = options_of(options, PrefillSettings(**keywords))
     if options.mesh is not None:
-        raise ValueError("prefill_many runs prompts of their own on one device: expected no mesh")
+        raise ValueError("prefill_many runs independent prompts on one device: expected no mesh")
     if not prompts or any(prompt.tokens.shape[0] != 1 for prompt in prompts):
         raise ValueError(f"expected one prompt or more, each a batch of 1: got {[p.tokens.shape[0] for p in prompts]}")
     buckets = options.buckets_on(ONE_DEVICE)
@@ -96,7 +96,7 @@ def batches(lengths: Sequence[int], batch_tokens: int, buckets: Buckets) -> Iter
 
 
 def _single(result: PrefillResult, number: int) -> list[PrefillResult]:
-    """The results of each prompt of a batch; they share its report."""
+    """The results of each prompt of a batch; all have its report."""
     if number == 1:
         return [result]
     cache = result.cache

@@ -42,7 +42,7 @@ class KVCache:
         memory serves the next question. `later` must not be used afterwards by a prefill that donates.
 
         Raises:
-          ValueError: `later` has no room for this cache's tokens, or holds other sizes.
+          ValueError: `later` has a smaller capacity than this cache, or holds other sizes.
         """
         mine, theirs = self.layout.modality.shape, later.layout.modality.shape
         if mine[0] != theirs[0] or mine[1] > theirs[1]:
@@ -61,7 +61,7 @@ def empty_cache(
     dtype: DTypeLike,
     sharding: jax.sharding.Sharding | None = None,
 ) -> KVCache:
-    """A cache with room for `capacity` tokens of each example; keys and values lie on the devices of `sharding`."""
+    """A cache without tokens, of `capacity` for each example; keys and values lie on the devices of `sharding`."""
     shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
     absent = np.full((batch, capacity), PADDING, np.int32)
     return KVCache(
@@ -77,7 +77,7 @@ def empty_cache(
 
 
 def with_capacity(k: Array, capacity: int, *, donates: bool) -> Array:
-    """Keys or values of all layers with room for `capacity` tokens, in memory of their own.
+    """Keys or values of all layers padded to `capacity` tokens, in separate memory.
 
     Args:
       donates: whether `k` is donated: its memory is taken over where it suffices, and freed otherwise.

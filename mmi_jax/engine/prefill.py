@@ -88,7 +88,7 @@ def prefill(
         is made for the new queries over all keys. The cache is enlarged where the padded prompt does not fit it.
       donates_cache: the given cache's memory becomes the result's, and the cache must not be used again, except through
         `KVCache.reclaim`. Otherwise it stays as it is and the result holds a copy.
-      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are computed, besides those after
+      logits_at: tokens of each prompt, anywhere in it, after which next-token logits are computed, not only after
         the last; in `PrefillResult.logits_at`. Their number `n` is a size of the compiled program, their places not.
       on_stage: called with the name of each stage as it begins: vision, then compile and prefill for every chunk.
       **settings: fields of `PrefillOptions`, which describes them, in place of those of `options`: `table`,
@@ -98,7 +98,7 @@ def prefill(
     Raises:
       ValueError: the prompt is empty or too long, the table is for another model, the sizes do not fit each other,
         `logits_at` names tokens that are not there, or q or k are not finite in a layer; the message names it.
-      DoesNotFitError: the device's memory is known and too small, or ran out; the message says what would fit.
+      DoesNotFitError: the device's memory is known and too small, or ran out; the message lists changes that fit.
     """
     lengths = lengths_of(prompt)
     read_tokens = logit_tokens(lengths, logits_at)
@@ -204,9 +204,7 @@ class _Run:
         )
 
     def _described_cache(self, x: Array) -> tuple[KVCache, Int32[Array, "3 b t"]]:
-        """A cache that has room for the padded prompts and knows all of them but their keys and values; rotary
-        positions.
-        """
+        """A cache of the padded prompts' capacity with all of them but their keys and values; rotary positions."""
         if self.prior is not None:
             return self._continued_cache(self.prior)
         config, mesh, capacity = self.request.config, self.request.options.mesh, self.request.lengths.capacity
@@ -230,7 +228,7 @@ class _Run:
         return cache, _on_device(self.prompt.rope_pos)
 
     def _continued_cache(self, prior: KVCache) -> tuple[KVCache, Int32[Array, "3 b t"]]:
-        """The prior cache with room for what follows, and its description; rotary positions of what follows."""
+        """The prior cache enlarged for what follows, and its description; rotary positions of what follows."""
         lengths = self.request.lengths
         rope_pos, layout, next_rope_pos = continued(
             prior.layout,

@@ -90,7 +90,7 @@ def prior_cache(cache: KVCache | None) -> PriorCache:
     if (lengths != lengths[0]).any():
         raise ValueError(
             "prompts that are continued together must hold equally many tokens, so that what follows has one place in "
-            f"the cache: got {lengths.tolist()}; continue each on its own"
+            f"the cache: got {lengths.tolist()}; continue each separately"
         )
     return PriorCache(tokens=int(lengths[0]), capacity=cache.capacity)
 
@@ -118,7 +118,7 @@ def continued(
 ) -> tuple[Int32[Array, "3 b t"], TokenLayout, Int32[Array, " b"]]:
     """Positions and layout of tokens that follow those of a cache.
 
-    What follows counts positions, rotary positions and videos from 0, as a prompt of its own does. Two tokens in
+    What follows counts positions, rotary positions and videos from 0, as a separate prompt does. Two tokens in
     the prior cache, the second the only one of a video, then a token of another video and a word:
 
         prior      pos 0 1       rope 0 1       video -1 0

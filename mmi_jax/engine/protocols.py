@@ -52,7 +52,7 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Prompt(Protocol):
-    """A batch of right-padded prompts, a dataclass; whatever else `model.embed` reads of it is the model's own."""
+    """A batch of right-padded prompts, a dataclass; whatever else `model.embed` reads of it belongs to the model."""
 
     @property
     def tokens(self) -> Int32[AnyArray, "b t"]:
@@ -92,11 +92,11 @@ class VisionLanguageModel(Protocol):
         ...
 
     def embed(self, prompt: Any) -> Float[Array, "b t e"]:
-        """Embeddings of the tokens, vision included; the prompt is of the family's own type."""
+        """Embeddings of the tokens, vision included; the prompt is of the family's type."""
         ...
 
     def embed_bytes(self, prompt: Any) -> int:
-        """Bytes that `embed` holds on the device at a time, besides weights and the embeddings; for the planner."""
+        """Bytes that `embed` holds on the device at a time, except weights and the embeddings; for the planner."""
         ...
 
     def rotary(self, rope_pos: Int32[AnyArray, "3 b t"]) -> PyTree:

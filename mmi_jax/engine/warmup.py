@@ -33,7 +33,7 @@ def prepare(
     by side on all cores; JAX's compilation cache on disk is read and filled where there is one. A cache of each length
     is allocated on the device for a moment.
 
-    What `model.embed` compiles, a vision tower above all, is the model's own: embed a prompt to warm it up. Neither
+    What `model.embed` compiles, a vision tower above all, belongs to the model: embed a prompt to warm it up. Neither
     is the small program of `logits_at` compiled, nor those over a cache that is continued.
 
     Args:
@@ -73,7 +73,7 @@ def prepare_requests(model: VisionLanguageModel, requests: Iterable[PrefillReque
 
 
 def _of_bucket(request: PrefillRequest) -> Iterator[PrefillRequest]:
-    """Requests of all sizes that prompts of the same bucket have: room for new tokens depends on the exact length."""
+    """Requests of all sizes that prompts of the same bucket have: its capacity depends on the exact length."""
     buckets, max_new_tokens = request.buckets, request.options.max_new_tokens
     padded = buckets.length_for(request.num_tokens)
     first = max((length for length in buckets.lengths() if length < padded), default=0) + 1
@@ -83,7 +83,7 @@ def _of_bucket(request: PrefillRequest) -> Iterator[PrefillRequest]:
 
 
 def _run_the_rest(model: VisionLanguageModel, requests: Sequence[PrefillRequest]) -> None:
-    """Runs, on nothing, what a prefill runs besides its chunks and embeddings, and so compiles it."""
+    """Runs, on nothing, what a prefill runs except its chunks and embeddings, and so compiles it."""
     from flax import nnx
 
     config = model.config

@@ -28,14 +28,14 @@ class SafetensorsReader:
         self._paths: dict[str, Path] = {}
         expected = self._expected_names()
         for path, names in expected.items():
-            found = self._read_header(path)
-            absent = sorted(names - found.keys())
+            shapes = self._read_header(path)
+            absent = sorted(names - shapes.keys())
             if absent:
                 raise ValueError(
                     f"{path} lacks {len(absent)} tensors that {INDEX_FILE} places there, first {absent[0]!r}"
                 )
-            self._shapes.update(found)
-            self._paths.update(dict.fromkeys(found, path))
+            self._shapes.update(shapes)
+            self._paths.update(dict.fromkeys(shapes, path))
 
     def names(self) -> list[str]:
         """All tensor names, shard by shard."""
@@ -56,8 +56,8 @@ class SafetensorsReader:
         if single.is_file():
             return {single: set()}
         if not index.is_file():
-            found = sorted(path.name for path in self.directory.iterdir())
-            raise ValueError(f"a checkpoint needs {SINGLE_FILE} or {INDEX_FILE}; {self.directory} holds {found}")
+            files = sorted(path.name for path in self.directory.iterdir())
+            raise ValueError(f"a checkpoint needs {SINGLE_FILE} or {INDEX_FILE}; {self.directory} holds {files}")
         try:
             weight_map = json.loads(index.read_text())["weight_map"].items()
         except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -62,15 +62,15 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of a token given by its text."""
-        if (found := self.backend.token_to_id(token)) is None:
+        if (token_id := self.backend.token_to_id(token)) is None:
             raise ValueError(f"the tokenizer has no token {token!r} among its {self.vocab_size}")
-        return found
+        return token_id
 
     def token_text(self, token_id: int) -> str:
         """The text of a token given by its id."""
-        if (found := self.backend.id_to_token(token_id)) is None:
+        if (text := self.backend.id_to_token(token_id)) is None:
             raise ValueError(f"the tokenizer has no id {token_id}: its vocabulary holds {self.vocab_size} tokens")
-        return found
+        return text
 
     def special_id(self, name: str) -> int | None:
         """The id of a named special token such as `eos_token`; None if the checkpoint names none."""

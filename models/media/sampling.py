@@ -17,7 +17,7 @@ MIN_FRAMES = 4
 """Minimum number of sampled frames, if the video has as many (`FPS_MIN_FRAMES` of qwen-vl-utils)."""
 
 TEMPORAL_PATCH_LEN = 2
-"""Frames of one vision token; the number of sampled frames is a multiple of it."""
+"""Frames of one vision token (`FRAME_FACTOR` of qwen-vl-utils); the number of sampled frames is a multiple of it."""
 
 
 def sample_indices(

@@ -64,9 +64,9 @@ def read_video(
         ValueError: the file is missing, empty, corrupt or without video frames, or a rate is not positive.
     """
     sampling = sample_file(path, fps=fps, max_frames=max_frames)
-    kept = np.empty((0, 1, 1, 3), np.uint8)
+    frames = np.empty((0, 1, 1, 3), np.uint8)
     for index, frame in enumerate(sampled_frames(sampling, resize, on_frame)):
         if index == 0:
-            kept = np.empty((len(sampling.indices), *frame.shape), np.uint8)
-        kept[index] = frame
-    return Video(frames=kept, fps=sampling.fps)
+            frames = np.empty((len(sampling.indices), *frame.shape), np.uint8)
+        frames[index] = frame
+    return Video(frames=frames, fps=sampling.fps)

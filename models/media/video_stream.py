@@ -67,7 +67,7 @@ class VideoStream:
 class _Arrival:
     """Frames decoded so far; everything but `changed` is guarded by its lock."""
 
-    kept: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 1, 1, 3), np.uint8))
+    buffer: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 1, 1, 3), np.uint8))
     num_there: int = 0
     error: Exception | None = None
     is_read: bool = True
@@ -83,13 +83,13 @@ class _Arrival:
             if self.num_there < count:
                 assert self.error is not None
                 raise self.error
-            return self.kept
+            return self.buffer
 
     def put(self, frame: np.ndarray, num_frames: int) -> None:
         """Keeps the next frame."""
         if self.num_there == 0:
-            self.kept = np.empty((num_frames, *frame.shape), np.uint8)
-        self.kept[self.num_there] = frame
+            self.buffer = np.empty((num_frames, *frame.shape), np.uint8)
+        self.buffer[self.num_there] = frame
         with self.changed:
             self.num_there += 1
             self.changed.notify_all()
@@ -106,7 +106,7 @@ class _Arrival:
 
 
 def _decode(arrival: _Arrival, sampling: Sampling, resize: FrameResize | None, on_frame: OnFrame | None) -> None:
-    """The thread: it knows the arrival alone, so that a stream nobody refers to is noticed."""
+    """The thread: it knows the arrival alone, so that a stream without references is noticed."""
     try:
         for frame in sampled_frames(sampling, resize, on_frame):
             if not arrival.is_read:

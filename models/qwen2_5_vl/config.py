@@ -7,11 +7,12 @@ MODEL_TYPE = "qwen2_5_vl"
 """The family, as config.json names it."""
 
 SPECIAL_TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+"""Fields of `Qwen2_5_VLConfig` that are token ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the vision tower (Qwen2.5-VL technical report, table 1).
+    """Sizes of the vision tower (Qwen2.5-VL technical report, table 1); the defaults are those of all checkpoints.
 
     Fields:
         window_size: side of an attention window in pixels.
@@ -72,7 +73,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2_5_VLConfig:
-    """Sizes and special token ids of a Qwen2.5-VL model.
+    """Sizes and special token ids of a Qwen2.5-VL model; the defaults are those of every published config.json.
 
     Fields:
         mrope_section: rotary frequencies that read the time, row and column position; they sum to head_dim / 2.

@@ -22,7 +22,7 @@ class Decoder(nnx.Module):
     """A Qwen2.5-VL without its vision tower: every token is looked up in the table, vision tokens too."""
 
     def __init__(self, model: Qwen2_5_VL):
-        """Shares the model's parameters."""
+        """Refers to the model's parameters and copies none."""
         self.config, self.dtype = model.config, model.dtype
         self.embedding, self.layers, self.norm, self.head = model.embedding, model.layers, model.norm, model.head
 

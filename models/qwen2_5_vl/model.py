@@ -66,7 +66,7 @@ class Qwen2_5_VL(nnx.Module):
         return text_rotary(jnp.asarray(rope_pos), self.config)
 
     def run_layers(self, x: Float[Array, "b t e"], rotary: Rotary, attend: Attend) -> tuple[Float[Array, "b t e"], Any]:
-        """The last layer's output and what `attend` returned besides, stacked over layers."""
+        """The last layer's output and the second output of `attend`, stacked over layers."""
         graphdef, state = nnx.split(self.layers)
         return jax.lax.scan(lambda x, layer: nnx.merge(graphdef, layer)(x, rotary, attend), x, state)
 

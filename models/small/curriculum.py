@@ -16,7 +16,7 @@ from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarke
 from models.tasks.text import DIGITS, MATCHING_QUESTION, document, options
 
 TOKENS_PER_LABEL = 10
-"""A batch has room for one label per so many tokens."""
+"""Tokens of a batch for each label that it can hold."""
 AGAIN_FRACTION = 0.4
 """Pictures that come again within a video, for every card or picture that is new."""
 MIN_SEEN = 4
@@ -34,7 +34,7 @@ class Stage:
 
     @property
     def num_rows(self) -> int:
-        """Labels that a stream has room for."""
+        """Maximum number of labels of a stream."""
         return max(32, self.num_tokens // TOKENS_PER_LABEL)
 
     def empty_batch(self) -> Batch:
@@ -85,12 +85,12 @@ def training_script(num_tokens: int, rng: np.random.Generator) -> Script:
     from one long video with all questions at its end to questions after every few frames.
 
     A few are longer, by up to 181 tokens as far as seen, and `stack_streams` cuts off their end, the last question's
-    place: 35 of 2,560 of the recipe's streams of 1,024 tokens, 6 of 880 longer ones. Cards that come as images beside a
-    clip are not taken off the clip's room, and a last question is asked where no room is left for it. The weights in
-    models/assets/small were trained on just these streams: a change here makes others.
+    place: 35 of 2,560 of the recipe's streams of 1,024 tokens, 6 of 880 longer ones. The tokens of cards
+    that come as images before a clip are not subtracted from its length, and a last question comes even where no tokens
+    are left for it. The weights in models/assets/small were trained on just these streams: a change here makes others.
     """
     builder = _Builder(num_tokens, rng)
-    while builder.room > builder.reserve + 3 * GRID_TOKENS:
+    while builder.tokens_left > builder.reserve + 3 * GRID_TOKENS:
         builder.add_clip()
         builder.add_text()
         builder.add_questions()
@@ -98,49 +98,49 @@ def training_script(num_tokens: int, rng: np.random.Generator) -> Script:
 
 
 class _Builder:
-    """A training stream while it grows; `room` is what is left of its tokens."""
+    """A training stream while it grows; `tokens_left` counts down from its length."""
 
     def __init__(self, num_tokens: int, rng: np.random.Generator):
         self.rng, self.haystack = rng, GeneratedHaystack()
         self.measure = small_measure()
         num_grids = num_tokens // GRID_TOKENS
-        self.room = num_tokens - self.measure.frame - 8
+        self.tokens_left = num_tokens - self.measure.frame - 8
         self.parts: list[ScriptPart] = []
         self.questions: list[Question] = []
         self.fps = float(rng.choice([0.5, 1.0, 2.0, 4.0], p=[0.1, 0.2, 0.5, 0.2]))
         self.piece_grids = _log_uniform(
             2.0, float(max(num_grids, 4) if rng.random() < 0.3 else max(num_grids / 8, 6)), rng
         )
-        self.text_share = float(rng.choice([0.0, 0.1, 0.25], p=[0.4, 0.2, 0.4]))
+        self.text_fraction = float(rng.choice([0.0, 0.1, 0.25], p=[0.4, 0.2, 0.4]))
         self.density = min(0.6, _log_uniform(12.0, 48.0, rng) / num_grids)
-        self.still_share = float(rng.choice([0.0, 0.3, 1.0]))
-        self.max_asked = int(rng.integers(2, 7))
-        self.num_asked_at_end = round(_log_uniform(1.0, float(np.clip(num_tokens / 100, 6, 64)), rng))
-        self.reserve = min(24 * self.num_asked_at_end + 48, num_tokens // 4)
-        most = int(min(48, max(2, num_grids * 0.4)))
-        cards = draw_cards(min(most, len(COLOURS)), rng, is_held_out=False)
+        self.still_fraction = float(rng.choice([0.0, 0.3, 1.0]))
+        self.max_questions = int(rng.integers(2, 7))
+        self.num_final_questions = round(_log_uniform(1.0, float(np.clip(num_tokens / 100, 6, 64)), rng))
+        self.reserve = min(24 * self.num_final_questions + 48, num_tokens // 4)
+        max_needles = int(min(48, max(2, num_grids * 0.4)))
+        cards = draw_cards(min(max_needles, len(COLOURS)), rng, is_held_out=False)
         images = distorted(np.array([card.image for card in cards]), rng)
         self.cards = [dataclasses.replace(c, image=int(i)) for c, i in zip(cards, images, strict=True)]
-        self.pictures = unmarked(self.haystack.stills(most, rng))
-        self.images = distorted(draw_digits(rng.integers(0, 10, most), rng, is_held_out=False), rng)
+        self.pictures = unmarked(self.haystack.stills(max_needles, rng))
+        self.images = distorted(draw_digits(rng.integers(0, 10, max_needles), rng, is_held_out=False), rng)
         self.pictures[:, DIGIT] = self.images
         self.num_cards = self.num_pictures = 0
         self.text_debt = 0.0
 
     def add_clip(self) -> None:
         """A piece of video in which new cards and pictures may come, and pictures again without their digits."""
-        room = (self.room - self.reserve - 2) // GRID_TOKENS
-        length = int(np.clip(round(self.rng.exponential(self.piece_grids)), 1, room))
+        max_grids = (self.tokens_left - self.reserve - 2) // GRID_TOKENS
+        length = int(np.clip(round(self.rng.exponential(self.piece_grids)), 1, max_grids))
         frames = unmarked(self.haystack.shots(2 * length, self.rng))
         is_first = self.num_cards + self.num_pictures == 0
         count = min(max(int(self.rng.poisson(self.density * length)), int(is_first)), length)
-        seen = self.num_pictures
-        again = int(self.rng.poisson(AGAIN_FRACTION * self.density * length)) if seen >= MIN_SEEN else 0
+        num_seen = self.num_pictures
+        again = int(self.rng.poisson(AGAIN_FRACTION * self.density * length)) if num_seen >= MIN_SEEN else 0
         grids = self.rng.permutation(length)[: count + again].tolist()
         for grid in sorted(grids[:count]):
             self._put_needle(frames, grid, may_last=grid + 2 < length and not {grid + 1, grid + 2} & set(grids))
         for grid in grids[count:]:
-            self._put_again(frames, grid, seen)
+            self._put_again(frames, grid, num_seen)
         self.parts.append(Clip(frames=frames, fps=self.fps))
         self._spend(2 + GRID_TOKENS * length)
 
@@ -153,7 +153,7 @@ class _Builder:
         elif self.num_cards < len(self.cards):
             card = self.cards[self.num_cards]
             self.num_cards += 1
-            if self.rng.random() < self.still_share:
+            if self.rng.random() < self.still_fraction:
                 self.parts.append(still(card))
                 self._spend(2 + GRID_TOKENS)
             elif not may_last or self.rng.random() < 0.6:
@@ -161,14 +161,14 @@ class _Builder:
             else:  # longer, and not in step with the pairs
                 show(frames, card, 2 * grid + int(self.rng.integers(2)), 3 + int(self.rng.integers(2)))
 
-    def _put_again(self, frames: Frames, grid: int, seen: int) -> None:
-        """One of the first `seen` pictures without its digit, which the last token of this pair of frames tells."""
-        frames[2 * grid : 2 * grid + 2] = self.pictures[self.rng.integers(seen)]
+    def _put_again(self, frames: Frames, grid: int, num_seen: int) -> None:
+        """One of the first `num_seen` pictures without its digit, which the last token of this pair of frames tells."""
+        frames[2 * grid : 2 * grid + 2] = self.pictures[self.rng.integers(num_seen)]
         frames[2 * grid : 2 * grid + 2, DIGIT] = -1
 
     def add_text(self) -> None:
         """A document, if text is due."""
-        if self.text_debt > 60 and self.room > self.reserve + 160:
+        if self.text_debt > 60 and self.tokens_left > self.reserve + 160:
             text = document(int(self.rng.integers(1, 7)), self.rng)
             self.parts.append(text)
             cost = self.measure.count(text)
@@ -177,11 +177,16 @@ class _Builder:
 
     def add_questions(self) -> None:
         """A few questions; one about a picture first, which has to come again for it."""
-        count = int(self.rng.integers(0, self.max_asked + 1))
-        if count and self.num_pictures >= MIN_SEEN and self.rng.random() < 0.75 and self.room > self.reserve + 40:
+        count = int(self.rng.integers(0, self.max_questions + 1))
+        if (
+            count
+            and self.num_pictures >= MIN_SEEN
+            and self.rng.random() < 0.75
+            and self.tokens_left > self.reserve + 40
+        ):
             self._ask_for_picture()
         for _ in range(count - 1):
-            if self.room > self.reserve:
+            if self.tokens_left > self.reserve:
                 self._ask_for_card(is_last=False)
 
     def _ask_for_picture(self) -> None:
@@ -205,12 +210,12 @@ class _Builder:
             return
         card: Card = self.cards[int(self.rng.integers(self.num_cards))]
         has_options = self.rng.random() < 0.4
-        question, asked = choose(card, self.rng, after_part=None, depth=0.0)
+        question, text = choose(card, self.rng, after_part=None, depth=0.0)
         self.parts.append(card.question)
         place = len(self.parts) - 1
         self.questions.append(card.ask(after_part=place, depth=0.0))
         if has_options:
-            self.parts.append(asked.removeprefix(card.question))
+            self.parts.append(text.removeprefix(card.question))
             self.questions.append(dataclasses.replace(question, after_part=place + 1))
         if is_last:
             last = question if has_options else card.ask(after_part=None, depth=0.0)
@@ -219,8 +224,8 @@ class _Builder:
 
     def finish(self) -> Script:
         """The whole, with questions at its end."""
-        for number in range(self.num_asked_at_end):
-            is_last = self.room < 2 * 48 or number == self.num_asked_at_end - 1
+        for number in range(self.num_final_questions):
+            is_last = self.tokens_left < 2 * 48 or number == self.num_final_questions - 1
             self._ask_for_card(is_last=is_last)
             if is_last:
                 break
@@ -241,8 +246,8 @@ class _Builder:
         self.questions.append(card.ask(after_part=None, depth=0.0))
 
     def _spend(self, num_tokens: int) -> None:
-        self.room -= num_tokens
-        self.text_debt += num_tokens * self.text_share
+        self.tokens_left -= num_tokens
+        self.text_debt += num_tokens * self.text_fraction
 
 
 def _log_uniform(low: float, high: float, rng: np.random.Generator) -> float:

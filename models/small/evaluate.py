@@ -101,20 +101,20 @@ def evaluate(
     graphdef, params = nnx.split(model)
     cells = list(cells)
 
-    def num_right(params, cells: CellBatch, bank: Bank):
+    def count_right(params, cells: CellBatch, bank: Bank):
         logits = row_logits(nnx.merge(graphdef, params), cells.batch, bank, compute)
         chosen = jnp.argmax(jnp.take_along_axis(logits, cells.choices, axis=-1), axis=-1)
         return jnp.sum((chosen == cells.answer) & (cells.answer >= 0)), jnp.sum(cells.answer >= 0)
 
     def compiled(shape: tuple[int, int]):
-        return jax.jit(num_right).lower(*jax.eval_shape(lambda *x: x, params, _empty_cell(*shape), bank)).compile()
+        return jax.jit(count_right).lower(*jax.eval_shape(lambda *x: x, params, _empty_cell(*shape), bank)).compile()
 
     with ThreadPoolExecutor(4) as compiler, Loader(cell_batch, cells, num_workers) as batches:
         shapes = dict.fromkeys((cell.num_samples, cell.num_tokens) for cell in cells)
         programs = {shape: compiler.submit(compiled, shape) for shape in shapes}
         for cell, inputs in zip(cells, batches, strict=True):
             program = programs[cell.num_samples, cell.num_tokens].result()
-            right, asked = program(params, jax.tree.map(jnp.asarray, inputs), bank)
-            result = dataclasses.asdict(cell) | {"num_questions": int(asked), "num_right": int(right)}
+            num_right, num_questions = program(params, jax.tree.map(jnp.asarray, inputs), bank)
+            result = dataclasses.asdict(cell) | {"num_questions": int(num_questions), "num_right": int(num_right)}
             on_cell(result)
             yield result

@@ -112,7 +112,7 @@ def _encode(model: Model, batch: Batch, bank: Bank) -> Float[Array, "b s e"]:
 def loss_and_metrics(
     params: Any, graphdef: nnx.GraphDef, batch: Batch, bank: Bank, compute: Compute
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted cross-entropy of the labels, the questions' mean loss, and the share right of each kind."""
+    """Weighted cross-entropy of the labels, the questions' mean loss, and the accuracy of each kind."""
     model = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(compute.dtype), params))
     logits = row_logits(model, batch, bank, compute)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.labels[..., None], axis=-1)[..., 0]

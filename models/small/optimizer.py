@@ -18,8 +18,8 @@ class OptimizerSettings:
         muon_rate: of Muon's matrices, whose updates are orthogonal before it is applied.
         weight_decay: of AdamW and Muon.
         warmup_steps: steps of the way up.
-        decay_share: share of all steps that the way down takes.
-        last_rate: what the way down leads to, as a share of the highest.
+        decay_fraction: fraction of all steps over which the rates fall.
+        last_rate: the final rate, as a fraction of the highest.
         clip_norm: gradients of a larger norm are scaled down to it.
     """
 
@@ -28,7 +28,7 @@ class OptimizerSettings:
     muon_rate: float = 0.02
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_share: float = 0.25
+    decay_fraction: float = 0.25
     last_rate: float = 0.03
     clip_norm: float = 1.0
 
@@ -37,7 +37,7 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     """The optimizer of a run of `num_steps` steps."""
 
     def schedule(peak: float) -> optax.Schedule:
-        decay_steps = max(1, round(settings.decay_share * num_steps))
+        decay_steps = max(1, round(settings.decay_fraction * num_steps))
         pieces = [
             optax.linear_schedule(0.0, peak, settings.warmup_steps),
             optax.constant_schedule(peak),

@@ -9,7 +9,7 @@ from models.small.stream import KINDS
 
 
 def plot_training(lines: Sequence[dict], path: Path) -> None:
-    """Loss of the questions and share right of each kind of label over the steps, smoothed; stages are shaded.
+    """Loss of the questions and accuracy of each kind of label over the steps, smoothed; stages are shaded.
 
     Args:
         lines: those of metrics.jsonl.
@@ -24,7 +24,7 @@ def plot_training(lines: Sequence[dict], path: Path) -> None:
     loss.set_ylabel("loss of questions, nats")
     for kind in KINDS:
         accuracy.plot(steps, _smooth([line[f"{kind}_accuracy"] for line in lines]), label=kind)
-    accuracy.set(ylabel="share right", xlabel="step", ylim=(0, 1.02))
+    accuracy.set(ylabel="accuracy", xlabel="step", ylim=(0, 1.02))
     accuracy.legend(loc="lower right")
     lengths = np.array([line["num_tokens"] for line in lines])
     for start in np.flatnonzero(np.diff(lengths, prepend=-1)):

@@ -19,7 +19,7 @@ RECIPE = Recipe(
     model=small_config(),
     curriculum=Curriculum(stages=STAGES, seed=3),
     optimizer=OptimizerSettings(
-        kind="muon", learning_rate=1e-3, muon_rate=0.01, warmup_steps=100, decay_share=0.3, last_rate=0.03
+        kind="muon", learning_rate=1e-3, muon_rate=0.01, warmup_steps=100, decay_fraction=0.3, last_rate=0.03
     ),
 )
 """All by the step: batches, lengths and rates, which fall over the last 855 steps. On another day the same batches are

@@ -21,12 +21,12 @@ from models.tasks.text import LETTERS, MATCHING_QUESTION
 from pallas_kernels.pytree import pytree
 
 CAPTION_WEIGHT = 0.3
-"""Weight of the labels on a card's own last tokens beside that of a question."""
+"""Weight of the labels on a card's last tokens, where that of a question is 1."""
 END_WEIGHT = 0.1
 """Weight of the token that ends the answer."""
 KINDS = ("caption", "digit", "letter", "match", "silent")
 """Labels: what a picture shows or which option is right, and answers: a card's digit, a letter, a picture's digit, and
-the same told by the picture's own last token when it comes again."""
+the same at the picture's last token when it comes again."""
 CAPTION, DIGIT, LETTER, MATCH, SILENT = range(len(KINDS))
 COLOUR_BEFORE = 2
 """Tokens from the colour in a card's question to the question mark, where the digit is a label already."""
@@ -84,17 +84,18 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
     frames = [part.frames for part in script.parts if not isinstance(part, str)]
     frames = np.concatenate([f if len(f) % 2 == 0 else np.concatenate([f, f[-1:]]) for f in frames])
     places = answer_rows(script.questions, parts, ends, num_tokens, processor).tolist()
-    asked = [(place, _answer(q, processor.tokenizer)) for place, q in zip(places, script.questions, strict=True)]
-    labels = [(*answer, 1.0, _kind(q, script)) for answer, q in zip(asked, script.questions, strict=True)]
-    labels += [(*answer, 1.0, SILENT) for answer in _silent(row, frames, processor.tokenizer) if answer not in asked]
+    answers = [(place, _answer(q, processor.tokenizer)) for place, q in zip(places, script.questions, strict=True)]
+    labels = [(*answer, 1.0, _kind(q, script)) for answer, q in zip(answers, script.questions, strict=True)]
+    silent = _silent_answers(row, frames, processor.tokenizer)
+    labels += [(*answer, 1.0, SILENT) for answer in silent if answer not in answers]
     captions = _captions(row, frames, processor.tokenizer) + _options(script, ends, processor.tokenizer)
-    for (place, token), question in zip(asked, script.questions, strict=True):
+    for (place, token), question in zip(answers, script.questions, strict=True):
         if _kind(question, script) == DIGIT and question.after_part is not None:
             captions.append((place - COLOUR_BEFORE, token))
     labels += [(place, token, CAPTION_WEIGHT, CAPTION) for place, token in captions]
-    if answers_end and asked[-1][0] == num_tokens - 1:
+    if answers_end and answers[-1][0] == num_tokens - 1:
         end = processor.tokenizer.token_id("<|im_end|>")
-        row = _append(row, (asked[-1][1], end))
+        row = _append(row, (answers[-1][1], end))
         labels.append((num_tokens, end, END_WEIGHT, CAPTION))
     places, tokens, weights, kind = zip(*labels, strict=True)
     return Stream(
@@ -110,7 +111,7 @@ def stream(script: Script, processor: Processor, *, answers_end: bool = False) -
 def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> Batch:
     """The streams padded or cut to `num_tokens` tokens, and to `num_rows` labels, of which the first are kept.
 
-    Labels of questions come first, so that what has no room is captions: in 81 of 2,560 streams of 1,024 tokens of the
+    Labels of questions come first, so that those cut off are captions: in 81 of 2,560 streams of 1,024 tokens of the
     recipe, 3 of 640 of 4,096, none of 240 longer ones. With those that are cut at their end (see `training_script`),
     half a percent of the labels' weight is lost at 1,024 tokens.
     """
@@ -165,24 +166,24 @@ def _captions(row: TokenizedPrompt, frames: Frames, tokenizer: Tokenizer) -> lis
     """(row, token) of what frames show, at their last tokens: colour and digit."""
     places, pairs, is_shown = _pairs(row, frames)
     names = colour_tokens()
-    found = []
+    captions = []
     for grid in np.flatnonzero(is_shown):
         colour, image = pairs[grid, 0, NUM_BASE:]
-        found.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
+        captions.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
         if colour >= 0:
-            found.append((int(places[grid, -2]), names[colour]))
-    return found
+            captions.append((int(places[grid, -2]), names[colour]))
+    return captions
 
 
-def _silent(row: TokenizedPrompt, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+def _silent_answers(row: TokenizedPrompt, frames: Frames, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """(row, token) of pictures that come again without their digit: at their last token, the digit they had."""
     places, pairs, is_shown = _pairs(row, frames)
     before = {tuple(pair[0, :NUM_BASE]): int(pair[0, SHOWN]) for pair in pairs[is_shown] if pair[0, COLOUR] < 0}
-    found = []
+    answers = []
     for grid in np.flatnonzero((pairs[:, :, SHOWN] < 0).all(axis=1) & (pairs[:, 0] == pairs[:, 1]).all(axis=1)):
         if (image := before.get(tuple(pairs[grid, 0, :NUM_BASE]))) is not None:
-            found.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
-    return found
+            answers.append((int(places[grid, -1]), _digit(int(image), tokenizer)))
+    return answers
 
 
 def _pairs(row: TokenizedPrompt, frames: Frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -199,13 +200,13 @@ def _digit(image: int, tokenizer: Tokenizer) -> int:
 
 def _options(script: Script, ends: np.ndarray, tokenizer: Tokenizer) -> list[tuple[int, int]]:
     """(row, token) at the digit of every option: its letter if it is right, else the comma that follows it."""
-    comma, found = tokenizer.token_id(","), []
+    comma, letters = tokenizer.token_id(","), []
     for question in script.questions:
         if question.choices == LETTERS and question.after_part is not None:
             for number, letter in enumerate(LETTERS):
                 place = int(ends[question.after_part]) - 1 - OPTION_TOKENS * (len(LETTERS) - 1 - number)
-                found.append((place, tokenizer.token_id(letter) if number == question.answer else comma))
-    return found
+                letters.append((place, tokenizer.token_id(letter) if number == question.answer else comma))
+    return letters
 
 
 def _kind(question: Question, script: Script) -> int:

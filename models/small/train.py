@@ -125,8 +125,8 @@ def train(
         until_step: step to stop after, the recipe's last when None.
         until_seconds: seconds after which to stop, measured from the call.
         on_step: called with each measured step.
-        on_stage_end: called where the length changes, with the stage that is over and the share of its digits that was
-            right, the mean of its last `STAGE_LINES` measurements; the run stops if it returns False.
+        on_stage_end: called where the length changes, with the stage that is over and its accuracy on digits,
+            the mean of its last `STAGE_LINES` measurements; the run stops if it returns False.
     """
     start = last_save = time.perf_counter()
     recipe = trainer.recipe
@@ -181,13 +181,13 @@ def _cut_metrics(path: Path, first_step: int) -> None:
 
 
 def _goes_on(curriculum: Curriculum, step: int, path: Path, on_stage_end: Callable[[Stage, float], bool]) -> bool:
-    """Whether training goes on behind the step; `on_stage_end` is asked where a stage ends, NaN if none measured it."""
+    """Whether training goes on after the step: at a stage's end `on_stage_end` decides, given NaN if unmeasured."""
     if not curriculum.ends_stage(step):
         return True
     stage = curriculum.stage(step)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    shares = [line["digit_accuracy"] for line in lines if line["num_tokens"] == stage.num_tokens]
-    return on_stage_end(stage, float(np.mean(shares[-STAGE_LINES:])) if shares else float("nan"))
+    accuracies = [line["digit_accuracy"] for line in lines if line["num_tokens"] == stage.num_tokens]
+    return on_stage_end(stage, float(np.mean(accuracies[-STAGE_LINES:])) if accuracies else float("nan"))
 
 
 def _line(step: int, num_tokens: int, metrics: dict[str, Array], seconds: float) -> dict[str, Any]:

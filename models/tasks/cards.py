@@ -90,11 +90,11 @@ def blank_video(num_frames: int, haystack, rng: np.random.Generator) -> Frames:
     return unmarked(haystack.shots(num_frames, rng))
 
 
-def free_grid(wanted: int, taken: set[int], num_grids: int) -> int:
-    """The pair of frames nearest to `wanted` that nothing stands in, which is then taken."""
+def free_grid(target: int, taken: set[int], num_grids: int) -> int:
+    """The pair of frames nearest to `target` that nothing stands in, which is then taken."""
     free = [grid for grid in range(num_grids) if grid not in taken]
     if not free:
         raise ValueError(f"no pair of frames is free among {num_grids=}")
-    nearest = min(free, key=lambda grid: abs(grid - wanted))
+    nearest = min(free, key=lambda grid: abs(grid - target))
     taken.add(nearest)
     return nearest

@@ -25,8 +25,8 @@ NUM_TRAINING_DIGITS = 1437
 """Digit images that a model may be trained on; the 360 after them are held out (other writers come last)."""
 NUM_COPIES = 64
 """Distorted copies of every training image."""
-UNDISTORTED_SHARE = 0.125
-"""Share of images that `distorted` leaves as they are."""
+UNDISTORTED_FRACTION = 0.125
+"""Fraction of images that `distorted` leaves as they are."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,14 +38,14 @@ def digit_labels() -> Int[np.ndarray, " n"]:
 
 def digit_images(digit: int, *, is_held_out: bool) -> Int[np.ndarray, " n"]:
     """The undistorted images of `digit`: those for training, or those held out."""
-    found = np.flatnonzero(digit_labels()[:NUM_DIGITS] == digit)
-    return found[(found >= NUM_TRAINING_DIGITS) == is_held_out]
+    images = np.flatnonzero(digit_labels()[:NUM_DIGITS] == digit)
+    return images[(images >= NUM_TRAINING_DIGITS) == is_held_out]
 
 
 def distorted(images: Int[np.ndarray, " n"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """For each training image the number of one of its copies, or, for some, its own."""
     copies = NUM_DIGITS + rng.integers(0, NUM_COPIES, len(images)) * NUM_TRAINING_DIGITS + images
-    return np.where(rng.random(len(images)) < UNDISTORTED_SHARE, images, copies)
+    return np.where(rng.random(len(images)) < UNDISTORTED_FRACTION, images, copies)
 
 
 def handwriting(
@@ -97,7 +97,7 @@ def _corners(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def distort(ink: UInt8[np.ndarray, "n 8 8"], rng: np.random.Generator) -> UInt8[np.ndarray, "n 8 8"]:
-    """The images turned, slanted, scaled, shifted, with thinner or thicker strokes; each by draws of its own.
+    """The images turned, slanted, scaled, shifted, with thinner or thicker strokes; each with independent draws.
 
     Four points of every new cell look up the old ink, linear between the centres of cells. Ink above a level drawn
     between 5 and 8.5 of 16 becomes darker, below lighter: a low level thickens strokes. A cell is the mean of its
@@ -112,8 +112,8 @@ def distort(ink: UInt8[np.ndarray, "n 8 8"], rng: np.random.Generator) -> UInt8[
     row, column = (x.reshape(1, -1) - s for x, s in zip(np.meshgrid(points, points, indexing="ij"), shift, strict=True))
     old_row = (np.cos(angle) * row + np.sin(angle) * column) / scale[0]
     old_column = (np.cos(angle) * column - np.sin(angle) * row) / scale[1] + slant * row
-    found = _between_cells(ink, old_row + CELLS / 2 - 0.5, old_column + CELLS / 2 - 0.5)
-    sharpened = np.clip(1.5 * (found - level) + 8, 0, 16)
+    new_ink = _between_cells(ink, old_row + CELLS / 2 - 0.5, old_column + CELLS / 2 - 0.5)
+    sharpened = np.clip(1.5 * (new_ink - level) + 8, 0, 16)
     return np.rint(sharpened.reshape(count, CELLS, 2, CELLS, 2).mean(axis=(2, 4))).astype(np.uint8)
 
 

@@ -59,8 +59,8 @@ class GeneratedHaystack:
         shot = np.repeat(np.arange(len(lengths)), lengths)[:num_frames]
         elapsed = (np.arange(num_frames) - (np.cumsum(lengths) - lengths)[shot]) / lengths[shot]
         pages = rng.integers(0, len(photo_shapes()), len(lengths))
-        room = photo_shapes()[pages] - SIDE
-        first, last = (rng.random((len(lengths), 2)) * room for _ in range(2))
+        last_corner = photo_shapes()[pages] - SIDE
+        first, last = (rng.random((len(lengths), 2)) * last_corner for _ in range(2))
         corner = first[shot] + (last - first)[shot] * elapsed[:, None]
         look = np.stack([rng.integers(0, n, len(lengths)) for n in (len(PERMUTATIONS), 2)], axis=1)
         return np.concatenate([pages[shot, None], corner.astype(np.int64), look[shot]], axis=1).astype(np.int32)
@@ -144,11 +144,11 @@ class FolderHaystack:
             raise ValueError(
                 f"a haystack folder must hold videos {VIDEO_SUFFIXES}, got none in {str(self.directory)!r}"
             )
-        pieces, room = [], self.max_frames
+        pieces, frames_left = [], self.max_frames
         for path in videos:
-            if room >= 2:
-                pieces.append(read_video(path, fps=self.fps, max_frames=room, resize=self._resize).frames)
-                room -= len(pieces[-1])
+            if frames_left >= 2:
+                pieces.append(read_video(path, fps=self.fps, max_frames=frames_left, resize=self._resize).frames)
+                frames_left -= len(pieces[-1])
         return np.concatenate(pieces)
 
     def _resize(self, frame: Frame, num_frames: int) -> np.ndarray:

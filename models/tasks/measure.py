@@ -61,10 +61,10 @@ class Measure:
         Raises:
             ValueError: fewer than `min_grids`.
         """
-        room = (num_tokens - self.length(others)) // self.grid
-        if room < min_grids:
+        num_grids = (num_tokens - self.length(others)) // self.grid
+        if num_grids < min_grids:
             raise ValueError(
-                f"the task needs {min_grids} pairs of frames of {self.grid} tokens and {num_tokens - room * self.grid} "
-                f"other tokens: {num_tokens=} has room for {max(room, 0)}"
+                f"the task needs {min_grids} pairs of frames of {self.grid} tokens and "
+                f"{num_tokens - num_grids * self.grid} other tokens: {num_tokens=} holds {max(num_grids, 0)}"
             )
-        return room
+        return num_grids

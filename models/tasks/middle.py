@@ -14,7 +14,7 @@ from models.tasks.script import DIGIT, Clip, Frames, Script, ScriptPart, unmarke
 from models.tasks.text import DIGITS, MATCHING_QUESTION
 
 FIRST, LAST = 0.4, 0.95
-"""Places in the video between which the questions stand, as shares of it."""
+"""Places in the video between which the questions stand, as fractions of it."""
 
 
 def middle_questions(
@@ -35,19 +35,19 @@ def middle_questions(
     """
     rng = np.random.default_rng([seed, 2])
     cards = draw_cards(num_questions + num_distractors, rng, is_held_out=is_held_out)
-    asked = cards[:num_questions]
-    others = [part for card in asked for part in (card.question, still(card))]
+    needles = cards[:num_questions]
+    others = [part for card in needles for part in (card.question, still(card))]
     num_grids = measure.grids_in(num_tokens, min_grids=4 * len(cards), others=others)
     frames = blank_video(2 * num_grids, haystack, rng)
     stops = _stops(num_questions, num_grids)
     taken: set[int] = set()
-    for card, stop in zip(asked, stops, strict=True):
+    for card, stop in zip(needles, stops, strict=True):
         show(frames, card, 2 * free_grid(round(depth * (stop - 1)), taken, stop))
     for card in cards[num_questions:]:
         show(frames, card, 2 * free_grid(int(rng.integers(num_grids)), taken, num_grids))
-    parts = interleave(frames, fps, [(2 * stop, [card.question]) for stop, card in zip(stops, asked, strict=True)])
+    parts = interleave(frames, fps, [(2 * stop, [card.question]) for stop, card in zip(stops, needles, strict=True)])
     places = [i for i, part in enumerate(parts) if isinstance(part, str)]
-    questions = tuple(card.ask(after_part=i, depth=depth) for i, card in zip(places, asked, strict=True))
+    questions = tuple(card.ask(after_part=i, depth=depth) for i, card in zip(places, needles, strict=True))
     return Script(parts=tuple(parts), questions=questions, depth=depth)
 
 
@@ -69,8 +69,8 @@ def mm_middle_questions(
     """
     rng = np.random.default_rng([seed, 5])
     cards = draw_cards(num_questions + num_distractors, rng, is_held_out=is_held_out)
-    asked = [choose(card, rng, after_part=None, depth=depth) for card in cards[:num_questions]]
-    texts = [text for _, text in asked]
+    questions_and_texts = [choose(card, rng, after_part=None, depth=depth) for card in cards[:num_questions]]
+    texts = [text for _, text in questions_and_texts]
     documents = draw_documents(int(TEXT_FRACTION * num_tokens) - sum(map(measure.count, texts)), rng, measure)
     # Every document, question and image cuts the video once more; each piece has two marks.
     marks = 2 * (len(documents) + len(texts) + len(cards) + 1)
@@ -83,7 +83,9 @@ def mm_middle_questions(
     events += [(2 * stop, [text]) for stop, text in zip(stops, texts, strict=True)]  # after a document, before a frame
     frames = blank_video(2 * num_grids, haystack, rng)
     parts = interleave(frames, fps, sorted(events, key=lambda event: event[0]))
-    questions = tuple(dataclasses.replace(question, after_part=parts.index(text)) for question, text in asked)
+    questions = tuple(
+        dataclasses.replace(question, after_part=parts.index(text)) for question, text in questions_and_texts
+    )
     return Script(parts=tuple(parts), questions=questions, depth=depth)
 
 
@@ -139,7 +141,7 @@ def silent_matching(
     """The same without a word: one video, and the last token of each picture that comes again tells its digit.
 
     So a row of video must look far back, and no row of text can do it in its place. Only a model that was trained to
-    predict what a picture shows, as the small one is, can be asked so.
+    predict what a picture shows, as the small one is, can answer it.
 
     Args and errors as of `v_niah`; `depth` as of `matching_frames`.
     """
@@ -182,16 +184,16 @@ def _returning_pictures(
     stops = _stops(num_questions, num_grids)
     taken = {stop - 1 for stop in stops}
     for i in range(num_pictures):
-        is_asked = i < num_questions
-        wanted = round(depth * (stops[i] - 2)) if is_asked else int(rng.integers(num_grids))
-        first = free_grid(wanted, taken, stops[i] - 1 if is_asked else num_grids)
+        is_needle = i < num_questions
+        target = round(depth * (stops[i] - 2)) if is_needle else int(rng.integers(num_grids))
+        first = free_grid(target, taken, stops[i] - 1 if is_needle else num_grids)
         frames[2 * first : 2 * first + 2] = pictures[i]
         frames[2 * first : 2 * first + 2, DIGIT] = images[i]
-        if is_asked:
+        if is_needle:
             frames[2 * stops[i] - 2 : 2 * stops[i]] = pictures[i]
     return frames, stops, [int(digit_labels()[image]) for image in images[:num_questions]]
 
 
 def _stops(num_questions: int, num_grids: int) -> list[int]:
     """Pairs of frames that precede each question."""
-    return [round(share * num_grids) for share in np.linspace(FIRST, LAST, num_questions)]
+    return [round(fraction * num_grids) for fraction in np.linspace(FIRST, LAST, num_questions)]

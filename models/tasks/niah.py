@@ -71,9 +71,9 @@ def mm_niah(
     """
     rng = np.random.default_rng([seed, 1])
     cards = draw_cards(1 + num_distractors, rng, is_held_out=is_held_out)
-    question, asked = choose(cards[0], rng, after_part=None, depth=depth)
-    documents = draw_documents(int(TEXT_FRACTION * num_tokens) - measure.count(asked), rng, measure)
-    others: list[ScriptPart] = [asked, *documents, *map(still, cards)]
+    question, question_text = choose(cards[0], rng, after_part=None, depth=depth)
+    documents = draw_documents(int(TEXT_FRACTION * num_tokens) - measure.count(question_text), rng, measure)
+    others: list[ScriptPart] = [question_text, *documents, *map(still, cards)]
     # Every document and image cuts the video once more, which costs the two marks of a piece.
     marks = 2 * (len(documents) + len(cards) + 1)
     num_grids = measure.grids_in(num_tokens - marks, min_grids=len(cards), others=others)
@@ -81,7 +81,7 @@ def mm_niah(
     places = [round(depth * num_grids), *rng.integers(0, num_grids + 1, num_distractors)]
     events = [(2 * int(place), [still(card)]) for place, card in zip(places, cards, strict=True)]
     events += [(2 * int(rng.integers(0, num_grids + 1)), [text]) for text in documents]
-    parts = [*interleave(frames, fps, sorted(events, key=lambda event: event[0])), asked]
+    parts = [*interleave(frames, fps, sorted(events, key=lambda event: event[0])), question_text]
     return Script(parts=tuple(parts), questions=(question,), depth=depth)
 
 

@@ -18,7 +18,7 @@ class Question:
             end mark of an image or video); None for the prompt's last token.
         after_frames: the part is a video, and the answer is predicted within it, by the last token of so many of its
             frames, or of the temporal patch that holds them; None for the part's end.
-        depth: how far back the needle is: its place as a share of what precedes the question, 0 first, 1 last.
+        depth: how far back the needle is: its place as a fraction of what precedes the question, 0 first, 1 last.
     """
 
     choices: tuple[str, ...]
@@ -28,13 +28,13 @@ class Question:
     depth: float
 
     def __post_init__(self):
-        """Checks that the answer is one of at least two different choices, and the depth a share."""
+        """Checks that the answer is one of at least two different choices, and the depth a fraction."""
         if len(set(self.choices)) != len(self.choices) or len(self.choices) < 2:
             raise ValueError(f"a question needs two or more different choices, got {self.choices}")
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(f"the answer must be one of the choices: 0 <= {self.answer} < {len(self.choices)}")
         if not 0 <= self.depth <= 1:
-            raise ValueError(f"a depth is a share from 0 to 1, got {self.depth}")
+            raise ValueError(f"a depth is a fraction from 0 to 1, got {self.depth}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Sample:
     Fields:
         parts: text, images and videos in the order the model reads them; what `Processor` takes.
         questions: at least one.
-        depth: where the needle is, as a share of the prompt, 0 first, 1 last; of the first question if several.
+        depth: where the needle is, as a fraction of the prompt, 0 first, 1 last; of the first question if several.
         num_frames: video frames and images in the prompt.
     """
 

@@ -81,11 +81,11 @@ def _render(part: ScriptPart, haystack: Haystack) -> str | Image | Video:
 
 def pixels(frames: Frames, haystack: Haystack) -> np.ndarray:
     """The frames `[n, rows, columns, 3]`, painted where there is something to paint."""
-    found = haystack.pixels(frames[:, :NUM_BASE])
+    painted = haystack.pixels(frames[:, :NUM_BASE])
     marked = np.flatnonzero((frames[:, NUM_BASE:] >= 0).any(axis=1))
     masks = digit_masks(*handwriting(np.maximum(frames[marked, DIGIT], 0)))
-    found[marked] = paint(found[marked], frames[marked, NUM_BASE:], masks)
-    return found
+    painted[marked] = paint(painted[marked], frames[marked, NUM_BASE:], masks)
+    return painted
 
 
 def unmarked(base: np.ndarray) -> Frames:

@@ -1,4 +1,4 @@
-"""A prefill cut over a mesh against the same prefill on one device; eight virtual devices in a process of their own."""
+"""A prefill cut over a mesh against the same prefill on one device; eight virtual devices in a separate process."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 TERMS = model_terms(TINY_CONFIG, num_keys=128)
 """Numbers added up for one logit of the tiny model in a bucket of 128 tokens."""
 
-EQUAL = [name for name in CASES if name != "own last queries"]
+EQUAL = [name for name in CASES if name != "last queries of each piece"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_some_attention_is_skipped_on_a_mesh(sharded):
 @pytest.mark.slow
 def test_the_last_queries_of_a_pattern_are_each_pieces(sharded):
     """Four pieces have four times the queries that see everything: closer to dense, and not what one device gives."""
-    got, want = np.load(sharded / "own last queries.npz"), arrays(*run("own last queries"))
+    got, want = np.load(sharded / "last queries of each piece.npz"), arrays(*run("last queries of each piece"))
     assert np.abs(got["k"][1:] - want["k"][1:]).max() > 1e-3
     assert_same_up_to_order(got["k"][0], want["k"][0], terms=TERMS)  # before any attention
     assert (got["density"] >= want["density"]).all()
@@ -125,7 +125,7 @@ def test_a_mesh_of_one_device_is_no_mesh():
 
 
 def mesh_of_eight() -> Mesh:
-    """Numbers in place of devices: refusals come before any device is asked."""
+    """Numbers in place of devices: refusals come before any device is used."""
     return make_mesh(list(range(8)), num_kv_heads=2)
 
 

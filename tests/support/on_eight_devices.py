@@ -1,6 +1,6 @@
 """`python on_eight_devices.py DIRECTORY`: prefills on meshes of eight devices, one .npz file of results for each.
 
-JAX must be told of the devices before it starts (`XLA_FLAGS` of `ENVIRONMENT`), hence a process of its own.
+JAX must be told of the devices before it starts (`XLA_FLAGS` of `ENVIRONMENT`), hence a separate process.
 """
 
 import sys
@@ -33,7 +33,7 @@ CASES = {
     "everything": dict(prompt=ONE, table=EVERYTHING),
     "sequence only": dict(prompt=ONE, table=MIXED, heads=1),
     "heads only": dict(prompt=ONE, table=MIXED, heads=2, devices=2),
-    "own last queries": dict(prompt=ONE, table=TriShape(sink=16, local=4, last=3)),
+    "last queries of each piece": dict(prompt=ONE, table=TriShape(sink=16, local=4, last=3)),
 }
 
 

@@ -43,7 +43,7 @@ def doctor(
 ) -> None:
     """Print versions, devices, backends and the compilation cache. Of a backend that cannot run it says why.
 
-    With --plan, print the memory plan of a prefill instead: live buffers by stage, or what would fit if it does not.
+    With --plan, print the memory plan of a prefill instead: live buffers by stage, or changes that fit if it does not.
     """
     with one_line_errors(shows_traceback=debug):
         out = console.stdout_console()

@@ -112,5 +112,5 @@ def score_table(name: str, score: Score) -> Table:
     table = Table(name, "right", "questions", "accuracy")
     for kind, (right, count) in score.by_kind.items():
         table.add_row(kind, str(right), str(count), f"{right / count:.1%}")
-    table.add_row("all", str(score.correct), str(score.asked), f"{score.accuracy:.1%}", style="bold")
+    table.add_row("all", str(score.correct), str(score.num_questions), f"{score.accuracy:.1%}", style="bold")
     return table

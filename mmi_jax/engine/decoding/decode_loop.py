@@ -1,6 +1,6 @@
 """decode: new tokens after a prefill, chosen on the device, with dense attention over the cache.
 
-The prompt's cache is read, never written or copied: the keys of the new tokens get room of their own, and attention
+The prompt's cache is read, never written or copied: the keys of the new tokens have a separate buffer, and attention
 reads both (`pallas_kernels.decode`). So one prefill serves any number of answers, and a cache of half the device's
 memory can be decoded from.
 """
@@ -40,7 +40,7 @@ def decode(
     """Up to `max_new_tokens` tokens after each prompt; past an end token the row repeats it.
 
     Args:
-      prefilled: of a `prefill`; stays as it is, and needs no room for the new tokens.
+      prefilled: of a `prefill`; stays as it is, and needs no capacity for the new tokens.
       temperature: 0 takes the most likely token; above, samples from `softmax(logits / temperature)`.
       top_p: samples among the fewest tokens that hold this probability.
       rng: a JAX random key; needed when `temperature` is above 0.
@@ -73,17 +73,17 @@ def decode_with_cache(
     computed with the token after it.
 
     Args:
-      prefilled: of a `prefill` with room for `max_new_tokens`; its cache must not be used afterwards.
+      prefilled: of a `prefill` with capacity for `max_new_tokens`; its cache must not be used afterwards.
       others: as in `decode`.
 
     Raises:
-      ValueError: as in `decode`, or the cache has no room.
+      ValueError: as in `decode`, or the cache lacks capacity.
     """
     choice = _checked(max_new_tokens, temperature, top_p, rng, end_tokens)
     cache = prefilled.cache
-    room = cache.capacity - int(np.asarray(cache.lengths).max())
-    if max_new_tokens > room + 1:  # the last one is not written
-        raise ValueError(f"the cache must have room for {max_new_tokens=}: it has room for {room + 1}")
+    num_free = cache.capacity - int(np.asarray(cache.lengths).max())
+    if max_new_tokens > num_free + 1:  # the last one is not written
+        raise ValueError(f"the cache must hold {max_new_tokens=} more: it has capacity for {num_free + 1}")
     tokens, decoding = _decode(model, prefilled, max_new_tokens, choice, rng, on_tokens, implementation)
     if decoding is None:
         return tokens, cache
@@ -125,7 +125,7 @@ def _decode(
         implementation = "xla"  # which the compiler can partition
     rng = jax.random.key(0) if rng is None else rng
     graphdef, state = nnx.split(model)
-    decoding = start(prefilled.logits, cache, rng, choice=choice, room=new_rows(max_new_tokens), sharding=sharding)
+    decoding = start(prefilled.logits, cache, rng, choice=choice, num_rows=new_rows(max_new_tokens), sharding=sharding)
     pieces = [np.asarray(decoding.token)[:, None]]
     num_tokens = 1
     while True:

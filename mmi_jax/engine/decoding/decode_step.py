@@ -21,7 +21,7 @@ BLOCK_TOKENS = 16
 """Tokens of one program run: the host looks at what was decoded once in so many tokens."""
 
 MIN_NEW_TOKENS = 64
-"""Room for new tokens is this or a larger power of two: few programs, and whole tiles of the decode kernel."""
+"""Rows for new keys are this many or a larger power of two: few programs, and whole tiles of the decode kernel."""
 
 
 @pytree
@@ -76,20 +76,20 @@ def new_rows(max_new_tokens: int) -> int:
     return max(MIN_NEW_TOKENS, 1 << max(0, math.ceil(math.log2(max(max_new_tokens, 1)))))
 
 
-@functools.partial(jax.jit, static_argnames=("room", "sharding"))
+@functools.partial(jax.jit, static_argnames=("num_rows", "sharding"))
 def start(
     logits: Float[Array, "b v"],
     cache: KVCache,
     rng: Array,
     *,
     choice: Choice,
-    room: int,
+    num_rows: int,
     sharding: NamedSharding | None,
 ) -> Decoding:
-    """The first token, chosen from the prefill's logits, and room for the keys of all that follow."""
+    """The first token, chosen from the prefill's logits, and zeroed rows for the keys of all that follow."""
     num_layers, b, _, num_kv_heads, head_dim = cache.k.shape
     token = _everywhere(sample(logits, jax.random.fold_in(rng, 0), choice), sharding)
-    k_new, v_new = (jnp.zeros((num_layers, b, room, num_kv_heads, head_dim), cache.k.dtype) for _ in range(2))
+    k_new, v_new = (jnp.zeros((num_layers, b, num_rows, num_kv_heads, head_dim), cache.k.dtype) for _ in range(2))
     return Decoding(token=token, is_done=_ends(token, choice), num_new=jnp.int32(1), k_new=k_new, v_new=v_new)
 
 
@@ -143,7 +143,7 @@ def run_block(
 
 
 def step(model: VisionLanguageModel, cache: KVCache, decoding: Decoding, implementation: Implementation | None):
-    """Logits `[b, v]` after the last token of each prompt, and the new tokens' keys and values with its own."""
+    """Logits `[b, v]` after the last token of each prompt, and the new tokens' keys and values with this step's."""
     from flax import nnx
 
     layer_graphdef, layer_state = nnx.split(model.layers)

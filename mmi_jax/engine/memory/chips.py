@@ -1,4 +1,4 @@
-"""What the makers say of TPU chips: memory, bandwidth, matrix units and clocks."""
+"""Published figures of TPU chips: memory, bandwidth, matrix units and clocks."""
 
 import dataclasses
 import re
@@ -104,5 +104,5 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_per_chip(devices: Sequence[Any]) -> int:
-    """Devices that share one chip and its memory: its cores one by one (v4, 7x here), or 1."""
+    """Devices on one chip and its memory: its cores one by one (v4, 7x here), or 1."""
     return len(devices) // len({tuple(device.coords) for device in devices})

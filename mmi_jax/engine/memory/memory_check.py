@@ -1,4 +1,4 @@
-"""The memory check of a prefill: whether its plan fits the device, and what would fit where it does not."""
+"""The memory check of a prefill: its plan against the device's memory, and changes that fit where it does not."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ UPPER_BOUND_BYTES = 6 * GIB
 
 
 class DoesNotFitError(ValueError):
-    """A prefill needs more memory than its device has; the message says how much, what takes it, and what would fit."""
+    """A prefill needs more memory than its device has; the message names the amount, buffers and changes that fit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,19 +65,21 @@ def check_fits(request: MemoryRequest, memory: DeviceMemory, *, planned_used: in
 
 
 def _refusal(request: MemoryRequest, plan: MemoryPlan, memory: DeviceMemory, others: int) -> str:
-    """Rule, expected, got, and what would fit."""
+    """Rule, expected, got, and changes that fit."""
     largest = plan.live_in(plan.peak_stage)[:NUM_NAMED_BUFFERS]
     named = ", ".join(f"{buffer.name} {_gib(buffer.num_bytes)}" for buffer in largest)
     used = f" less {_gib(others)} that other arrays take" if others > 2**20 else ""
-    options = "; ".join(what_fits(request, memory.limit - others)) or "nothing: the weights leave no room for a prompt"
+    options = (
+        "; ".join(what_fits(request, memory.limit - others)) or "nothing: the weights leave no memory for a prompt"
+    )
     return (
         f"a prefill of {_prompts(request)} must fit the device's memory: it needs {_gib(plan.peak)} at its peak, stage "
-        f"{plan.peak_stage!s} ({named}, ...), the device has {_gib(memory.limit)}{used}. What would fit: {options}"
+        f"{plan.peak_stage!s} ({named}, ...), the device has {_gib(memory.limit)}{used}. Changes that fit: {options}"
     )
 
 
 def what_fits(request: MemoryRequest, free: int) -> Iterator[str]:
-    """Changes of the prefill, each alone, with which it would fit `free` bytes."""
+    """Changes of the prefill, each alone, with which it fits `free` bytes."""
     batch, blocks = request.prefill.batch, request.prefill.options.block_sizes
     chunks = _powers_of_two_below(request.prefill.lengths.chunk_tokens)
     for chunk_tokens in (n for n in chunks if n % blocks.q == 0 and n % blocks.kv == 0):
@@ -92,7 +94,7 @@ def what_fits(request: MemoryRequest, free: int) -> Iterator[str]:
 
 
 def longest_that_fits(request: MemoryRequest, free: int) -> int | None:
-    """The longest padded prompt that would fit, up to the request's own; None if none would."""
+    """The longest padded prompt that fits, up to the request's length; None if none does."""
     lengths = [n for n in request.prefill.buckets.lengths() if n <= request.prefill.num_tokens]
     low, high = -1, len(lengths)
     while high - low > 1:
@@ -151,7 +153,7 @@ def check_memory(request: MemoryRequest, reused_bytes: int) -> None:
 
 
 def _upper_bound(request: MemoryRequest) -> int:
-    """Bytes that suffice besides the weights, from sizes alone: a plan takes seconds to make."""
+    """An upper bound of the bytes except the weights, from sizes alone: a plan takes seconds to make."""
     config, lengths = request.prefill.config, request.prefill.lengths
     cache = 2 * config.num_layers * lengths.capacity * config.num_kv_heads * config.head_dim
     row = max(config.num_heads * config.head_dim, config.embed_dim)

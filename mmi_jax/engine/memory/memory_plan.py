@@ -80,13 +80,13 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryRequest:
-    """The prefill to plan, and what its model weighs.
+    """The prefill to plan, and the bytes of its model.
 
     Args:
       prefill: on one device; a cache that it continues is counted by the new capacity alone.
       weight_bytes: of the whole model.
       dtype: what it computes in.
-      embed_bytes: what the model holds while it embeds images and videos, besides weights and embeddings.
+      embed_bytes: what the model holds while it embeds images and videos, except weights and embeddings.
     """
 
     prefill: PrefillRequest
@@ -204,7 +204,7 @@ def _qk_shapes(request: MemoryRequest, lengths: PaddedLengths) -> tuple[jax.Shap
 
 @functools.lru_cache(maxsize=64)
 def _kernel_inputs(row: tuple[Pattern, ...], q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, blocks: Blocks):
-    """The kernel's arguments, as shapes: what the engine's own code makes of a layer's queries and keys."""
+    """The kernel's arguments, as shapes: what the engine makes of a layer's queries and keys."""
     layout = jax.tree.map(lambda _: jax.ShapeDtypeStruct(k.shape[:2], jnp.int32), text_tokens(1))
 
     def inputs(q, k, v, layout):

@@ -14,7 +14,7 @@ from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.layer_program import Program
 from mmi_jax.engine.programs.program_cache import PROGRAMS, ProgramKey
 from mmi_jax.method.patterns import Pattern
-from mmi_jax.sharding import OWN_SPEC, shards_of
+from mmi_jax.sharding import PER_DEVICE_SPEC, shards_of
 from pallas_kernels.notation import Array
 
 type CompilerOptions = dict[str, str | bool | int | float]
@@ -145,8 +145,8 @@ def layer_arguments(program: Program, inputs: ChunkInputs) -> dict[tuple[Pattern
     number = jax.ShapeDtypeStruct((), np.int32)  # a sharding would bind what the program makes to its device
     if program.mesh is not None:
         number = jax.ShapeDtypeStruct((), np.int32, sharding=getattr(q_start, "sharding", None))
-        own = NamedSharding(program.mesh, OWN_SPEC)
-        outputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=own), outputs)
+        sharding = NamedSharding(program.mesh, PER_DEVICE_SPEC)
+        outputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), outputs)
     rotary, geometries = outputs
     carried = layout, q_start, inputs.x, inputs.k, inputs.v
     return {

@@ -4,7 +4,7 @@ JAX's persistent cache is keyed by the lowered program, and tracing and lowering
 or more of Python. Its keys hold the numbers that JAX 0.11.2 gives the Mosaic kernels of a process, too, so that they
 depend on what was lowered before. The keys here are made of patterns, shapes, sources, versions, device and settings.
 
-The entries lie in the directory of JAX's own, `jax_compilation_cache_dir`; without one nothing is stored. As JAX says
+The entries lie in the directory of JAX's cache, `jax_compilation_cache_dir`; without one nothing is stored. As JAX says
 of serialized programs: whoever can write the directory can run code in the process that reads it.
 """
 
@@ -29,11 +29,11 @@ UNREAD = ("cache", "log", "dump", "traceback")
 
 
 def entry_of(kind: str, identity: Hashable, args: tuple, options: Mapping[str, Any] | None) -> Path | None:
-    """The file of a program; None without a cache, or where the program cannot be told from others.
+    """The file of a program; None without a cache, or where the program cannot be distinguished from others.
 
     Args:
       kind: of the program, as in `ProgramKey`.
-      identity: everything it depends on besides the arguments' shapes, with `mesh` None.
+      identity: everything it depends on except the arguments' shapes, with `mesh` None.
       options: of the compiler.
     """
     directory, device = jax.config.values["jax_compilation_cache_dir"], _device_of(args)

@@ -21,7 +21,7 @@ from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.plan import batch_geometry
 from mmi_jax.sharding import (
     CACHE_SPEC,
-    OWN_SPEC,
+    PER_DEVICE_SPEC,
     ROPE_SPEC,
     TOKENS_SPEC,
     Shards,
@@ -41,7 +41,7 @@ heads and prompts, and `64 / t` of dense attention's cost."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything the compiled parts of a chunk depend on besides shapes.
+    """Everything the compiled parts of a chunk depend on except shapes.
 
     A chunk runs as `start`, then `layer` after layer, then `end`, without the host waiting for any of them. All layers
     with the same patterns are one compiled program, whose layer number is an argument, so what is compiled grows with
@@ -75,11 +75,11 @@ class Program:
         return tuple(dict.fromkeys(self.layers))
 
     def geometry_rows(self, shards: Shards) -> dict[Hashable, tuple[Pattern, ...]]:
-        """One layer for each different geometry that the layers ask for, by the views of it."""
+        """One layer for each different geometry that the layers need, by the views of it."""
         return {self._views(row, shards): row for row in self.rows}
 
     def geometry_of(self, row: tuple[Pattern, ...], shards: Shards, geometries):
-        """The layer's own geometry among those that `start` made."""
+        """The layer's geometry among those that `start` made."""
         return geometries[list(self.geometry_rows(shards)).index(self._views(row, shards))]
 
     def _views(self, row: tuple[Pattern, ...], shards: Shards):
@@ -96,7 +96,7 @@ class Program:
         def prefill_start(*args):
             return _start(self, rows, shards, *args)
 
-        return self._jit(prefill_start, (weight_specs(state, shards), ROPE_SPEC, P(), P()), OWN_SPEC)
+        return self._jit(prefill_start, (weight_specs(state, shards), ROPE_SPEC, P(), P()), PER_DEVICE_SPEC)
 
     def layer(self, weights: PyTree, num_kv_heads: int):
         """`(weights, n, shared, layout, q_start, x, k, v) -> x, k, v, statistics` for layers of the only row.
@@ -114,7 +114,7 @@ class Program:
             return _layer(self, row, shards, axes, *args)
 
         carry_specs = (TOKENS_SPEC, CACHE_SPEC, CACHE_SPEC)
-        in_specs = (layer_specs(weights, axes), P(), OWN_SPEC, P(), P(), *carry_specs)
+        in_specs = (layer_specs(weights, axes), P(), PER_DEVICE_SPEC, P(), P(), *carry_specs)
         return self._jit(prefill_layer, in_specs, (*carry_specs, P()), donate_argnums=(5, 6, 7))
 
     def end(self, num_kv_heads: int):
@@ -134,7 +134,7 @@ class Program:
 
 
 def _start(program: Program, rows, shards: Shards, state, rope_pos, layout: TokenLayout, q_start):
-    """What the layers share: what they rotate by, and for each of the rows the geometry of each group of heads."""
+    """Inputs of all layers: what they rotate by, and for each of the rows the geometry of each group of heads."""
     from flax import nnx
 
     model: Any = nnx.merge(program.graphdef, state)
@@ -218,7 +218,7 @@ def _attention(program: Program, shards: Shards, row: tuple[Pattern, ...], geome
                 blocks=program.blocks,
                 implementation=program.implementation,
                 position_is_index=program.position_is_index,
-                padding_is_finite=True,  # prefill pads with a token of its own
+                padding_is_finite=True,  # prefill pads with tokens, whose embeddings are finite
             )
             return result.out, _statistics(program, result, sample)
 

@@ -18,7 +18,7 @@ class ProgramKey:
 
     Args:
       kind: "start", "layer" and "end" of a prefill's chunk, or another word of another owner.
-      identity: everything that it depends on besides the arguments.
+      identity: everything that it depends on except the arguments.
       arguments: their tree, shapes and dtypes.
     """
 
@@ -34,7 +34,7 @@ class ProgramKey:
 
 
 class ProgramCache:
-    """Compiled programs by key. Threads compile, but only the one that asked for a program adds it."""
+    """Compiled programs by key. Threads compile, but only the one that needs a program adds it."""
 
     def __init__(self) -> None:
         """Empty."""

@@ -14,7 +14,7 @@ type Attend = Callable[[Array, Array, Array], tuple[Array, PyTree]]
 
 
 def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], PyTree]]:
-    """The graph definition that all layers share, and a function that gives the weights of each by its number."""
+    """The graph definition common to all layers, and a function that gives the weights of each by its number."""
     from flax import nnx  # here, so that attention and its benchmarks need no flax
 
     graphdef, state = nnx.split(model.layers)
@@ -24,7 +24,7 @@ def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], PyTre
 def run_layer(
     graphdef: Any, weights: PyTree, x: Float[Array, "b t e"], rotary: PyTree, attend: Attend
 ) -> tuple[Float[Array, "b t e"], PyTree]:
-    """The output of a layer that attends so, and what `attend` gives besides its own output.
+    """The output of a layer that attends so, and the second output of `attend`.
 
     Args:
       graphdef, weights: of one layer, as `split_layers` gives them.

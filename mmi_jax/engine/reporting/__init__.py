@@ -1,1 +1,1 @@
-"""What a prefill reports, and where its device time goes."""
+"""Reports of a prefill and profiles of its device time."""

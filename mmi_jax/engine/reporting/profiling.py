@@ -31,7 +31,7 @@ KERNEL_NAMES = {
     "fmha": Stage.ATTEND,
     "flash": Stage.ATTEND,
 }
-"""Parts of the names of our own kernels and of cuDNN's, by which a trace calls them."""
+"""Parts of the names of our kernels and of cuDNN's, by which a trace calls them."""
 
 _HOLDERS = {"while", "conditional", "call"}
 """Instructions that last as long as others that they hold."""
@@ -44,7 +44,7 @@ class StageTimes:
     Args:
       seconds: of each stage, summed over kernels; of threads where the host is the only device.
       span: seconds from the first kernel's begin to the last one's end; 0 without any.
-      is_device: whether the trace has a device's own timeline.
+      is_device: whether the trace has a device's timeline.
       directory: of the trace.
     """
 
@@ -95,7 +95,7 @@ def stage_times(trace: Path, programs: Iterable[str | None], directory: Path) ->
     totals: defaultdict[str, float] = defaultdict(float)
     begins, ends = [], []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the profiler's own extension type
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the profiler's extension type
         timelines = [list(timeline) for timeline in _timelines(devices or planes)]
     for timeline in timelines:
         kernels = [kernel for kernel in timeline if kernel.instruction not in holders]
@@ -132,7 +132,7 @@ def _flat(name: str) -> str:
 
 
 class _Kernel(NamedTuple):
-    """One thing that ran: its own name, its instruction, program and scope where the trace knows them; nanoseconds."""
+    """One thing that ran: its name, its instruction, program and scope where the trace knows them; nanoseconds."""
 
     name: str
     instruction: str

@@ -22,7 +22,7 @@ class PrefillReport:
       tokens: tokens of each modality, summed over the batch.
       lengths: tokens of each prompt.
       padded_tokens: length of the bucket; tokens.
-      seconds: wall time by stage, see `CLOCK_STAGES`; the caller may add its own.
+      seconds: wall time by stage, see `CLOCK_STAGES`; the caller may add stages.
       table: the patterns that ran.
       density: visited tiles over those of dense causal attention, mean over the batch; float [layers, heads].
       recall: fraction of dense attention that the visited keys hold, mean over 64 queries; NaN where not measured.

@@ -9,7 +9,7 @@ engine, and models, open the scopes by their names, such as "mmi.plan"; a test h
 import enum
 
 SCOPE_PREFIX = "mmi."
-"""How the name of every scope begins, so that a profile can tell ours from a model's own."""
+"""How the name of every scope begins, so that a profile can tell ours from a model's."""
 
 
 class Stage(enum.StrEnum):

@@ -7,7 +7,7 @@ from mmi_jax.sharding import Shards
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 MAX_TOKENS = 2**22
-"""Longest prompt that a mesh takes without buckets of its own, and where `mmi aot --longest` begins; one device takes
+"""Longest prompt that a mesh takes without explicit buckets, and where `mmi aot --longest` begins; one device takes
 `Buckets.largest`. `mmi aot --tokens` compiles longer ones, which need `prefill(buckets=...)` to run."""
 
 

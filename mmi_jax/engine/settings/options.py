@@ -46,10 +46,10 @@ class PrefillOptions:
     Args:
       table: a pattern for each layer and head, one pattern for all, or None for dense attention.
       chunk_tokens: prompt tokens that go through the layers at once, a multiple of the block size; all when None.
-        Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's own last
+        Dense attention gives the same result for any value. A sparse plan is made per chunk from the chunk's last
         queries, so a dynamic pattern may choose other columns, diagonals or phases in each chunk, and "the last
         queries" of Tri-shape are each chunk's.
-      max_new_tokens: room to leave in the cache for decoding, or for what will follow.
+      max_new_tokens: capacity to leave in the cache for decoding, or for what will follow.
       buckets: padded lengths; those of the device or the mesh when None.
       blocks: tile sizes; the default ones when None.
       implementation: see `attend_sparsely`.
@@ -93,7 +93,7 @@ class PrefillOptions:
 
 
 def options_of(options: PrefillOptions | None, settings: PrefillSettings) -> PrefillOptions:
-    """The options with these keywords in place of their own; a keyword that is no setting raises TypeError."""
+    """The options with these keywords in place of theirs; a keyword that is no setting raises TypeError."""
     return dataclasses.replace(options or PrefillOptions(), **settings)
 
 

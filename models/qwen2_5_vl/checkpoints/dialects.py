@@ -15,6 +15,7 @@ from typing import Any
 from models.qwen2_5_vl.config import MODEL_TYPE, Qwen2_5_VLConfig, VisionConfig
 
 MAX_POSITIONS = 128_000
+"""`max_position_embeddings` of the published config.json."""
 
 
 def read_config(directory: Path) -> Qwen2_5_VLConfig:
@@ -96,7 +97,7 @@ def _rope_fields(text: Mapping[str, Any]) -> dict[str, Any]:
     else:
         raise ValueError(
             "unknown config dialect: expected rope_parameters, or rope_theta with rope_scaling, "
-            f"in text_config or at the top level, found {sorted(text)}"
+            f"in text_config or at the top level, got {sorted(text)}"
         )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     _refuse(rope_type not in ("default", "mrope"), f"rotary positions of type {rope_type!r}")
@@ -113,9 +114,7 @@ def _get(fields: Mapping[str, Any], *names: str) -> Any:
     for name in names:
         if name in fields:
             return fields[name]
-    raise ValueError(
-        f"unknown config dialect: config.json lacks {' or '.join(map(repr, names))}, found {sorted(fields)}"
-    )
+    raise ValueError(f"unknown config dialect: config.json lacks {' or '.join(map(repr, names))}, got {sorted(fields)}")
 
 
 def _refuse(is_present: bool, feature: str) -> None:

@@ -16,7 +16,10 @@ from models.qwen2_5_vl.checkpoints.weights import abstract_model
 from models.qwen2_5_vl.model import Qwen2_5_VL
 
 VERSION = 1
+"""Format of model.json; raised when an older reader would misread it."""
+
 FIELDS = {"version", "dtype", "config"}
+"""Fields of model.json."""
 
 
 def save(model: Qwen2_5_VL, path: str | Path) -> None:

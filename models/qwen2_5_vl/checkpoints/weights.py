@@ -174,13 +174,13 @@ def _tensors(model: Qwen2_5_VL) -> dict[str, np.ndarray]:
 def _shards(tensors: dict[str, np.ndarray], max_bytes: int) -> list[list[str]]:
     """Names in order, cut where a shard would outgrow `max_bytes`."""
     shards: list[list[str]] = []
-    room = 0
+    bytes_left = 0
     for name, tensor in tensors.items():
         if tensor.nbytes > max_bytes:
             raise ValueError(f"a shard must hold a whole tensor: {name} has {tensor.nbytes} bytes, {max_bytes=}")
-        if not shards or tensor.nbytes > room:
+        if not shards or tensor.nbytes > bytes_left:
             shards.append([])
-            room = max_bytes
+            bytes_left = max_bytes
         shards[-1].append(name)
-        room -= tensor.nbytes
+        bytes_left -= tensor.nbytes
     return shards

@@ -88,7 +88,7 @@ class PixelPatches:
         starts = np.cumsum([0, *(math.prod(source.grid) for source in self.sources)])
         numbers = np.searchsorted(starts, first, side="right") - 1
         places = (first - starts[numbers]) // width
-        # Runs of one source, whose temporal patches follow one another: one run, save where a batch has several videos.
+        # Runs of one source, whose temporal patches follow one another: one run, except if a batch has several videos.
         breaks = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(places) != 1)) + 1
         pieces = []
         for run, number in zip(np.split(places, breaks), numbers[[0, *breaks]], strict=True):

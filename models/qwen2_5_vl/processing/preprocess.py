@@ -13,13 +13,16 @@ from models.media.sampling import TEMPORAL_PATCH_LEN
 from pallas_kernels.notation import Float
 
 MAX_ASPECT_RATIO = 200
+"""Of the longer side to the shorter one (`MAX_RATIO` of qwen-vl-utils, `smart_resize` of transformers)."""
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of each channel (`image_mean` and `image_std` of the published preprocessor_config.json, which are CLIP's)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How frames become patches; the defaults are for images of Qwen2.5-VL.
+    """How frames become patches; the defaults are those of transformers' Qwen2VLImageProcessor.
 
     Args:
         patch_size: side of a patch in pixels.
@@ -58,9 +61,11 @@ class Preprocess:
 
 
 VIDEO = Preprocess(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
-"""Frames of Qwen2.5-VL's videos."""
+"""Frames of Qwen2.5-VL's videos (`VIDEO_MIN_PIXELS` and `VIDEO_MAX_PIXELS` of qwen-vl-utils)."""
+
 MAX_VIDEO_TOKENS = int(128_000 * 0.9)
-"""Tokens that `capped` shares among the frames of a video: 90 % of a context of 128,000."""
+"""Tokens that `capped` divides among the frames of a video: 90 % of a context of 128,000 (`VIDEO_TOTAL_PIXELS` of
+qwen-vl-utils)."""
 
 
 def smart_resize(rows: int, columns: int, config: Preprocess) -> tuple[int, int]:
@@ -95,8 +100,8 @@ def capped(config: Preprocess, num_frames: int) -> Preprocess:
     max_pixels = max(min(config.max_pixels, per_frame), int(config.min_pixels * 1.05))
     if max_pixels < config.max_pixels:
         warnings.warn(
-            f"{num_frames} frames share {MAX_VIDEO_TOKENS} tokens: pixels per frame capped at {max_pixels} instead of "
-            f"{config.max_pixels}",
+            f"{num_frames} frames have {MAX_VIDEO_TOKENS} tokens in all: pixels per frame capped at {max_pixels} "
+            f"instead of {config.max_pixels}",
             stacklevel=2,
         )
         return dataclasses.replace(config, max_pixels=max_pixels)

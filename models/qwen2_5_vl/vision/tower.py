@@ -19,11 +19,14 @@ from models.qwen2_5_vl.vision.windows import rotary, windows
 from pallas_kernels.notation import AnyArray
 
 RMS_NORM_EPS = 1e-6
-"""Fixed by the published code, in no configuration file."""
+"""A constant of the published code (the norms of transformers' Qwen2_5_VLVisionBlock), in no configuration file."""
+
 FRAME_BATCH_PATCHES = 16384
 """Patches encoded by one call (at least one frame): large enough to fill a chip, small enough to bound memory."""
+
 MLP_MULTIPLE = 128
-"""The hidden width of the MLP is padded to a multiple of this where it runs in 16 bits."""
+"""The hidden width of the MLP is padded to a multiple of this where it runs in 16 bits: see `_aligned`."""
+
 BATCHES_IN_FLIGHT = 2
 """Batches whose patches are on the device at a time: one is encoded while the next one arrives."""
 

@@ -25,7 +25,7 @@ def read_egoschema(directory: str | Path) -> list[Item]:
     answers, videos = read_json(answers_path), Videos(directory)
     rows = [row for row in read_json(path) if field(row, "q_uid", path) in answers]
     if not rows:
-        raise ValueError(f"{path} and {answers_path} must share a question, got none")
+        raise ValueError(f"{path} and {answers_path} must have a question in common, got none")
     return [
         Item(
             name=row["q_uid"],

@@ -19,8 +19,8 @@ def existing(directory: str | Path, *names: str) -> Path:
     if not directory.is_dir():
         raise ValueError(f"a data set is a directory as published, got {str(directory)!r}")
     for name in names:
-        if found := sorted(directory.rglob(name)):
-            return found[0]
+        if paths := sorted(directory.rglob(name)):
+            return paths[0]
     raise ValueError(f"{directory} must hold {' or '.join(names)}, got neither")
 
 

@@ -58,7 +58,7 @@ def parts(item: Item, video: Video) -> list[str | Video]:
 def sample(item: Item, video: Video) -> Sample:
     """A multiple-choice item as a sample, answered by the letter with the largest logit after the prompt.
 
-    Nobody knows where in the video the answer stands: the depth is 0.
+    Where in the video the answer stands is unknown: the depth is 0.
     """
     question = Question(choices=tuple(LETTERS[: len(item.options)]), answer=int(item.answer), depth=0.0)
     return Sample(parts=tuple(parts(item, video)), questions=(question,), depth=0.0, num_frames=video.num_frames)

@@ -11,16 +11,16 @@ NUMBERS: dict[str, str] = {name: str(n) for n, name in enumerate(WORDS)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Questions answered right, of those asked, all and by kind."""
+    """Questions answered right, of all questions and by kind."""
 
     correct: int
-    asked: int
+    num_questions: int
     by_kind: dict[str, tuple[int, int]]
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions answered right."""
-        return self.correct / self.asked
+        """Fraction of the questions answered right."""
+        return self.correct / self.num_questions
 
 
 def scores(kinds: Sequence[str], is_right: Sequence[bool]) -> Score:
@@ -35,7 +35,7 @@ def scores(kinds: Sequence[str], is_right: Sequence[bool]) -> Score:
         kind: (sum(r for k, r in zip(kinds, is_right, strict=True) if k == kind), kinds.count(kind))
         for kind in dict.fromkeys(kinds)
     }
-    return Score(correct=sum(is_right), asked=len(kinds), by_kind=by_kind)
+    return Score(correct=sum(is_right), num_questions=len(kinds), by_kind=by_kind)
 
 
 def matches(answer: str, expected: str) -> bool:

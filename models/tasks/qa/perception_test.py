@@ -29,6 +29,6 @@ def read_perception_test(directory: str | Path) -> list[Item]:
             answer=int(field(row, "answer_id", path)),
             kind=field(row, "area", path),
         )
-        for video, found in read_json(path).items()
-        for row in found.get("mc_question", [])
+        for video, annotations in read_json(path).items()
+        for row in annotations.get("mc_question", [])
     ]

@@ -59,8 +59,8 @@ def test_the_search_finds_the_longest_length_in_few_steps(monkeypatch, fixed, lo
         return Memory(arguments=0, total=total, limit=None if total <= limit else int(limit), compile_seconds=0.0)
 
     monkeypatch.setattr(compile_ahead, "compile_prefill", compile_prefill)
-    found = dict(longest_that_fits(target(), 2**20))
-    assert max(n for n, memory in found.items() if memory.fits) == longest
+    memories = dict(longest_that_fits(target(), 2**20))
+    assert max(n for n, memory in memories.items() if memory.fits) == longest
     assert len(tried) == len(set(tried)) <= 8
 
 
@@ -120,7 +120,7 @@ def test_a_program_that_does_not_fit_has_its_figures():
 
 
 def test_an_attention_function_runs_in_place_of_a_backend():
-    """What stands in for the kernel of a chip that is not here."""
+    """A substitute for the kernel of a chip that is not attached."""
     from mmi_jax.layout import text_tokens
     from mmi_jax.method.dispatch import attend_sparsely
     from pallas_kernels.attention import xla

@@ -142,7 +142,7 @@ def test_doctor_plans_a_prefill_that_fits(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--tokens", "1048576", "--device", "72GiB"], "1 x 1,048,576 tokens must fit the device's memory: it needs"),
-        (["--tokens", "1048576", "--device", "72GiB"], "the device has 72.0 GiB. What would fit: at most"),
+        (["--tokens", "1048576", "--device", "72GiB"], "the device has 72.0 GiB. Changes that fit: at most"),
         (["--tokens", "2000000", "--device", "h200"], "a prompt must have 1 to 1048576 tokens"),
         (["--tokens", "0", "--device", "h100"], "--tokens and --batch must be at least 1, got 0 and 1"),
         (["--device", "h300"], "--device must be one of a100, h100, h200, v4"),

@@ -25,7 +25,7 @@ def prompts() -> list[TokenLayout]:
     return [jax.tree.map(np.asarray, layout.pad_to(BUCKET)) for layout in layouts]
 
 
-def planted(layout, line, rng):
+def synthetic(layout, line, rng):
     q, k = rng.normal(size=(2, 1, BUCKET, len(NAMES), 8)).astype(np.float32)
     q[..., 0], k[..., 0] = 9, line(layout)[None, :, None]
     return q, k[:, :, :2], k[:, :, 1:3]
@@ -42,7 +42,7 @@ def test_a_bucket_is_compiled_once(rng):
         return sparse_attention(q, k, v, patterns, layout=layout, q_start=q_start, blocks=SMALL)
 
     lines = (lambda x: x.column == 1, lambda x: (x.row == 1) & (x.column == 0), lambda x: x.column == 2)
-    outs = [attend(*planted(layout, line, rng), layout, np.int32(0)) for layout in prompts() for line in lines]
+    outs = [attend(*synthetic(layout, line, rng), layout, np.int32(0)) for layout in prompts() for line in lines]
     assert len(outs) == 15 and all(np.isfinite(np.asarray(out)).all() for out in outs)
     assert num_traces == 1 and attend._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -57,7 +57,7 @@ def test_chunks_of_one_length_share_a_program(rng):
         return sparse_attention(q, k, v, PATTERNS["grid"], layout=layout, q_start=q_start, blocks=SMALL)
 
     layout = prompts()[3]
-    q, k, v = planted(layout, lambda x: x.column == 1, rng)
+    q, k, v = synthetic(layout, lambda x: x.column == 1, rng)
     whole = np.asarray(jax.nn.dot_product_attention(q, k, v, is_causal=True))
     for start in (0, 10, 40):
         chunk = np.asarray(attend(q[:, start : start + 32], k, v, layout, np.int32(start)))

@@ -31,11 +31,11 @@ SPARSE = (Grid(local=8, sink=0, tail=4, last_q=8), VerticalSlash(4, 4, local=4, 
 
 
 def prefill(prompt, **kwargs) -> PrefillResult:
-    """One bucket of 64 tokens in a cache of 128, unless told otherwise: few programs serve all tests."""
+    """One bucket of 64 tokens in a cache of 128, by default: few programs serve all tests."""
     prior = kwargs.get("cache")
     prior_tokens = 0 if prior is None else int(np.max(getattr(prior, "cache", prior).lengths))
-    room = 128 - prior_tokens - prompt.tokens.shape[1]
-    settings: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=room) | kwargs
+    max_new_tokens = 128 - prior_tokens - prompt.tokens.shape[1]
+    settings: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS, max_new_tokens=max_new_tokens) | kwargs
     return run_prefill(tiny_model(), prompt, **settings)
 
 
@@ -62,7 +62,7 @@ def test_a_video_in_two_chunks_and_a_question_equal_one_shot(table):
     third = prefill(QUESTION, table=table, cache=second.cache)
     assert_same(second, prefill(join(VIDEO, MORE), table=table))
     assert_same(third, prefill(join(VIDEO, MORE, QUESTION), table=table))
-    assert first.cache.k.shape == third.cache.k.shape, "there was room"
+    assert first.cache.k.shape == third.cache.k.shape, "the capacity sufficed"
 
 
 def test_later_chunks_attend_sparsely_to_all_before():
@@ -84,16 +84,16 @@ def test_one_video_serves_several_questions():
     np.testing.assert_array_equal(video.cache.k, before)
 
 
-@pytest.mark.parametrize("room", [0, 36])
-def test_a_donated_cache_can_be_reclaimed(room):
+@pytest.mark.parametrize("max_new_tokens", [0, 36])
+def test_a_donated_cache_can_be_reclaimed(max_new_tokens):
     """Its memory is taken over, or given back where it was too small."""
-    video = prefill(VIDEO, max_new_tokens=room)
+    video = prefill(VIDEO, max_new_tokens=max_new_tokens)
     first = prefill(QUESTION, cache=video, donates_cache=True)
     assert video.cache.k.is_deleted() and video.cache.v.is_deleted()
     assert_same(first, prefill(join(VIDEO, QUESTION)))
     second = prefill(OTHER, cache=video.cache.reclaim(first.cache), donates_cache=True)
     assert_same(second, prefill(join(VIDEO, OTHER)))
-    if room == 0:
+    if max_new_tokens == 0:
         with pytest.raises(ValueError, match=r"these prompts and more: this is \(1, 128\), got one of \(1, 64\)"):
             second.cache.reclaim(video.cache)
 
@@ -122,7 +122,7 @@ def test_decoding_goes_on_after_a_continued_prompt():
 
 def test_what_cannot_be_continued_is_refused():
     uneven = prefill(batch(prompt(3, 45), prompt(2, 30)))
-    with pytest.raises(ValueError, match=r"must hold equally many tokens.*got \[45, 30\]; continue each on its own"):
+    with pytest.raises(ValueError, match=r"must hold equally many tokens.*got \[45, 30\]; continue each separately"):
         prefill(batch(QUESTION, QUESTION), cache=uneven)
     with pytest.raises(ValueError, match=r"as many prompts: expected float32 \(3, 2, 128, 2, 8\), got float32 \(3, 1,"):
         prefill(batch(QUESTION, QUESTION), cache=prefill(VIDEO))

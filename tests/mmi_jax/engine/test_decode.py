@@ -76,12 +76,12 @@ def test_tokens_come_in_blocks_of_one_program(monkeypatch):
 
 
 def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
-    result, asked = prefilled(*PROMPTS), []
+    result, shapes = prefilled(*PROMPTS), []
     expected = decode(tiny_model(), result, max_new_tokens=3)
     multiply = decode_step.layer_matmul
 
     def recorded(x, w, layer, **kwargs):
-        asked.append((x.shape, w.shape))
+        shapes.append((x.shape, w.shape))
         return multiply(x, w, layer, **kwargs)
 
     monkeypatch.setattr(decode_step, "layer_matmul", recorded)
@@ -89,7 +89,7 @@ def test_every_product_of_a_layer_reads_its_matrix_where_it_lies(monkeypatch):
     np.testing.assert_array_equal(decode(tiny_model(), result, max_new_tokens=3), expected)
     run_block.clear_cache()
     q, kv, out, up, down = (16, 32), (16, 16), (32, 16), (16, 24), (24, 16)
-    assert asked == [((3, w[0]), (3, *w)) for w in (q, kv, kv, out, up, up, down)]
+    assert shapes == [((3, w[0]), (3, *w)) for w in (q, kv, kv, out, up, up, down)]
 
 
 def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
@@ -112,10 +112,10 @@ def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
         assert_same_up_to_order(ours, theirs, terms=model_terms(TINY_CONFIG, num_keys=64))
 
 
-def test_a_cache_grows_as_far_as_it_has_room():
+def test_a_cache_grows_as_far_as_its_capacity():
     tokens, grown = decode_with_cache(tiny_model(), prefilled(prompt(5, 60)), max_new_tokens=5)
     assert tokens.shape == (1, 5) and int(grown.lengths[0]) == grown.capacity == 64
-    with pytest.raises(ValueError, match="room for max_new_tokens=6: it has room for 5"):
+    with pytest.raises(ValueError, match="must hold max_new_tokens=6 more: it has capacity for 5"):
         decode_with_cache(tiny_model(), prefilled(prompt(5, 60)), max_new_tokens=6)
     result = prefilled(prompt(5, 60))
     tokens, grown = decode_with_cache(tiny_model(), result, max_new_tokens=0)
@@ -155,7 +155,7 @@ def test_one_key_gives_one_answer():
     ]
     np.testing.assert_array_equal(sample[0], sample[1])
     assert (sample[0] != sample[2]).any()
-    assert len(set(sample[0][0].tolist())) > 1, "each step must have a key of its own"
+    assert len(set(sample[0][0].tolist())) > 1, "each step must have a different random key"
 
 
 def test_samples_follow_the_probabilities():
@@ -163,8 +163,8 @@ def test_samples_follow_the_probabilities():
     expected = np.asarray(jax.nn.softmax(result.logits / 1.5, axis=1))
     tokens = draws(result, 400, temperature=1.5)
     for row, p in zip(tokens, expected, strict=True):
-        share = np.bincount(row, minlength=40) / len(row)
-        assert (np.abs(share - p) < 4.5 * np.sqrt(p * (1 - p) / len(row)) + 1e-3).all()
+        fraction = np.bincount(row, minlength=40) / len(row)
+        assert (np.abs(fraction - p) < 4.5 * np.sqrt(p * (1 - p) / len(row)) + 1e-3).all()
 
 
 def test_top_p_samples_only_the_fewest_tokens_that_hold_it():

@@ -51,7 +51,7 @@ def request(
     embed_bytes: int = 0,
     **settings: Any,
 ) -> MemoryRequest:
-    """A 7B prefill, unless told otherwise."""
+    """A 7B prefill; settings override its defaults."""
     prefill = request_for(config, num_tokens, PrefillOptions(table=pattern, **settings), batch=batch)
     model_bytes = weight_bytes(abstract_model(SEVEN_B)) if model_bytes is None else model_bytes
     return MemoryRequest(prefill=prefill, weight_bytes=model_bytes, dtype=dtype, embed_bytes=embed_bytes)
@@ -174,7 +174,7 @@ def prefill(**kwargs) -> PrefillResult:
 def test_prefill_refuses_before_it_allocates(monkeypatch):
     monkeypatch.setattr(memory_check, "memory_of", lambda device: DeviceMemory(limit=10_000))
     monkeypatch.setattr(type(tiny_model()), "embed", lambda *_: pytest.fail("allocated embeddings"))
-    with pytest.raises(DoesNotFitError, match="1 x 58 tokens must fit the device's memory.*What would fit: nothing"):
+    with pytest.raises(DoesNotFitError, match="1 x 58 tokens must fit the device's memory.*Changes that fit: nothing"):
         prefill()
 
 

@@ -1,4 +1,4 @@
-"""prefill against the model's own forward pass: padding, batches, chunks, tables, programs, bad input."""
+"""prefill against the model's forward pass: padding, batches, chunks, tables, programs, bad input."""
 
 import dataclasses
 import functools

@@ -61,7 +61,7 @@ def test_a_trace_is_written_and_read(tmp_path):
     result, times = profiled(lambda: program(x), tmp_path / "trace", lambda: [program.as_text()])
     assert result.shape == x.shape and not times.is_device
     assert times.seconds["attend"] > times.seconds["undo"] > 0
-    assert times.seconds["attend"] < 20 * times.span, "a loop is not counted beside what it holds"
+    assert times.seconds["attend"] < 20 * times.span, "a loop is not counted in addition to what it holds"
     assert times.to_json()["seconds"]["attend"] > 0 and list(times.directory.rglob("*.xplane.pb"))
 
 

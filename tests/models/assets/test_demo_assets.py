@@ -62,29 +62,29 @@ def test_the_prompt_has_2000_vision_tokens_or_more(prompt):
 def test_the_model_loads_and_attends_by_place_in_one_head_and_by_row_in_the_next(directory, prompt):
     model = load(directory, dtype=jnp.float32)
     layer = nnx.merge(*_first_layer(model))
-    seen = {}
+    inputs = {}
 
     def attend(q, k, v):
-        seen["q"], seen["k"] = q[0], k[0]
+        inputs["q"], inputs["k"] = q[0], k[0]
         return jnp.zeros_like(q), None
 
     layer(model.embed(prompt), model.rotary(prompt.rope_pos), attend)
     vision = np.flatnonzero(prompt.layout.modality[0] == VISION)
-    q, k = np.asarray(seen["q"])[vision[-64:]], np.asarray(seen["k"])[vision]
+    q, k = np.asarray(inputs["q"])[vision[-64:]], np.asarray(inputs["k"])[vision]
     row, column = prompt.layout.row[0][vision], prompt.layout.column[0][vision]
     is_near_row = np.abs(row[-64:, None] - row) <= 1
     is_near = is_near_row & (np.abs(column[-64:, None] - column) <= 1)
 
-    def share(head, where):
+    def attention_mass(head, where):
         scores = q[:, head] @ k[:, 0].T / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         return float(((weights * where).sum(axis=1) / weights.sum(axis=1)).mean())
 
     # A uniform head gives 12 % and 34 %.
-    assert share(1, is_near) > 0.9
-    assert share(2, is_near_row) > 0.9
-    assert share(2, is_near) < 0.6
-    assert share(0, is_near_row) < 0.6
+    assert attention_mass(1, is_near) > 0.9
+    assert attention_mass(2, is_near_row) > 0.9
+    assert attention_mass(2, is_near) < 0.6
+    assert attention_mass(0, is_near_row) < 0.6
 
 
 def _first_layer(model):

@@ -107,15 +107,15 @@ def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path, frames):
 
 
 def test_frames_are_resized_one_by_one_as_they_come(tmp_path, frames):
-    asked = []
+    frame_counts = []
 
     def halve(frame, num_frames):
-        asked.append(num_frames)
+        frame_counts.append(num_frames)
         return frame[::2, ::2]
 
     video = read_video(encode(tmp_path / "v.mkv", frames), fps=5.0, resize=halve)
     np.testing.assert_array_equal(video.frames, frames[::2, ::2, ::2])
-    assert asked == [20] * 20
+    assert frame_counts == [20] * 20
 
 
 def test_progress_counts_decoded_frames_up_to_the_last_sampled_one(tmp_path, frames):
@@ -179,10 +179,10 @@ def test_a_video_without_frames(tmp_path):
         read_video(path, fps=1.0)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_truncated_video_whose_container_counts_no_frames(tmp_path, frames, share):
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+def test_a_truncated_video_whose_container_counts_no_frames(tmp_path, frames, fraction):
     path = encode(tmp_path / "v.mkv", frames)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with pytest.raises(ValueError, match="must last as long as its container announces: expected 4.00 seconds, got"):
         read_video(path, fps=2.0)
 

@@ -89,7 +89,7 @@ def test_normalisation():
 
 def test_pixels_are_capped_by_the_tokens_of_a_long_video():
     assert capped(VIDEO, 64) is VIDEO
-    with pytest.warns(UserWarning, match="768 frames share 115200 tokens: pixels per frame capped at 235200"):
+    with pytest.warns(UserWarning, match="768 frames have 115200 tokens in all: pixels per frame capped at 235200"):
         config = capped(VIDEO, 768)
     assert config.max_pixels == 115200 * 784 * 2 // 768
     with pytest.warns(UserWarning):

@@ -152,7 +152,7 @@ def test_pixels_are_capped_only_when_asked(processor, rng):
     wide = dataclasses.replace(processor, video=Preprocess(min_pixels=28 * 28, max_pixels=28 * 28 * 100_000))
     frame = rng.integers(0, 256, (280, 280, 3), dtype=np.uint8)
     assert wide.fit_frame(frame, 3200) is frame
-    with pytest.warns(UserWarning, match="3200 frames share 115200 tokens"):
+    with pytest.warns(UserWarning, match="3200 frames have 115200 tokens in all"):
         assert dataclasses.replace(wide, cap_pixels_per_frame=True).fit_frame(frame, 3200).shape == (224, 224, 3)
 
 
@@ -236,6 +236,6 @@ def test_a_second_question_goes_on_in_the_same_turn(processor, video):
 def test_what_does_not_go_on_in_a_turn_is_refused(processor, no_shape_checks):
     with pytest.raises(ValueError, match="goes on with parts of a turn, not with messages"):
         processor.continuation([Message(parts=("what",))])
-    silent = dataclasses.replace(processor.tokenizer, chat_template="{{ 'nothing' }}")
+    constant = dataclasses.replace(processor.tokenizer, chat_template="{{ 'nothing' }}")
     with pytest.raises(ValueError, match="must write every text once: expected 1 marks, got 0"):
-        dataclasses.replace(processor, tokenizer=silent).continuation(["what happens"])
+        dataclasses.replace(processor, tokenizer=constant).continuation(["what happens"])

@@ -109,13 +109,13 @@ def test_tied_embeddings_are_found_outside_and_inside(place):
         (lambda f: f.update(model_type="qwen3_vl"), "model_type must be 'qwen2_5_vl', got 'qwen3_vl'"),
         (
             lambda f: f.pop("rope_scaling"),
-            "unknown config dialect: expected rope_parameters, or .* found .*'hidden_size'",
+            "unknown config dialect: expected rope_parameters, or .* got .*'hidden_size'",
         ),
         (
             lambda f: f.pop("num_key_value_heads"),
-            "unknown config dialect: config.json lacks 'num_key_value_heads', found",
+            "unknown config dialect: config.json lacks 'num_key_value_heads', got",
         ),
-        (lambda f: f["vision_config"].pop("in_chans"), "lacks 'in_channels' or 'in_chans', found"),
+        (lambda f: f["vision_config"].pop("in_chans"), "lacks 'in_channels' or 'in_chans', got"),
         (lambda f: f.update(use_sliding_window=True), "does not have what config.json asks for: use_sliding_window"),
         (lambda f: f.update(quantization_config={}), "does not have .* quantization_config"),
         (lambda f: f.update(hidden_act="gelu"), "text activation 'gelu'"),

@@ -175,10 +175,10 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch):
 
 
 def test_a_repository_name_is_downloaded(monkeypatch):
-    asked = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kw: asked.append(name) or oracle.GOLDEN / "gqa7")
+    downloads = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kw: downloads.append(name) or oracle.GOLDEN / "gqa7")
     assert_same_weights(load("owner/name", dtype=jnp.float32), oracle.model("gqa7"))
-    assert asked == ["owner/name"]
+    assert downloads == ["owner/name"]
 
 
 @pytest.mark.parametrize("case", oracle.CASES)

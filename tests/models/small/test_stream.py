@@ -81,7 +81,7 @@ def test_padding_changes_no_logits(bank):
     is_label = batches[0].weights > 0
     terms = model_terms(config, num_keys=448)
     assert_same_up_to_order(exact[is_label], padded[is_label], terms=terms)
-    # The library's own forward pass over the same prompt.
+    # The library's forward pass over the same prompt.
     script = training_script(384, np.random.default_rng([1, 0]))
     whole = model(small_processor()(script.render(HAYSTACK).parts))[0]
     count = is_label[0].sum()
@@ -152,7 +152,7 @@ def test_captions_say_which_option_is_right():
         text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
         labels = [tokenizer.token_text(int(label)) for label in made.labels]
         # The digit of an option stands three tokens after its letter.
-        found = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
-        options += [(letter[-1], label) for letter, label in found if label in "ABCD,"]
+        answers = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
+        options += [(letter[-1], label) for letter, label in answers if label in "ABCD,"]
     assert len(options) >= 8 and all(label in (letter, ",") for letter, label in options)
     assert sum(label != "," for _, label in options) == len(options) // 4

@@ -48,23 +48,23 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, tmp_path):
 
 
 def test_whether_to_go_on_is_asked_where_a_length_ends_and_tells_how_its_digits_went(tmp_path):
-    asked = []
+    calls = []
 
     def on_stage_end(stage, digit_accuracy):
-        asked.append((stage, digit_accuracy))
+        calls.append((stage, digit_accuracy))
         return False
 
     path = tmp_path / "metrics.jsonl"
     path.write_text("")
     curriculum = Curriculum(stages=STAGES, seed=3)
     assert not _goes_on(curriculum, 5, path, on_stage_end)
-    assert asked.pop()[0] == STAGES[0]
+    assert calls.pop()[0] == STAGES[0]
     lines = [{"num_tokens": 64, "digit_accuracy": 1.0}]
     lines += [{"num_tokens": 128, "digit_accuracy": 0.1 * n} for n in range(STAGE_LINES + 2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [_goes_on(curriculum, step, path, on_stage_end) for step in range(10)] == [True] * 5 + [False] + [True] * 4
-    ((stage, share),) = asked
-    assert stage == STAGES[0] and share == pytest.approx(0.1 * (2 + (STAGE_LINES - 1) / 2))
+    ((stage, accuracy),) = calls
+    assert stage == STAGES[0] and accuracy == pytest.approx(0.1 * (2 + (STAGE_LINES - 1) / 2))
 
 
 @pytest.mark.slow

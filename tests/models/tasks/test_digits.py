@@ -14,7 +14,7 @@ from models.tasks.digits import (
     NUM_DIGITS,
     NUM_TRAINING_DIGITS,
     SIDE,
-    UNDISTORTED_SHARE,
+    UNDISTORTED_FRACTION,
     _copy,
     digit_images,
     digit_labels,
@@ -32,7 +32,7 @@ def test_copies_are_of_training_images_alone(rng):
     np.testing.assert_array_equal((copies[is_copy] - NUM_DIGITS) % NUM_TRAINING_DIGITS, images[is_copy])
     np.testing.assert_array_equal(copies[~is_copy], images[~is_copy])
     np.testing.assert_array_equal(digit_labels()[copies], digit_labels()[images])
-    assert abs((~is_copy).mean() - UNDISTORTED_SHARE) < 0.02
+    assert abs((~is_copy).mean() - UNDISTORTED_FRACTION) < 0.02
     assert digit_images(3, is_held_out=False).max() < NUM_TRAINING_DIGITS <= digit_images(3, is_held_out=True).min()
 
 

@@ -1,4 +1,4 @@
-"""Public video question answering sets: small files of the published form, read, asked and scored."""
+"""Public video question answering sets: small files of the published form, read, run and scored."""
 
 import csv
 import json
@@ -87,9 +87,9 @@ def perception_test(root):
         fields = {"id": n, "question": "What was hidden?", "options": options, "answer_id": answer, "area": area}
         return fields | {"reasoning": "descriptive", "tag": ["motion"]}
 
-    found = {"metadata": {"video_id": "video_10909", "split": "valid"}, "object_tracking": []}
+    annotations = {"metadata": {"video_id": "video_10909", "split": "valid"}, "object_tracking": []}
     rows = [question(0, 2, "memory"), question(1, 0, "physics")]
-    write_json(root / "mc_question_valid.json", {"video_10909": found | {"mc_question": rows}})
+    write_json(root / "mc_question_valid.json", {"video_10909": annotations | {"mc_question": rows}})
     write_video(root / "videos" / "video_10909.mp4")
     return [("video_10909 0", "video_10909.mp4", 2, "memory"), ("video_10909 1", "video_10909.mp4", 0, "physics")], (
         "no object"
@@ -164,9 +164,9 @@ def test_what_is_asked(tmp_path):
     video = read_video(item.video, fps=2.0)
     assert parts(item, video)[0] is video
     assert text(item).splitlines()[:3] == ["Which?", "A. Apples.", "B. Candles."]
-    asked = sample(item, video)
-    assert asked.questions[0].choices == ("A", "B", "C", "D") and asked.questions[0].answer == 2
-    assert asked.num_frames == 4 and asked.questions[0].after_part is None
+    prompt = sample(item, video)
+    assert prompt.questions[0].choices == ("A", "B", "C", "D") and prompt.questions[0].answer == 2
+    assert prompt.num_frames == 4 and prompt.questions[0].after_part is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_an_open_answer_counts_where_it_is_the_right_one_normalised(answer, expe
 
 def test_scores_by_kind():
     score = scores(["a", "b", "a", "a"], [True, False, False, True])
-    assert (score.correct, score.asked, score.accuracy) == (2, 4, 0.5)
+    assert (score.correct, score.num_questions, score.accuracy) == (2, 4, 0.5)
     assert score.by_kind == {"a": (2, 3), "b": (0, 1)}
     with pytest.raises(ValueError, match="answers to one question or more"):
         scores([], [])

@@ -163,7 +163,7 @@ def test_bad_samples_and_choices_are_refused():
         dataclasses.replace(good, choices=("1", "1"))
     with pytest.raises(ValueError, match="0 <= 2 < 2"):
         dataclasses.replace(good, answer=2)
-    with pytest.raises(ValueError, match="share from 0 to 1"):
+    with pytest.raises(ValueError, match="fraction from 0 to 1"):
         dataclasses.replace(good, depth=1.5)
     with pytest.raises(ValueError, match="must ask a question"):
         Sample(parts=("x",), questions=(), depth=0.0, num_frames=0)

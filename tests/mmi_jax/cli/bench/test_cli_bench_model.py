@@ -12,19 +12,12 @@ from flax import nnx
 from mmi_jax.bench.timing import wall_time
 from mmi_jax.cli import main
 from mmi_jax.cli.bench.commands import vision
-from models.qwen2_5_vl import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.presets import PRESETS
 from models.qwen2_5_vl.vision.tower import frame_flops
+from models.testing.configs import TINY_CONFIG
 
-CONFIG = Qwen2_5_VLConfig(
-    num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=40,
-    tie_embeddings=False, mrope_section=(2, 1, 1), image_token=36, video_token=37, vision_start_token=38,
-    vision_end_token=39,
-    vision=VisionConfig(
-        num_layers=2, embed_dim=8, mlp_dim=12, num_heads=1, out_dim=16, full_attention_layers=(1,), patch_size=2,
-        window_size=8,
-    ),
-)  # fmt: skip
+VISION = dataclasses.replace(TINY_CONFIG.vision, num_layers=2, mlp_dim=12, full_attention_layers=(1,))
+CONFIG = dataclasses.replace(TINY_CONFIG, num_layers=2, tie_embeddings=False, vision=VISION)
 
 
 @pytest.fixture(autouse=True)
