@@ -29,7 +29,7 @@ class BlockIndex:
       count: entries of the row, full and partial; 0 for a row that visits nothing.
       start: first kv row of each visited block, in tokens; the block lies inside the kv view and, if extra rows were
         gathered per head, on one side of the seam. A multiple of 16 for the TPU and Hopper kernels, whose copy engines
-        move whole tiles of rows; nobody checks it, as it is data. Entries no row owns are ignored.
+        move whole tiles of rows; not validated, as it is a traced value. Entries of no row are ignored.
       interval: row of `intervals` that each entry obeys; read for partial entries only.
       intervals: `lo, hi` pairs in tokens: a pair is attended iff `lo <= q_pos - kv_pos < hi` (and `kv_pos <= q_pos`).
       pos_row: which row of `kv_pos` the q block reads its key positions from.

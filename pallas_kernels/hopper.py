@@ -28,10 +28,13 @@ def tile_transforms() -> tuple[Any, ...]:
 
     In pieces of 8 rows by 128 bytes (wgmma's core matrices side by side), swizzled within each.
     """
+    # TMA's innermost side may be no wider than the swizzle (CUDA driver API, cuTensorMapEncodeTiled): wider rows are
+    # cut into pieces of 64 numbers.
     transforms: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, to a type checker
     return transforms[0]((8, SWIZZLE_BYTES // 2)), transforms[1](SWIZZLE_BYTES)
 
 
 def columns(x: Array, shape: tuple[int, ...]) -> Array:
     """A value per row, repeated along the columns."""
+    # In registers nothing moves: the threads that hold a row of an accumulator hold the row's value too.
     return lax.broadcast_in_dim(x, shape, [0])

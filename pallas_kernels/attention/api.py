@@ -15,7 +15,7 @@ from pallas_kernels.notation import Array, Float, Int32
 
 Implementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 Backend = Implementation | xla.Attend
-"""A backend by name, or a function of `AttentionInputs` to run in its place: for a chip that is not here."""
+"""A backend by name, or a function of `AttentionInputs` to run in its place: for a chip that is not attached."""
 
 _BACKENDS: dict[Implementation, xla.Attend] = {
     "reference": reference.attend,
@@ -53,7 +53,7 @@ def block_sparse_attention(
       index: which blocks each q block visits.
       q_pos: position of each query row; -1 (`PAD_Q_POS`) for rows that attend nothing.
       kv_pos: rows of key positions along `k` followed by `k_extra`, chosen by `index.pos_row`; `PAD_KV_POS` for keys
-        that nobody attends. Such rows may hold anything, NaN included, as may blocks that nobody visits.
+        that no query attends. Such rows may hold anything, NaN included, as may blocks that no q block visits.
       scale: factor on the scores, `d ** -0.5` when None.
       k_extra, v_extra: rows gathered for each query head, addressed by block starts from `s` on.
       implementation: a named backend runs or raises; None walks `DEFAULT_ORDER`.

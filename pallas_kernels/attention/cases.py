@@ -135,6 +135,7 @@ class AttentionCase:
 
 def _cases():
     random128 = RandomLists(blocks_per_row=128)
+    # 28 query heads on 4 kv heads of 128 are Qwen2.5-VL 7B's; 32 on 8 another common ratio.
     for num_q_heads, num_kv_heads in ((28, 4), (32, 8)):
         for kilo_tokens in (32, 128):
             label = f"{num_q_heads}/{num_kv_heads} {kilo_tokens}K"
@@ -164,7 +165,7 @@ def _cases():
                 num_q_heads=heads[0],
                 num_kv_heads=heads[1],
             )
-    # Short enough for dense attention under the lists' own mask: whose error is larger?
+    # Short enough for dense attention under the mask of the lists: whose error is larger?
     yield AttentionCase(name="random8 28/4 4K", lists=RandomLists(blocks_per_row=8), num_tokens=4096)
 
     for kilo_tokens in (8, 64):  # sizes for a CPU; at 64K tokens dense attention would hold 137 GB of scores
@@ -250,12 +251,13 @@ def _mixed_index(
     shape = (*rows, (num_shared + num_extra) // block_kv)
     is_visited = rng.random(shape) < 0.6
     is_visited[0, 0] = False
+    # A list of one block is its own first and last tile: a kernel that overlaps q tiles takes another path there.
     is_visited[-1, -1] = np.arange(shape[-1]) == 1
     is_full = rng.random(shape) < 0.5
     is_full[..., [0, num_shared // block_kv - 1]] = False  # the blocks that hold padded keys
     index = index_from_block_mask(is_visited, is_full, block_q=block_q, block_kv=block_kv)
-    nobody = np.full((rows[0], 1), -1, np.int32)  # what an empty row names, or a list is padded with, is not read
-    start = np.concatenate([index.start, nobody], axis=1)
+    unread = np.full((rows[0], 1), -1, np.int32)  # what an empty row names, or a list is padded with, is not read
+    start = np.concatenate([index.start, unread], axis=1)
     intervals = np.array([[0, NO_LIMIT], [0, 200], [100, NO_LIMIT]], np.int32)
     return dataclasses.replace(
         index,
@@ -268,7 +270,7 @@ def _mixed_index(
 
 
 def late_peak_inputs() -> AttentionInputs:
-    """Three blocks, all visited: weights overflow in the second, beside the first; the third outweighs them by 2**75.
+    """Three visited blocks: relative to the first, weights overflow in the second; the third outweighs them by 2**75.
 
     A kernel that measures weights against an early maximum overflows in full blocks, and must not take the partial one
     for the end of it.

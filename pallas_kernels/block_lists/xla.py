@@ -19,7 +19,8 @@ SHORT_PROGRAM_FROM = 2**21
 """Entries of all heads together, up to which a second, shorter program is not worth a branch."""
 
 SHORTER = 4
-"""How many times shorter that program is: most prompts fill a small part of what their patterns may visit."""
+"""How many times shorter that program is: most prompts fill a small part of what their patterns may visit. A plan of
+Q-Boundary gains 0.4 of 12.5 ms at 128K tokens (H200, docs/log.md of 2026-11-26)."""
 
 
 def block_lists(inputs: ListInputs) -> BlockLists:
@@ -59,6 +60,7 @@ def _all_shared(inputs: ListInputs, extents: tuple[Array, Array]) -> tuple[Array
     """`first`, `num_full`, `count` of q blocks that visit all shared blocks, whose list comes before all others."""
     step = inputs.blocks.kv // inputs.blocks.granule
     kv_min, kv_max = (extent[0, : inputs.num_shared * step : step] for extent in extents)
+    # Positions of a view need not ascend; the smallest from here on does, and so can be searched.
     min_from_here = jax.lax.cummin(kv_min, reverse=True)
     count = search(min_from_here, jnp.asarray(inputs.q_max), side="right")
     num_full = search(jax.lax.cummax(kv_max), jnp.asarray(inputs.q_min), side="right")
@@ -86,6 +88,7 @@ class _ListWriter:
 
     def lists(self, runs: BlockRuns, inputs: ListInputs, extents: tuple[Array, Array]) -> tuple[Array, ...]:
         """`first`, `num_full`, `count` [i], and `start`, `interval` of all lists [num_shared + capacity]."""
+        # One word an entry, so that each pass over a list moves 4 bytes and not three arrays.
         granule = inputs.pos_row[:, None] * self.num_granules + floor_divide(
             jnp.asarray(runs.start), self.blocks.granule
         )
@@ -106,6 +109,7 @@ class _ListWriter:
             if len(num_blocks) * self.capacity <= SHORT_PROGRAM_FROM:
                 return written(self.capacity)()
             short = self.capacity // SHORTER
+            # One flag for all heads: `jax.vmap` makes of a branch on a mapped value a select that computes both sides.
             is_short = jnp.max(jnp.sum(num_blocks, axis=(1, 2), dtype=jnp.int32)) <= short
             return jax.lax.cond(is_short, written(short), written(self.capacity))
 
@@ -133,6 +137,7 @@ class _ListWriter:
         is_kept = is_used & (max_distance >= jnp.maximum(low, 0)) & (min_distance < high)
         is_full = is_kept & (min_distance >= jnp.maximum(low, 0)) & (max_distance < high)
         first, num_full, count, target = self._targets(length, row, row_end, is_kept, is_full)
+        # Pruned entries have a place past the end: the scatter drops them. No two others have the same place.
         shared = jnp.arange(self.num_shared, dtype=jnp.int32) * self._words_per_block
         words = jnp.pad(shared, (0, length)).at[target].set(entry, mode="drop")
         return first, num_full, count, words
@@ -141,6 +146,8 @@ class _ListWriter:
         """The runs block by block: word and q block of each entry [length], and where each q block's end [i]."""
         end = jnp.cumsum(num_blocks.reshape(-1), dtype=jnp.int32)
         begin, run_ids = end - num_blocks.reshape(-1), jnp.arange(num_blocks.size, dtype=jnp.int32)
+        # Each entry's run by a scatter of run numbers to where runs begin, and a running maximum: two passes over the
+        # list, where a binary search by every entry reads the runs' ends many times.
         begins = jnp.where(num_blocks.reshape(-1) > 0, begin, length)
         run = jax.lax.cummax(jnp.zeros(length, jnp.int32).at[begins].max(run_ids, mode="drop"))
         entry = jnp.arange(length, dtype=jnp.int32) * self._words_per_block
@@ -151,6 +158,8 @@ class _ListWriter:
         self, length: int, row: Array, row_end: Array, is_kept: Array, is_full: Array
     ) -> tuple[Array, Array, Array, Array]:
         """`first`, `num_full`, `count` of each q block, and where in the list each entry goes; past it if pruned."""
+        # Full entries go before partial ones, both in their order: running counts say where, so that one scatter does
+        # what a stable sort would.
         full_so_far, partial_so_far = (jnp.cumsum(x, dtype=jnp.int32) for x in (is_full, is_kept & ~is_full))
         num_full, num_partial = (_per_row(x, row_end) for x in (full_so_far, partial_so_far))
         count = num_full + num_partial

@@ -44,7 +44,7 @@ def decode_attention(
       k, v: of all layers; the first `lengths` rows of a prompt are its tokens.
       layer: which layer is read.
       lengths: tokens of each prompt, at most `s`.
-      k_new, v_new: of all layers; the first `num_new` rows are the tokens after the prompt, the query's own last.
+      k_new, v_new: of all layers; the first `num_new` rows are the tokens after the prompt, that of the query last.
       num_new: new tokens, the same for all prompts, at most `n`; 0 where the prompt is all there is.
       scale: factor on the scores, `d ** -0.5` when None.
       implementation: a named backend runs or raises; None walks `DEFAULT_ORDER`.

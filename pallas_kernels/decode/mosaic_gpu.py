@@ -64,6 +64,7 @@ def check_supported(inputs: DecodeInputs) -> None:
             f"room for tokens must be a multiple of {TILE_KEYS}, got {k.shape[2]} and {k_new.shape[2]}",
         ),
         (
+            # TMA's coordinates are 32-bit integers (PTX ISA, "cp.async.bulk.tensor").
             math.prod(k.shape[:3]) < 2**31 and math.prod(k_new.shape[:3]) < 2**31,
             f"rows of the cache must count below 2**31, got {k.shape[:3]} and {k_new.shape[:3]}",
         ),
@@ -85,6 +86,7 @@ def launch(
     b, h, d = inputs.q.shape
     num_kv_heads, ratio = inputs.k.shape[3], inputs.heads_per_kv_head
     if num_splits is None:
+        # One wave: thread blocks that all run at once, so that none waits for a second round.
         num_splits = max(1, config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // (b * num_kv_heads))
     shape = DecodeShape(
         batch=b,
@@ -102,8 +104,11 @@ def launch(
         counts=jnp.concatenate([jnp.stack([inputs.layer, inputs.num_new]), inputs.lengths]),
         q=jnp.pad(q, ((0, 0), (0, TILE_ROWS - ratio), (0, 0))),
     )
+    # Layers, prompts and rows become one axis: TMA knows five (cuTensorMapEncodeTiled), and tiling adds two to these
+    # three. The layer is then an offset, and no cache is sliced or copied.
     caches = dict(k=inputs.k, v=inputs.v, k_new=inputs.k_new, v_new=inputs.v_new)
     out, lse = _run(arrays | {name: x.reshape(-1, *x.shape[3:]) for name, x in caches.items()}, shape)
+    # Splits that hold no key have a log-sum-exp far below any other, and so a weight of 0.
     weights = jax.nn.softmax(lse[..., :ratio] * math.log(2.0), axis=1)
     merged = jnp.sum(out[:, :, :ratio].astype(jnp.float32) * weights[..., None], axis=1)
     return merged.astype(inputs.q.dtype).reshape(b, h, d)
@@ -119,6 +124,7 @@ def _run(arrays: dict[str, Array], shape: DecodeShape) -> tuple[Array, Array]:
         k_tiles=plgpu.SMEM((shape.num_stages, TILE_KEYS, d), q.dtype, transforms=transforms),
         v_tiles=plgpu.SMEM((shape.num_stages, TILE_KEYS, d), q.dtype, transforms=transforms),
         q_ready=plgpu.Barrier(),
+        # Two arrivals: K and V of a tile are two copies.
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=shape.num_stages),
     )
 
@@ -135,6 +141,7 @@ def _run(arrays: dict[str, Array], shape: DecodeShape) -> tuple[Array, Array]:
         scratch_types=tuple(scratch.values()),
         grid=(num_heads * shape.num_splits,),
         grid_names=("program",),
+        # Without scratch: sums and maxima along a row stay in the four threads that hold it.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
     return run(*arrays.values())

@@ -87,6 +87,7 @@ def decode_kernel(refs: Refs, shape: DecodeShape) -> None:
     """Runs one thread block: see the module's first lines."""
     work = _work(refs, shape)
     plgpu.copy_gmem_to_smem(refs.q.at[work.prompt * shape.num_kv_heads + work.kv_head], refs.q_tile, refs.q_ready)
+    # All stages but one are filled at the start; each step then fills the slot of the step before.
     for n in range(shape.num_stages - 1):
         pl.when(n < work.num_tiles)(lambda n=n: _load(refs, shape, work, jnp.int32(n)))
     plgpu.barrier_wait(refs.q_ready)
@@ -112,6 +113,7 @@ def _work(refs: Refs, shape: DecodeShape) -> Work:
     length, num_new = refs.counts[FIRST_LENGTH + prompt], refs.counts[NUM_NEW]
     num_prompt_tiles = pl.cdiv(length, TILE_KEYS)
     num_tiles = num_prompt_tiles + pl.cdiv(num_new, TILE_KEYS)
+    # Lengths are known on the device alone, so the splits are cut here: equal within a tile.
     first, end = (n * num_tiles // shape.num_splits for n in (split, split + 1))
     return Work(
         prompt=prompt,
@@ -130,6 +132,7 @@ def _load(refs: Refs, shape: DecodeShape, work: Work, n: Array) -> None:
     example = refs.counts[LAYER] * shape.batch + work.prompt
 
     def copy(k: Ref, v: Ref, row: Array) -> None:
+        # Whole tiles: each prompt's capacity is a multiple of 64 rows, so no box runs into the next prompt.
         rows = pl.ds(pl.multiple_of(row, TILE_KEYS), TILE_KEYS)
         for source, tiles in ((k, refs.k_tiles), (v, refs.v_tiles)):
             plgpu.copy_gmem_to_smem(source.at[rows, work.kv_head], tiles.at[slot], refs.ready.at[slot])
@@ -155,11 +158,13 @@ def _tile(
     pl.when(num_keys < TILE_KEYS)(lambda: _zero_padding(refs.v_tiles.at[slot], num_keys))
 
     def scores(accumulator: Ref) -> Array:
+        # Both sides lie along the head dim, which is summed over: K-major, wgmma's natural order.
         plgpu.wgmma(accumulator, refs.q_tile, refs.k_tiles.at[slot].transpose((1, 0)))
         return accumulator[...]
 
     s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((TILE_ROWS, TILE_KEYS), jnp.float32))
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+    # Finite, so that a tile without a key leaves no NaN; and `where`, so that scores of NaN keys go too.
     s = jnp.where(key < num_keys, s * shape.score_scale, MASKED_SCORE)
     new_row_max = jnp.maximum(row_max, jnp.max(s, axis=1))
     weights = jnp.exp2(s - columns(new_row_max, s.shape))
@@ -185,6 +190,7 @@ def _add_product(shape: DecodeShape, acc: Array, weights: Array, v_tile: Ref) ->
         return value
 
     def run(accumulator: Ref) -> Array:
+        # Rescaled first, then added to: the accumulator of a wgmma starts from a value in registers.
         accumulator[...] = acc
         plgpu.wgmma(accumulator, weights, v_tile)  # the left side may come from registers, the right one may not
         return accumulator[...]
@@ -198,8 +204,10 @@ def _store(refs: Refs, shape: DecodeShape, work: Work, acc: Array, row_max: Arra
     factor = jnp.where(has_keys, 1.0 / jnp.where(has_keys, row_sum, 1.0), 0.0)
     head = work.prompt * shape.num_kv_heads + work.kv_head
     divisor = jnp.where(has_keys, row_sum, 1.0)
+    # Finite where there is no key: the merge subtracts the largest, and -inf from -inf is NaN.
     refs.lse[head, work.split] = jnp.where(has_keys, row_max + jnp.log2(divisor), INITIAL_ROW_MAX)
+    # TMA stores from shared memory alone, and the queries are not needed again.
     refs.q_tile[...] = (acc * columns(factor, acc.shape)).astype(refs.q_tile.dtype)
-    plgpu.commit_smem()  # TMA sees what threads wrote only past a fence
+    plgpu.commit_smem()  # TMA sees what threads wrote only past a proxy fence (PTX ISA, "fence.proxy.async")
     plgpu.copy_smem_to_gmem(refs.q_tile.at[pl.ds(0, shape.num_rows)], refs.out.at[head, work.split])
     plgpu.wait_smem_to_gmem(0)

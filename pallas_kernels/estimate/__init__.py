@@ -1,1 +1,1 @@
-"""What a few queries say of all keys: api, xla, mosaic_gpu."""
+"""The attention mass of a few queries by key and by distance: api, xla, mosaic_gpu."""

@@ -82,10 +82,12 @@ def check_supported(q: Float[Array, "h q d"], k: Float[Array, "s g d"], scale: f
             q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16),
             f"q and k must be both bfloat16 or both float16, got {q.dtype}, {k.dtype}",
         ),
+        # Whole swizzled rows of 64 numbers.
         (q.shape[2] in (64, 128, 256), f"head_dim must be 64, 128 or 256, got {q.shape[2]}"),
         (q.shape[1] <= NUM_QUERIES, f"a head may have at most {NUM_QUERIES} queries, got {q.shape[1]}"),
         (k.shape[0] % MIN_TILE == 0, f"keys must be a multiple of {MIN_TILE}, got {k.shape[0]}"),
         (scale >= MIN_SCALE, f"scale must be at least {MIN_SCALE}, got {scale}"),
+        # An accumulator is cut at multiples of 8 columns, the smallest N of wgmma; and bands must divide a tile of 64.
         (band in (8, 16, 32, 64), f"a band must be 8, 16, 32 or 64 keys, got {band}"),
     ]
     for holds, message in limits:
@@ -107,6 +109,7 @@ def launch(
 ) -> tuple[Float[Array, "h _"], ...]:
     """The masses per key, and per band where `q_row` and `band` are given, by two passes."""
     missing = NUM_QUERIES - q.shape[1]
+    # Up to 64 rows, wgmma's M; those that are not there have position -1 and see no key.
     q = jnp.pad(q, ((0, 0), (0, missing), (0, 0)))
     q_pos = jnp.pad(q_pos, ((0, 0), (0, missing)), constant_values=-1)
     num_heads, (num_keys, num_kv_heads, _) = q.shape[0], k.shape
@@ -129,6 +132,7 @@ def launch(
         "max_kv_pos": jnp.max(kv_pos.reshape(kv_pos.shape[0], num_splits, -1), axis=2),
     }
     partial = jax.ShapeDtypeStruct((num_heads, num_splits, NUM_QUERIES), jnp.float32)
+    # The splits of a head are merged between two launches: thread blocks of one launch do not wait for each other.
     row_max, row_sum = _launch(lse_pass, arrays, (), shape, num_splits, (partial, partial))
     highest = jnp.max(row_max, axis=1)
     lse = highest + jnp.log2(jnp.sum(row_sum * jnp.exp2(row_max - highest[:, None]), axis=1))
@@ -147,6 +151,7 @@ def launch(
 def keys_per_split(k: Array | jax.ShapeDtypeStruct, num_programs: int) -> int:
     """Keys of a thread block's split: a power of two that divides all, few enough for `num_programs` of them."""
     num_keys, num_kv_heads, head_dim = k.shape
+    # Powers of two, so that a split is whole tiles and rows of keys start at multiples of them.
     limit = min(RESIDENT_BYTES // (head_dim * 2), max(MIN_TILE, num_keys * num_kv_heads // num_programs))
     return math.gcd(num_keys, 2 ** (limit.bit_length() - 1))
 
@@ -184,6 +189,7 @@ def _launch(
     q = arrays["q"]
     transforms = tile_transforms()
     scratch: dict[str, Ref] = {
+        # Two buffers of queries, the next head's arriving while one is multiplied; the keys stay for all heads.
         "q_tiles": plgpu.SMEM((2, NUM_QUERIES, q.shape[2]), q.dtype, transforms=transforms),
         "k_tiles": plgpu.SMEM((shape.num_keys, q.shape[2]), q.dtype, transforms=transforms),
         "q_ready": plgpu.Barrier(num_barriers=2),
@@ -200,6 +206,7 @@ def _launch(
         scratch_types=scratch,
         grid=(shape.num_kv_heads * num_splits,),
         grid_names=("program",),
+        # Sums over the queries of `line_pass` cross warps, through shared memory; all else stays within a warp.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=SCRATCH_BYTES),
     )
     return run(*arrays.values(), *more)

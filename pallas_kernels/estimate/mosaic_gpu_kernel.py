@@ -111,6 +111,7 @@ def lse_pass(refs: Refs, max_out: Ref, sum_out: Ref, shape: EstimateShape) -> No
         def tile(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             row_max, row_sum = carry
             product = _products(refs, shape, work, n, key_axis=1)
+            # The scale is positive: one product a row for the maximum, one multiply-add a score for the exponent.
             new_row_max = jnp.maximum(row_max, jnp.max(product, axis=1) * shape.score_scale)
             weights = jnp.exp2(product * shape.score_scale - columns(new_row_max, product.shape))
             return new_row_max, row_sum * jnp.exp2(row_max - new_row_max) + jnp.sum(weights, axis=1)
@@ -128,6 +129,7 @@ def mass_pass(refs: Refs, lse: Ref, mass: Ref, shape: EstimateShape) -> None:
     """Writes the mass of each of this thread block's keys, for each head."""
 
     def head(work: Work) -> None:
+        # Keys are the rows, M, so that a sum over the queries stays in the four threads that hold a row.
         head_lse = _along(1, lse.at[work.head], shape.tile)
 
         def tile(n: Array, _: None) -> None:
@@ -154,6 +156,8 @@ def line_pass(refs: Refs, lse: Ref, skew: Ref, mass: Ref, band_mass: Ref, shape:
 
     def head(work: Work) -> None:
         head_lse, head_skew = _along(0, lse.at[work.head], shape.tile), _along(0, skew.at[work.head], shape.band)
+        # One comparison a head: the cuts of a band lie at the same place in all pieces (720 instructions a tile before,
+        # 200 now, docs/log.md of 2026-11-26).
         is_past = plgpu.broadcasted_iota(jnp.int32, none.shape, 1, layout=LAYOUT) > head_skew
 
         def tile(n: Array, _: None) -> None:
@@ -193,6 +197,7 @@ def _each_head(refs: Refs, shape: EstimateShape, body: Callable[[Work], None]) -
 
     @pl.when(first < end)
     def _run():
+        # One copy, of up to 512 rows at a head dim of 64: in tiles of 8 rows none of a box's sides is above 256.
         rows = pl.ds(pl.multiple_of(split * shape.num_keys, shape.num_keys), shape.num_keys)
         plgpu.copy_gmem_to_smem(refs.k.at[rows, kv_head], refs.k_tiles, refs.k_ready)
         load(first)
@@ -224,7 +229,7 @@ def _product(left: Ref, right: Ref) -> Array:
     """`left right^T` of two tiles in shared memory, float32."""
 
     def run(accumulator: Ref) -> Array:
-        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))  # a 16-bit right side may lie in either order
+        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))  # both lie along d, the axis summed over
         return accumulator[...]
 
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((left.shape[0], right.shape[0]), jnp.float32))
@@ -232,5 +237,6 @@ def _product(left: Ref, right: Ref) -> Array:
 
 def _along(axis: int, ref: Ref, width: int) -> Array:
     """A vector in device memory along one axis of a tile of scores, `width` numbers wide along the other."""
+    # Mosaic GPU has no vectorised load of one value per row or column of an accumulator: `optimized=False` says so.
     x = plgpu.load(ref, layout=LAYOUT.reduce(1 - axis), optimized=False)
     return lax.broadcast_in_dim(x, (*x.shape, width) if axis == 0 else (width, *x.shape), [axis])

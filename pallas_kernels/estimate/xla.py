@@ -60,6 +60,7 @@ def _each_head[T: tuple[Array, ...]](
         g, q, q_pos, q_row = args
         return masses(attention_rows(q, k[:, g], q_pos, kv_pos[g // heads_per_row], scale), q_row)
 
+    # Scores are [queries, keys] float32: at a million keys and 64 queries a head's take 256 MiB.
     at_once = max(1, SCORE_BYTES // (4 * q.shape[1] * k.shape[0]))
     return jax.lax.map(head, (kv_head, q, q_pos, q_row), batch_size=min(len(q), at_once))
 
@@ -72,6 +73,7 @@ def attention_rows(
     sees = kv_pos[None, :] <= q_pos[:, None]
     row_max = jnp.max(scores, axis=1, keepdims=True, where=sees, initial=-jnp.inf)
     weights = jnp.where(sees, jnp.exp(scores - jnp.where(jnp.isfinite(row_max), row_max, 0.0)), 0.0)
+    # A query that sees a key has a weight of 1 at its maximum; 1e-30 divides the zeros of one that sees none.
     return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
 
 
@@ -82,6 +84,7 @@ def diagonal_mass(weights: Float[Array, "q s"], q_row: Int32[Array, " q"], band:
     lead = band // 2
 
     def shift(weight: Array, at: Array) -> Array:
+        # A shift by slicing: as a scatter by distance it would be atomic additions on a GPU.
         padded = jnp.pad(weight[::-1], (0, s))  # padded[s - 1 - at + distance] is the weight at that distance
         by_distance = jax.lax.dynamic_slice_in_dim(padded, s - 1 - at, s)
         return jnp.where(at >= 0, by_distance, 0.0)

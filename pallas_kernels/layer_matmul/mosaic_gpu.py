@@ -25,6 +25,8 @@ class MatmulConfig:
       blocks_per_multiprocessor: thread blocks of the launch for each multiprocessor, at most: all run at once.
     """
 
+    # A stage is 16 KiB of the matrix and 1 KiB of x for up to eight prompts: four of them in three thread blocks are
+    # 204 of a multiprocessor's 227 KiB.
     num_stages: int = 4
     blocks_per_multiprocessor: int = 3
 
@@ -47,6 +49,7 @@ def check_supported(x: Float[Array, "b e"], w: Float[Array, "layers e f"]) -> No
         (x.shape[0] <= MAX_ROWS, f"x may have at most {MAX_ROWS} rows, got {x.shape[0]}"),
         (w.shape[1] % STEP == 0, f"rows of the matrix must be a multiple of {STEP}, got {w.shape[1]}"),
         (w.shape[2] % TILE_COLUMNS == 0, f"its columns must be a multiple of {TILE_COLUMNS}, got {w.shape[2]}"),
+        # TMA's coordinates are 32-bit integers (PTX ISA, "cp.async.bulk.tensor").
         (math.prod(w.shape[:2]) < 2**31, f"rows of all layers must count below 2**31, got {w.shape[:2]}"),
     ]
     for holds, message in limits:
@@ -69,6 +72,7 @@ def launch(
     """
     b, num_columns, num_steps = x.shape[0], w.shape[2], w.shape[1] // STEP
     num_tiles = num_columns // TILE_COLUMNS
+    # One wave of thread blocks: reading runs at the memory's rate as long as all of them have copies in flight.
     splits = config.blocks_per_multiprocessor * NUM_MULTIPROCESSORS // num_tiles if num_splits is None else num_splits
     shape = MatmulShape(
         num_tiles=num_tiles,
@@ -78,7 +82,10 @@ def launch(
         num_stages=config.num_stages,
     )
     x_rows = jnp.pad(x, ((0, shape.num_rows - b), (0, 0)))
+    # All layers' rows are one axis, and the layer an offset: the matrix is not sliced out of the stack, which XLA does
+    # by a copy (docs/log.md of 2026-11-26, decoding).
     out = _run(layer[None], x_rows, w.reshape(-1, num_columns), shape)
+    # Splits in float32, and no atomic additions: the result does not depend on who ends first.
     return jnp.sum(out, axis=0)[:, :b].T.astype(x.dtype)
 
 
@@ -90,6 +97,7 @@ def _run(
     scratch: dict[str, Ref] = dict(
         x_tiles=plgpu.SMEM((shape.num_stages, shape.num_rows, STEP), x.dtype, transforms=transforms),
         w_tiles=plgpu.SMEM((shape.num_stages, STEP, TILE_COLUMNS), x.dtype, transforms=transforms),
+        # Two arrivals: a tile of the matrix and one of x.
         ready=plgpu.Barrier(num_arrivals=2, num_barriers=shape.num_stages),
     )
 

@@ -68,6 +68,7 @@ def matmul_kernel(refs: Refs, shape: MatmulShape) -> None:
         plgpu.copy_gmem_to_smem(refs.w.at[_aligned(layer_start + number, STEP), columns], refs.w_tiles.at[slot], ready)
         plgpu.copy_gmem_to_smem(refs.x.at[:, _aligned(number, STEP)], refs.x_tiles.at[slot], ready)
 
+    # All stages but one are filled at the start; each step then fills the slot of the step before.
     for n in range(shape.num_stages - 1):
         pl.when(n < end - first)(lambda n=n: load(jnp.int32(n)))
 
@@ -76,7 +77,9 @@ def matmul_kernel(refs: Refs, shape: MatmulShape) -> None:
             slot = n % shape.num_stages
             plgpu.barrier_wait(refs.ready.at[slot])
             w_tile, x_tile = (tiles.at[slot].transpose((1, 0)) for tiles in (refs.w_tiles, refs.x_tiles))
-            plgpu.wgmma(accumulator, w_tile, x_tile)  # 16-bit sides may lie in either order: nothing is transposed
+            # The matrix lies along its columns, M, and not along the rows that are summed over: wgmma reads 16-bit
+            # sides in either order, so that nothing is transposed.
+            plgpu.wgmma(accumulator, w_tile, x_tile)
             plgpu.wgmma_wait(1)  # the product before this one is done, and its slot is free
             ahead = n + shape.num_stages - 1
             pl.when(ahead < end - first)(lambda: load(ahead))
@@ -86,6 +89,7 @@ def matmul_kernel(refs: Refs, shape: MatmulShape) -> None:
         return accumulator[...]
 
     size = TILE_COLUMNS, shape.num_rows
+    # From registers to device memory: a few numbers a thread, next to the matrix's tiles that were read.
     refs.out[split, columns] = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(size, jnp.float32))
 
 

@@ -38,8 +38,8 @@ class HopperConfig:
       ping_pong: whether the consumer warpgroups alternate by a barrier; without one they drift apart as well.
       stagger: full blocks by which a thread block starts further down a long list than its neighbour.
       fixed_max: whether bfloat16's full tiles do without a running maximum; see mosaic_gpu_kernel.py.
-      lengths_per_octave: lengths of lists that are told apart where q tiles are sorted by them; with fewer the heads of
-        one kv head stay together longer.
+      lengths_per_octave: classes of list lengths between a length and twice it, by which q tiles are sorted; with fewer
+        the heads of one kv head stay together longer.
     """
 
     tile_kv: int
@@ -69,12 +69,14 @@ class HopperConfig:
     def buffers(self, head_dim: int, dtype: DTypeLike) -> dict[str, Any]:
         """The shared-memory arrays of the kernel, by name."""
         transforms = tile_transforms()
+        # A tile for each warpgroup: its 64 rows arrive, are multiplied and leave as output apart from the other's.
         q_tile = (COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim)
         kv_tile = (self.tile_kv, head_dim)
         return {
             # Key positions of each K stage, then the q tiles' rows of the work table: together they round up to less.
             "ints": plgpu.SMEM((self.num_k_stages + 1, self.tile_kv), jnp.int32),
             "q": plgpu.SMEM((self.num_q_buffers, *q_tile), dtype, transforms=transforms),  # the output leaves from here
+            # K and V are two rings, as a tile's K is free after QK and its V only a step later.
             "k": plgpu.SMEM((self.num_k_stages, *kv_tile), dtype, transforms=transforms),
             "v": plgpu.SMEM((self.num_v_stages, *kv_tile), dtype, transforms=transforms),
         }
@@ -82,13 +84,17 @@ class HopperConfig:
     def barriers(self) -> dict[str, Any]:
         """The barriers of the kernel, by name: `x_ready` is filled by copies, `x_free` by the warpgroups that read."""
         return {
+            # An arrival is one copy, once all its bytes are there, or one warpgroup. A q tile is ready with the rows of
+            # both warpgroups and its row of the table.
             "q_ready": plgpu.Barrier(num_arrivals=1 + COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
             "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_q_buffers),
             "k_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
+            # A kv tile is ready with one copy, and free again when both warpgroups have read it.
             "k_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_k_stages),
             "v_ready": plgpu.Barrier(num_barriers=self.num_v_stages),
             "v_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.num_v_stages),
             "pos_ready": plgpu.Barrier(num_barriers=self.num_k_stages),
+            # One barrier for each warpgroup's turn, at which the other one arrives.
             "ping_pong": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         }
 
@@ -98,6 +104,7 @@ class HopperConfig:
             -(-math.prod(x.shape) * jnp.dtype(x.dtype).itemsize // ALLOCATION_BYTES) * ALLOCATION_BYTES
             for x in self.buffers(head_dim, dtype).values()
         )
+        # An mbarrier is a 64-bit object in shared memory (PTX ISA, "mbarrier").
         return arrays + 8 * sum(math.prod(b.num_barriers) for b in self.barriers().values())
 
 
@@ -106,14 +113,18 @@ CONFIGS = {
     (64, 64): HopperConfig(tile_kv=64, num_k_stages=6, num_v_stages=6),
     (64, 128): HopperConfig(tile_kv=128, num_k_stages=4, num_v_stages=4),
     (128, 64): HopperConfig(tile_kv=64, num_k_stages=5, num_v_stages=4),
+    # Two K stages are as fast as three (619 and 616 TFLOP/s, docs/log.md of 2026-11-22); a stage of K and of V is 64
+    # KiB. `stagger`: see `_rotated` of mosaic_gpu_producer.py; where gpu_tuned.json has an entry, 0 was faster.
     (128, 128): HopperConfig(tile_kv=128, num_k_stages=2, num_v_stages=2, stagger=1),
+    # A q tile is 64 KiB here and a stage of K and of V as much: with two q buffers they would need 256 KiB. The
+    # accumulator takes 128 of a thread's 240 registers and leaves too few for the scores of 128 keys.
     (256, 64): HopperConfig(tile_kv=64, num_k_stages=2, num_v_stages=2, num_q_buffers=1),
 }
 """The config of each head_dim and tile: a wider tile wherever the index's blocks and the registers allow it."""
 
 
 HEAD_DIMS = (64, 128, 256)
-"""Head dims the kernel runs at; others are padded to the next."""
+"""Head dims the kernel runs at, whole swizzled rows of 64 numbers; others are padded to the next."""
 
 
 def padded_head_dim(head_dim: int) -> int:

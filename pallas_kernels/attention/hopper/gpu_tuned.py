@@ -10,7 +10,7 @@ One entry, of a kernel with blocks of 128 keys and 7 query heads on each kv head
      "device": "NVIDIA H200", "date": "2026-11-22", "commit": "2756589"}
 
 How long a row's list is, is not known when a program is compiled, so an entry's config is the one with the best
-geometric mean over the lists it was tried on; its rate on each of them stands beside it.
+geometric mean over the lists it was tried on; its rate on each of them is given as well.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from pallas_kernels.attention.hopper.gpu_config import CONFIGS, HEAD_DIMS, Hoppe
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 VERSION = 2
+"""Of the file's format: a file of another version is refused, as its configs may have other fields."""
+
 PATH = Path(__file__).with_name("gpu_tuned.json")
 """The table that ships with the package; none has been measured where there is no such file."""
 
@@ -78,6 +80,7 @@ class TunedEntry:
 
 def choose_config(head_dim: int, block_kv: int, heads_per_kv_head: int = 1) -> HopperConfig:
     """The tuned config, else the built-in one, for a padded head dim and an index's `block_kv` (a multiple of 64)."""
+    # Of 64 keys where a block starts at no multiple of 128, and where the accumulator takes half of the registers.
     tile_kv = 64 if head_dim == 256 or block_kv % 128 else 128
     return tuned_config(head_dim, block_kv, heads_per_kv_head) or CONFIGS[head_dim, tile_kv]
 
@@ -86,6 +89,7 @@ def tuned_config(head_dim: int, block_kv: int, heads_per_kv_head: int) -> Hopper
     """The config measured for this head dim and block width, of the nearest number of query heads per kv head."""
     width = 64 if block_kv % 128 else 128
     able = [entry for entry in _shipped() if (entry.head_dim, entry.block_kv) == (head_dim, width)]
+    # By the ratio of the ratios: 7 query heads are nearer to 8 than 1 is to 2.
     distance = lambda entry: abs(math.log2(entry.heads_per_kv_head / heads_per_kv_head))  # noqa: E731
     return min(able, key=distance).config if able else None
 
@@ -107,8 +111,8 @@ def read_table(path: Path) -> tuple[TunedEntry, ...]:
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} must hold JSON: {error}") from error
     if not isinstance(table, dict) or table.get("version") != VERSION:
-        found = table.get("version") if isinstance(table, dict) else type(table).__name__
-        raise ValueError(f"{path} must be an object with version {VERSION}, got {found}")
+        got = table.get("version") if isinstance(table, dict) else type(table).__name__
+        raise ValueError(f"{path} must be an object with version {VERSION}, got {got}")
     _check_keys(table, ("version", "entries"), (), str(path))
     if not isinstance(table["entries"], list):
         raise ValueError(f"entries of {path} must be a list, got {table['entries']!r}")
@@ -135,20 +139,20 @@ def _read_entry(entry: Any, where: str) -> TunedEntry:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_types(found: dict[str, Any], of: type, where: str) -> None:
+def _check_types(values: dict[str, Any], of: type, where: str) -> None:
     """Raises ValueError unless each value has the JSON type of the dataclass's field; true is no integer."""
     for field in dataclasses.fields(of):
         expected = dict if field.type in (dict[str, float], HopperConfig) else field.type
-        if field.name in found and type(found[field.name]) is not expected:
-            raise ValueError(f"{field.name} of {where} must be {_JSON_TYPES[expected]}, got {found[field.name]!r}")
+        if field.name in values and type(values[field.name]) is not expected:
+            raise ValueError(f"{field.name} of {where} must be {_JSON_TYPES[expected]}, got {values[field.name]!r}")
 
 
-def _check_keys(found: Any, required: Iterable[str], optional: Iterable[str], where: str) -> None:
-    """Raises ValueError unless `found` is an object with all required keys and none but these and the optional ones."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must be an object, got {found!r}")
+def _check_keys(values: Any, required: Iterable[str], optional: Iterable[str], where: str) -> None:
+    """Raises ValueError unless `values` is an object with all required keys and no others but the optional ones."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object, got {values!r}")
     known = list(dict.fromkeys([*required, *optional]))
-    if missing := [key for key in required if key not in found]:
+    if missing := [key for key in required if key not in values]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: its keys are {', '.join(known)}")
-    if unknown := [key for key in found if key not in known]:
+    if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{where} has unknown keys {', '.join(unknown)}: known keys are {', '.join(known)}")

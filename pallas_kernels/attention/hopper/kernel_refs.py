@@ -23,8 +23,8 @@ class KernelShape:
       num_entries: length of each head's block list.
       num_intervals: rows of each head's interval table.
       heads_per_kv_head: query heads that share one kv head.
-      num_shared: kv rows of the shared view; later rows are the head's own.
-      has_extra: whether a head has rows of its own.
+      num_shared: kv rows of the shared view; later rows are gathered for the head.
+      has_extra: whether rows are gathered for each head.
       score_scale: factor on the scores, for base-2 exponentials.
       fixed_max: full tiles keep the maximum of the q tile's first tile; a row that overflows so gets lse = +inf.
       interpretable: leave out what GPU interpret mode of JAX 0.11 cannot run: accumulators with an initial value.

@@ -76,6 +76,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _producer_warpgroup():
+        # What it gives up goes to the pool from which the others' increase waits to be served (PTX ISA, "setmaxnreg").
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         load(refs, shape)
 
@@ -95,6 +96,7 @@ def _compute(refs: Refs, shape: KernelShape, warpgroup: Array) -> None:
         acc, softmax = _middle_tiles(refs, shape, warpgroup, row, n, tile, acc, softmax)
         tile += row.num_tiles
         finish = _finish_overlapped if shape.config.num_q_buffers == 2 else _finish_alone
+        # With one q buffer the next q tile can only arrive once this one's output has left through the buffer.
         next_row, next_softmax = finish(refs, shape, warpgroup, row, n, tile, acc, softmax)
         return n + 1, tile, next_row.num_tiles, next_softmax
 
@@ -136,13 +138,16 @@ def _first_tile(refs: Refs, shape: KernelShape, warpgroup: Array, row: Row, n: S
     def scores(s_acc: Ref) -> Array:
         _ping_pong_wait(refs, shape, warpgroup)
         q_tile = refs.smem["q"].at[n % shape.config.num_q_buffers, warpgroup]
-        # K lies row by row in shared memory; wgmma reads a 16-bit right side in either order, so nothing is copied.
+        # Rows of q and of K lie along the head dim, the axis that is summed over: both sides are K-major, wgmma's
+        # natural order, and the transposition of the reference moves nothing.
         plgpu.wgmma(s_acc, q_tile, refs.smem["k"].at[slot].transpose((1, 0)))
         _ping_pong_arrive(refs, shape, warpgroup)
         return s_acc[...]  # waits for the wgmma
 
     s_qk = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, shape.config.tile_kv), jnp.float32))
+    # No wgmma runs here, so a branch costs nothing but itself.
     s_qk = lax.cond(is_partial, mask_tile(refs, shape, warpgroup, row, 0, slot), lambda s_qk: s_qk, s_qk)
+    # After the mask: the slot of K holds the tile's positions as well, and one barrier gives both back.
     pl.when(is_real)(lambda: plgpu.barrier_arrive(refs.barriers["k_free"].at[slot]))
     softmax, _ = online_step(shape, s_qk, *empty_rows())
     return softmax.with_weights_as(refs.q.dtype)
@@ -168,6 +173,7 @@ def _middle_tiles(
 
     # Two loops, as no branch may stand between the issue of a wgmma and its end: ptxas waits for all of them there
     # (598 against 578 TFLOP/s, docs/log.md of 2026-11-22).
+    # The first tile is done before either loop, full or partial.
     first_partial = jnp.maximum(row.num_full * shape.tiles_per_block, 1)
     acc, softmax = lax.fori_loop(1, first_partial, functools.partial(step, is_partial=False), (acc, softmax))
     state = acc, flag_overflow(shape, softmax)
@@ -194,6 +200,7 @@ def _next_tile(
     None for a factor of 1.
     """
     weights = softmax.weights
+    # QK reads the K of this tile and PV the V of the tile before it: two rings of slots.
     k_slot, v_slot = tile % shape.config.num_k_stages, (tile - 1) % shape.config.num_v_stages
     v = refs.smem["v"].at[v_slot]
     k_ready, k_free, pos_ready = (refs.barriers[name].at[k_slot] for name in ("k_ready", "k_free", "pos_ready"))
@@ -203,6 +210,7 @@ def _next_tile(
     else:
         is_real = True
         mask = (lambda s_qk: masked(s_qk)) if is_partial else (lambda s_qk: s_qk)
+    # A masked tile may hold the first keys that a row attends: only a tile without masks keeps the first maximum.
     update = fixed_max_step if shape.fixed_max and is_partial is False and not is_first else online_step
     _when(is_real, lambda: plgpu.barrier_wait(k_ready))
     _when(is_partial, lambda: plgpu.barrier_wait(pos_ready))
@@ -294,8 +302,9 @@ def _store(
     """Normalises and writes 64 rows of the output and of the log-sum-exp."""
     out, lse = normalised(shape, acc, softmax)
     rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
-    # TMA stores from shared memory alone: the output takes the place of the q tile, which nobody reads again.
+    # TMA stores from shared memory alone: the output takes the place of the q tile, which is not read again.
     buffer[...] = out.astype(buffer.dtype)
+    # 64 floats go from registers to device memory: not worth a buffer and a copy.
     refs.lse[row.head, rows] = lse
     plgpu.commit_smem()  # TMA sees what threads wrote only past a proxy fence (PTX ISA, "fence.proxy.async")
     plgpu.copy_smem_to_gmem(buffer, refs.out.at[row.head, rows])
@@ -323,11 +332,16 @@ def _when(condition: bool | Array, effect: Callable[[], None]) -> None:
 
 def _seed(shape: KernelShape, accumulator: Ref, acc: Array) -> None:
     if not shape.interpretable:
+        # wgmma adds to its accumulator, so the sum so far is where it starts: no product is added afterwards.
         accumulator[...] = acc
 
 
 def _issue_pv(shape: KernelShape, accumulator: Ref, weights: Array, v: Ref) -> None:
     if not shape.interpretable:
+        # The left side may come from registers, and scores that are rounded to 16 bits lie there as their accumulator
+        # did (PTX ISA, "Register Fragments"): weights never go to shared memory. The right side may not. V's rows lie
+        # along the head dim, N, and not along the keys that are summed over: the transposed order, which wgmma reads of
+        # 16-bit types alone.
         plgpu.wgmma(accumulator, weights, v)
 
 
@@ -339,7 +353,10 @@ def _drain(shape: KernelShape, accumulator: Ref, acc: Array, weights: Array, v: 
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=wait_n)
 
 
-# Ping-pong: warpgroup 0 issues to the tensor cores, then 1, then 0 again.
+# Ping-pong: warpgroup 0 issues to the tensor cores, then 1, then 0 again, by mbarriers of one arrival where
+# FlashAttention-3 has named barriers. At a head dim of 128 they drift into alternation by themselves, and the barrier
+# made each wait for the other's issue (598 against 620 TFLOP/s, docs/log.md of 2026-11-22, 7); at 64 gpu_tuned.json has
+# it on.
 
 
 def _ping_pong_wait(refs: Refs, shape: KernelShape, warpgroup: Array) -> None:
@@ -353,6 +370,7 @@ def _ping_pong_arrive(refs: Refs, shape: KernelShape, warpgroup: Array) -> None:
 
 
 def _ping_pong_start(refs: Refs, shape: KernelShape, warpgroup: Array) -> None:
+    # No warpgroup has arrived for the first turn: warpgroup 1 opens the barrier of warpgroup 0.
     pl.when(warpgroup == 1)(lambda: _ping_pong_arrive(refs, shape, warpgroup))
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.notation import Array, Ref
 def load(refs: Refs, shape: KernelShape) -> None:
     """Copies every q tile, its table row and its kv tiles, as buffers come free."""
     program = lax.axis_index("program")
+    # The scheduler's whole answer for one thread block is three numbers: no counter is shared, nothing is locked.
     span = tuple(refs.assignment[n] for n in (0, program + 1, program + 2))
 
     def q_tile(carry: tuple[Array, Array, Array]):
@@ -35,13 +36,16 @@ def load(refs: Refs, shape: KernelShape) -> None:
         return n + 1, tile + num_tiles, num_tiles
 
     zero = jnp.int32(0)
+    # The row that ends the table is copied too, and its kv tiles are none: from it the consumers learn the end.
     _, tile, _ = lax.while_loop(lambda carry: carry[2] > 0, q_tile, (zero, zero, jnp.int32(1)))
     _wait_until_free(refs, shape, tile)
 
 
 def _wait_until_free(refs: Refs, shape: KernelShape, tile: Array) -> None:
-    """Leaves no barrier half observed: waits for the buffers that nobody will fill again."""
+    """Leaves no barrier half observed: waits for the buffers that are not filled again."""
     config = shape.config
+    # A wait takes a barrier's phases one by one, their parity in a register. Interpret mode insists that each completed
+    # phase is observed before the kernel ends (docs/log.md of 2026-11-22).
     slots = [("k_free", slot) for slot in range(config.num_k_stages)]
     slots += [("v_free", slot) for slot in range(config.num_v_stages)]
     for name, slot in slots:
@@ -77,6 +81,8 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row: Array, tile: Array, num_
         refs.table[table_row, c] for c in (HEAD, FIRST, NUM_FULL, COUNT, POS_ROW)
     )
     num_full = num_full_blocks * shape.tiles_per_block
+    # Neighbours start `stagger` blocks apart, 1 or none: further apart the window of keys in use leaves L2 (1 apart 632
+    # to 643 TFLOP/s, 7 apart 558 to 565; H100, 32/8 heads at 128K tokens, docs/log.md of 2026-11-25).
     shift = lax.axis_index("program") * config.stagger % jnp.maximum(num_full_blocks, 1)
     shift = jnp.where(num_full_blocks >= STAGGERED_BLOCKS, shift, 0)
 
@@ -93,6 +99,8 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row: Array, tile: Array, num_
 
             @pl.when(j >= num_full)
             def _positions():  # k_free has said that the positions in this slot were read too
+                # Starts are multiples of 16 positions. One that is no multiple of 4 of them, 16 bytes, ends in an
+                # illegal instruction on the device (docs/log.md of 2026-11-25).
                 source = refs.kv_pos.at[pos_row, pl.ds(_aligned(start), config.tile_kv)]
                 plgpu.copy_gmem_to_smem(source, refs.smem["ints"].at[slot], refs.barriers["pos_ready"].at[slot])
 
@@ -102,6 +110,7 @@ def _load_kv(refs: Refs, shape: KernelShape, table_row: Array, tile: Array, num_
 
         return start
 
+    # One step more than tiles: V of a tile is copied after K of the next one, in the order in which they are read.
     lax.fori_loop(0, jnp.where(num_tiles > 0, num_tiles + 1, 0), step, jnp.int32(0))
 
 
@@ -117,6 +126,8 @@ def _copy_tile(refs: Refs, shape: KernelShape, name: str, head: Array, start: Ar
     """Copies rows from `start` on, shared or gathered for the head, once the slot of `tile` is free: that slot."""
     num_stages = refs.smem[name].shape[0]
     slot = tile % num_stages
+    # One TMA box: up to 256 elements a side, strides in bytes multiples of 16, coordinates in elements, so that a tile
+    # may start at any row (CUDA driver API, cuTensorMapEncodeTiled). The arrays have a descriptor each, hence a branch.
     copy: dict[str, Ref] = dict(barrier=refs.barriers[name + "_ready"].at[slot], dst=refs.smem[name].at[slot])
     shared, extra = (refs.k, refs.k_extra) if name == "k" else (refs.v, refs.v_extra)
 
@@ -144,5 +155,5 @@ def _row_offset(slot: Array) -> Array:
 
 
 def _aligned(start: Array) -> Array:
-    """Told to the compiler, which checks nothing: block starts are multiples of 16 (see `BlockIndex.start`)."""
+    """A promise to the compiler, which checks nothing: block starts are multiples of 16 (see `BlockIndex.start`)."""
     return pl.multiple_of(start, 16)

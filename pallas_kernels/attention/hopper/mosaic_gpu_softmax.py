@@ -21,7 +21,7 @@ ends at 2**128. Synthetic heads stay below 22 of these 55 nats (docs/log.md of 2
 
 
 class Softmax(NamedTuple):
-    """Weights of the latest tile, whose PV is still to come, and the maximum and sum of each row so far."""
+    """Weights of the latest tile, whose PV is not yet issued, and the maximum and sum of each row so far."""
 
     weights: Array
     row_max: Array
@@ -64,6 +64,8 @@ def mask_tile(
     """The function that masks scores where positions of a partial tile, already in shared memory, forbid a pair."""
 
     def mask(s_qk: Array) -> Array:
+        # Read here, where the mask is needed, and not ahead of the branch around it (579 against 568 TFLOP/s, together
+        # with a later wait for V: docs/log.md of 2026-11-22, 5).
         low, high = _limits(refs, shape, row, j)
         rows = pl.ds(pl.multiple_of(row.q_start + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS)
         layout = plgpu.Layout.WGMMA
@@ -72,6 +74,8 @@ def mask_tile(
         kv_pos = plgpu.load(refs.smem["ints"].at[slot], layout=layout.reduce(0), optimized=False)
         plgpu.commit_smem()  # our reads of the positions come before the copy that overwrites them
         distance = columns(q_pos, s_qk.shape) - lax.broadcast_in_dim(kv_pos, s_qk.shape, [1])
+        # Masked before the scale: a finite score, far enough below `INITIAL_ROW_MAX` that its weight is 0 after it.
+        # With -inf a row without a key would subtract -inf from -inf, which is NaN.
         return jnp.where((distance >= low) & (distance < high), s_qk, MASKED_SCORE)
 
     return mask
@@ -83,8 +87,12 @@ def mask_tile(
 
 def online_step(shape: KernelShape, s_qk: Array, row_max: Array, row_sum: Array) -> tuple[Softmax, Array | None]:
     """One step of the online softmax: the state with float32 weights, and the factor on what came before."""
+    # The scale is positive, so the maximum is taken first and scaled once a row; scale and subtraction are then one
+    # multiply-add a score, in front of the exponential.
     new_max = jnp.maximum(row_max, jnp.max(s_qk, axis=1) * shape.score_scale)
     weights = jnp.exp2(s_qk * shape.score_scale - columns(new_max, s_qk.shape))
+    # At every step: rescaling only when the maximum grows enough was not tried (docs/log.md of 2026-11-22). Full tiles
+    # go without a factor altogether, see `fixed_max_step`.
     rescale = jnp.exp2(row_max - new_max)
     return Softmax(weights, new_max, row_sum * rescale + jnp.sum(weights, axis=1)), rescale
 
@@ -116,6 +124,7 @@ def normalised(shape: KernelShape, acc: Array, softmax: Softmax) -> tuple[Array,
     has_keys = row_sum > 0
     factor = jnp.where(has_keys, 1.0 / jnp.where(has_keys, row_sum, 1.0), 0.0)
     out = jnp.where(columns(has_keys, acc.shape), acc * columns(factor, acc.shape), 0.0)  # 0 * NaN is NaN
+    # From base 2, of the kernel, to nats, of the contract.
     lse = jnp.where(has_keys, row_max * math.log(2.0) + jnp.log(row_sum), -jnp.inf)
     if shape.fixed_max:
         lse = jnp.where(row_sum <= MAX_SAFE_SUM, lse, jnp.inf)  # a NaN is computed again as well

@@ -8,8 +8,8 @@ from pallas_kernels.block_index import BlockIndex
 from pallas_kernels.notation import AnyArray, Array, Float, Int32, Scalar
 
 START_BLOCKS = 1.5
-"""What a q tile costs besides its blocks, in blocks: rows of 32 run at 643 TFLOP/s, long ones at 674 (docs/log.md of
-2026-11-26, H200)."""
+"""The cost of a q tile over that of its blocks, in blocks: rows of 32 run at 643 TFLOP/s, long ones at 674
+(H200, docs/log.md of 2026-11-26)."""
 
 
 def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "rows 32"]:
@@ -36,6 +36,8 @@ def work_table(index: BlockIndex, lengths_per_octave: int = 4) -> Int32[Array, "
     ]
     columns += [jnp.zeros_like(head)] * (ROW_FIELDS - len(columns))
     table = jnp.stack([c.reshape(-1).astype(jnp.int32) for c in columns], axis=1)
+    # Lengths within a quarter octave count as one: sorted by the length alone, q tiles of one kv head would run at
+    # different times, and L2 holds 50 MB.
     length = jnp.floor(lengths_per_octave * jnp.log2(1 + table[:, COUNT].astype(jnp.float32)))
     table = table[jnp.argsort(-length, stable=True)]
     end = jnp.zeros((1, ROW_FIELDS), jnp.int32).at[0, COUNT].set(-1)
@@ -61,6 +63,7 @@ def assign_rows(table: Int32[Array, "rows 32"], num_programs: int) -> Int32[Arra
     cost = table[:-1, COUNT].astype(jnp.float32) + START_BLOCKS
     num_rows = len(cost)
     rounds = jnp.pad(cost, (0, -num_rows % num_programs)).reshape(-1, num_programs)
+    # Backwards every other round: the thread block with the longest row of one has the shortest of the next.
     rounds = jnp.where(jnp.arange(len(rounds))[:, None] % 2 == 0, rounds, rounds[:, ::-1])
     loads = jnp.cumsum(rounds, axis=0)
     mean = jnp.sum(cost) / num_programs
@@ -76,6 +79,7 @@ def _assign_runs(
     num_rows = len(cost)
     first = jnp.minimum(num_rounds * len(free), num_rows)
     is_left = jnp.arange(num_rows) >= first
+    # All rows against all cuts is one reduction; a binary search would be a loop, and each of its steps a launch.
     middle = jnp.cumsum(jnp.where(is_left, cost, 0.0)) - cost / 2
     end = first + jnp.sum(is_left[None] & (middle[None] <= free[:-1, None]), axis=1, dtype=jnp.int32)
     return jnp.concatenate([num_rounds[None], first[None], end, jnp.full(1, num_rows, jnp.int32)])
@@ -96,6 +100,7 @@ def row_of(program: Scalar, n: Scalar, span: tuple[Scalar, Scalar, Scalar], num_
       num_programs, num_rows: thread blocks, and rows of the table.
     """
     num_rounds, first, end = span
+    # Arithmetic instead of a list of rows for each thread block: three scalars that stay in registers.
     in_round = n * num_programs + jnp.where(n % 2 == 0, program, num_programs - 1 - program)
     in_run = first + n - num_rounds
     row = jnp.where(n < num_rounds, in_round, jnp.where(in_run < end, in_run, num_rows))

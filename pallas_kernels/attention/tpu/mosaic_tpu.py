@@ -42,6 +42,8 @@ def choose_config(inputs: AttentionInputs, device_kind: str = "") -> TpuConfig:
       device_kind: as a TPU device names its kind, "TPU v5 lite"; an unknown one gets the other chips' steps.
     """
     tile_kv = max(1024, inputs.index.block_kv)
+    # Bundles of a masked tile in steps of 256 and 512 keys: v5e 2,324 and 2,120, v6e 1,366 and 1,620, v4 2,334 and
+    # 2,964 (compiler's schedule, docs/log.md of 2026-11-25). Without masks one step for the whole tile is best.
     masked_kv = 512 if device_kind.startswith("TPU v5") else 256
     return TpuConfig(tile_kv=tile_kv, compute_kv=tile_kv, masked_kv=masked_kv)
 
@@ -53,10 +55,12 @@ def check_supported(inputs: AttentionInputs, config: TpuConfig) -> None:
     limits = [
         (dtype in (jnp.bfloat16, jnp.float32), f"q must be bfloat16 or float32, got {dtype}"),
         (d <= 256, f"head_dim must be at most 256, got {d}"),
+        # Query and key positions are rows along lanes, and slices along lanes start at multiples of 128.
         (index.block_q % LANES == 0, f"block_q must be a multiple of {LANES}, got {index.block_q}"),
         (index.block_kv % LANES == 0, f"block_kv must be a multiple of {LANES}, got {index.block_kv}"),
         (config.tile_kv % index.block_kv == 0, f"block_kv must divide {config.tile_kv=}, got {index.block_kv}"),
         (
+            # A DMA moves whole register tiles: 16 rows of bfloat16.
             s % START_TOKENS == 0 and x % START_TOKENS == 0,
             f"shared and extra kv rows must be multiples of {START_TOKENS}, got {s} and {x}",
         ),
@@ -77,7 +81,7 @@ def check_supported(inputs: AttentionInputs, config: TpuConfig) -> None:
 def widths(head_dim: int) -> dict[str, int]:
     """Lanes of a q row, a gathered kv row and an accumulator row.
 
-    Up to 64, values and keys of a token share 128 lanes, and q has zeros beside the values; beyond, each has its own.
+    Up to 64, values and keys of a token share 128 lanes, and q has zeros where the values are; beyond, they are apart.
     """
     width = -(-head_dim // LANES) * LANES
     return dict(q_width=width, kv_width=width if head_dim <= LANES // 2 else 2 * width, width=width)
@@ -102,6 +106,7 @@ def launch(
         intervals=interval_bounds(index),
         q=_place(inputs.q, begin=out_width if is_packed else 0, width=width),
         q_pos=inputs.q_pos.reshape(num_heads * num_q_blocks, 1, block_q),
+        # In HBM, and no scalar-prefetch argument: that would be in SMEM, where the lists of a long prompt do not fit.
         entries=flat_lists(entries),
         kv=gathered_rows(inputs, out_width),
         kv_pos=kv_pos,
@@ -115,6 +120,8 @@ def launch(
         attention_kernel(Refs(**dict(zip(names, refs, strict=True))), shape)
 
     flat = lambda h, i: (h * num_q_blocks + i, 0, 0)  # noqa: E731
+    # The last two axes of a block must be the array's or whole tiles of (8, 128): so rows are [rows, 1, 8], and a block
+    # of them [1, 1, 8].
     row_block = functools.partial(pl.BlockSpec, (1, 1, ROW_FIELDS), memory_space=pltpu.SMEM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     run = pl.pallas_call(
@@ -122,6 +129,7 @@ def launch(
         grid=(num_heads, num_q_blocks),
         in_specs=[
             row_block(flat),
+            # The same array again, one q block ahead: its loads start before its turn.
             row_block(lambda h, i: flat(h, jnp.minimum(i + 1, num_q_blocks - 1))),
             pl.BlockSpec((1, 1, 2 * MAX_INTERVALS), lambda h, i: (h, 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec((1, block_q, width), lambda h, i: (h, i, 0)),
@@ -140,8 +148,11 @@ def launch(
         ),
         scratch_shapes=tuple(scratch.values()),
         compiler_params=pltpu.CompilerParams(
+            # Heads are independent, for chips with two cores; the q blocks of one are not: each starts the next one's
+            # loads, and scratch carries which buffer they go to.
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=config.vmem_limit_bytes,
+            # Starts are brought into range by `entry_values`; a check would be scalar work at every DMA.
             disable_bounds_checks=True,
         ),
         interpret=interpret,
@@ -171,14 +182,14 @@ def _kernel_shape(inputs: AttentionInputs, config: TpuConfig, size: dict[str, in
 def entry_values(inputs: AttentionInputs) -> Int32[Array, "h l"]:
     """Each entry as a row of what is gathered, a multiple of 16, plus the number of its interval.
 
-    A head's own rows lie behind the shared ones and those of the heads before it (see `gathered_rows`). An entry that
-    no row owns may hold anything and be copied all the same: it is brought into range.
+    A head's gathered rows lie behind the shared ones and those of the heads before it (see `gathered_rows`). An entry
+    of no row may hold anything and be copied all the same: it is brought into range.
     """
     index, (num_heads, num_extra, _) = inputs.index, inputs.k_extra.shape
-    own_rows = (jnp.arange(num_heads, dtype=jnp.int32) % inputs.heads_per_kv_head * num_extra)[:, None]
+    gathered_offset = (jnp.arange(num_heads, dtype=jnp.int32) % inputs.heads_per_kv_head * num_extra)[:, None]
     start = jnp.clip(index.start, 0, inputs.kv_pos.shape[1] - index.block_kv)
     interval = jnp.clip(index.interval, 0, index.intervals.shape[1] - 1)
-    return start + interval + jnp.where(start >= inputs.k.shape[1], own_rows, 0)
+    return start + interval + jnp.where(start >= inputs.k.shape[1], gathered_offset, 0)
 
 
 def row_fields(index: BlockIndex, entries: Int32[Array, "h l"]) -> Int32[Array, "rows 1 8"]:
@@ -194,6 +205,7 @@ def row_fields(index: BlockIndex, entries: Int32[Array, "h l"]) -> Int32[Array, 
 def flat_lists(entries: Int32[Array, "h l"]) -> Int32[Array, "1 entries"]:
     """The heads' lists one after another, each padded to 128 entries, and entries that a last copy may run into."""
     entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES))).reshape(-1)
+    # A copy is always of 512 entries, from a multiple of 128: it may run past the end of the last list.
     return jnp.pad(entries, (0, PIECE_ENTRIES))[None]
 
 
@@ -212,7 +224,7 @@ def interval_bounds(index: BlockIndex) -> Int32[Array, "h 1 32"]:
 
 
 def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "g groups parts 16 lanes"]:
-    """Values and keys of a token together, so that one DMA brings both: shared rows, then each head's own.
+    """Values and keys of a token together, so that one DMA brings both: shared rows, then those gathered for each head.
 
     In groups of 16 tokens, within a group by 128 lanes: what a DMA moves is one piece of memory, which takes the scalar
     unit fewer instructions than a strided copy. Values that no query may look at, which may be NaN, are zeros: a weight
@@ -225,8 +237,10 @@ def gathered_rows(inputs: AttentionInputs, begin_of_keys: int) -> Float[Array, "
         return jnp.concatenate([_place(v, begin=0, width=begin_of_keys), _place(k, begin=0, width=begin_of_keys)], -1)
 
     shared = side_by_side(v, inputs.k)
-    own = side_by_side(v_extra, inputs.k_extra).reshape(num_kv_heads, -1, 2 * begin_of_keys)
-    rows = jnp.concatenate([shared, own], axis=1)
+    gathered = side_by_side(v_extra, inputs.k_extra).reshape(num_kv_heads, -1, 2 * begin_of_keys)
+    rows = jnp.concatenate([shared, gathered], axis=1)
+    # A strided descriptor's 9 words take a bundle each: without it 8 DMAs on 7x are about 77 bundles, with it 142
+    # (docs/log.md of 2026-11-25).
     grouped = rows.reshape(num_kv_heads, -1, START_TOKENS, 2 * begin_of_keys // LANES, LANES)
     return grouped.transpose(0, 1, 3, 2, 4)
 

@@ -48,6 +48,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
     @pl.when(i == 0)
     def _first_of_a_head():
+        # Scratch in SMEM outlives the grid step: it says into which buffer the step before loaded.
         refs.slot[0] = 0
         loads.start_piece(refs, shape, row, 0)
 
@@ -66,6 +67,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
         loads.start_tile(refs, shape, following, 0, refs.slot[0])
 
     def tile(n: Array, slot: Array) -> Array:
+        # Into the buffer of the tile before, whose products are in the accumulator.
         loads.start_next(refs, shape, row, following, n, num_tiles, 1 - slot)
         is_dense = row.is_dense(shape, n)
 
@@ -112,6 +114,8 @@ def _choose_reference(refs: Refs, shape: KernelShape, slot: Scalar) -> None:
 
     Masked ones count as well, unless they are NaN: any number will do that is near a query's true maximum.
     """
+    # The last 128 keys of the block taken first, usually the diagonal's, and the first 128 of the next one, usually the
+    # start of the prompt.
     begin = min(shape.block_kv, shape.config.tile_kv - LANES) - LANES
     keys, _ = _keys_and_values(refs, shape, slot, begin, 2 * LANES)
     scores = _scores(refs.q[0], keys)
@@ -158,7 +162,7 @@ def _compute(refs: Refs, shape: KernelShape, slot: Scalar, *, is_dense: bool) ->
     """Adds a tile to the sums, some keys at a time; without masks where it is dense.
 
     Groups of `config.compute_q` queries are independent of each other: the compiler runs the matrix products of one
-    beside the softmax of another.
+    at the time of the softmax of another.
     """
     block_q, step = refs.q.shape[1], shape.config.compute_kv if is_dense else shape.config.masked_kv
     group = min(block_q, shape.config.compute_q)
@@ -169,6 +173,7 @@ def _compute(refs: Refs, shape: KernelShape, slot: Scalar, *, is_dense: bool) ->
         if not is_dense:
             scores = _masked(refs, shape, scores, begin, q_rows)
         reference = refs.row_max[q_rows]
+        # No maximum and no rescaling: on v6e and 7x the vector unit is nearly as busy as the matrix unit.
         weights = [jnp.exp2(column * shape.score_scale - reference) for column in _columns(scores)]
         refs.row_sum[q_rows] += _tree(jnp.add, weights)
         refs.acc[q_rows] += _weighted(weights, values)
@@ -191,12 +196,15 @@ def _precision(dtype: DTypeLike) -> lax.Precision | None:
 
 
 def _scores(q_td: Array, k_sd: Array) -> Array:
+    # Summed over the last axis of both sides. The matrix unit of v6e and 7x is 256 wide: a head dim of 128 fills half
+    # of it, here and in `_weighted`.
     contract = (((1,), (1,)), ((), ()))
     return lax.dot_general(q_td, k_sd, contract, precision=_precision(q_td.dtype), preferred_element_type=jnp.float32)
 
 
 def _weighted(weights: list[Array], v_sd: Array) -> Array:
     """The sum of values by their weights, given as columns of 128 keys."""
+    # Rounded to the values' type column by column: the matrix unit multiplies bfloat16.
     weights_ts = jnp.concatenate([w.astype(v_sd.dtype) for w in weights], axis=1)
     contract = (((1,), (0,)), ((), ()))
     return lax.dot_general(
@@ -248,6 +256,7 @@ def _online_step(refs: Refs, shape: KernelShape, slot: Scalar, q_rows: pl.Slice)
     """Adds a tile to the online softmax of some queries."""
     keys, values = _keys_and_values(refs, shape, slot, 0, shape.config.tile_kv)
     scores = _masked(refs, shape, _scores(refs.q[0, q_rows], keys), 0, q_rows)
+    # Not yet scaled, as are all scores here: the scale is applied to differences, and to the maximum at the end.
     columns, row_max = _columns(scores), refs.row_max[q_rows]
     new_row_max = jnp.maximum(row_max, jnp.max(_tree(jnp.maximum, columns), axis=1, keepdims=True))
     weights = [jnp.exp2((column - new_row_max) * shape.score_scale) for column in columns]
@@ -265,6 +274,7 @@ def _widen(column: Array, width: int) -> Array:
 
 def _store(refs: Refs, shape: KernelShape) -> Array:
     """Writes the output and lse, zeros and -inf where nothing was attended; returns whether the sums lost nothing."""
+    # Transposed first: the 128 parts are added along sublanes, and the sums lie in a row as the log-sum-exp does.
     row_sum = jnp.sum(refs.row_sum[...].T, axis=0, keepdims=True)
     is_empty = row_sum == 0
     divisor = jnp.where(is_empty, 1.0, row_sum)
@@ -275,5 +285,6 @@ def _store(refs: Refs, shape: KernelShape) -> Array:
     refs.out[0] = (refs.acc[:, :width] * _widen(factor, refs.acc.shape[1])[:, :width]).astype(refs.out.dtype)
     low, high = SAFE_SUM_RANGE
     is_right = (is_empty & (refs.q_pos[0] < 0)) | ((row_sum >= low) & (row_sum <= high))
+    # Values above 2^31 can overflow the accumulator within the safe range of sums; NaN fails this comparison too.
     is_finite = jnp.abs(refs.acc[...]) < jnp.inf
     return (jnp.min(is_right.astype(jnp.float32)) > 0) & (jnp.min(is_finite.astype(jnp.float32)) > 0)

@@ -33,8 +33,10 @@ LANE_BITS = LANES.bit_length() - 1
 """Shifts and masks instead of divisions: signed ones cost the scalar unit several instructions each."""
 
 PIECE_BITS = PIECE_ENTRIES.bit_length() - 1
+"""Shift from an entry to its piece."""
 
 START_BITS = START_TOKENS.bit_length() - 1
+"""Shift from a row of what is gathered to its group of 16, which an entry's interval does not reach."""
 
 FIRST, NUM_FULL, COUNT, POS_ROW, LAST = range(5)
 """Fields of a q block's row."""
@@ -111,10 +113,10 @@ class Refs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """The list of one q block: scalars of its head, of its own, and which ring of SMEM holds its entries."""
+    """The list of one q block: scalars of its head and of itself, and which ring of SMEM holds its entries."""
 
     kv_head: Array
-    own_rows: Array
+    gathered_offset: Array
     list_begin: Array
     first: Array
     num_full: Array
@@ -149,13 +151,14 @@ def read_row(ref: Ref, shape: KernelShape, i: Array) -> Row:
     head = pl.program_id(0)
     return Row(
         kv_head=lax.div(head, shape.heads_per_kv_head),
-        own_rows=lax.rem(head, shape.heads_per_kv_head) * shape.num_extra,
+        gathered_offset=lax.rem(head, shape.heads_per_kv_head) * shape.num_extra,
         list_begin=head * shape.list_entries,
         first=field(FIRST),
         num_full=field(NUM_FULL),
         count=field(COUNT),
         pos_row=field(POS_ROW),
         last=field(LAST),
+        # Two rings, in alternation: the next q block's list arrives while this one's is read.
         ring=i & 1,
     )
 
@@ -165,6 +168,7 @@ def start_piece(refs: Refs, shape: KernelShape, row: Row, piece: Scalar) -> None
 
     @pl.when((row.count > 0) & (piece * PIECE_ENTRIES < row.offset + row.count))
     def _start():
+        # From the multiple of 128 before the list's first entry, as a slice along lanes must start at one.
         begin = row.list_begin + (row.first & -LANES) + piece * PIECE_ENTRIES
         _piece_copy(refs, row, piece, begin).start()
 
@@ -194,7 +198,7 @@ def entry(refs: Refs, shape: KernelShape, row: Row, e: Scalar) -> tuple[Array, A
     value = _taken(refs, row, e)
     start = value & -START_TOKENS
     if shape.num_extra:
-        start = start - jnp.where(start >= shape.num_shared, row.own_rows, 0)
+        start = start - jnp.where(start >= shape.num_shared, row.gathered_offset, 0)
     return start, value & (START_TOKENS - 1)
 
 
@@ -203,6 +207,8 @@ def start_next(
 ) -> None:
     """Starts the loads of the tile after tile `n`: of this q block, or the first of the next one."""
 
+    # The usual tile, full and within its piece of the list, has a path without branches, its DMAs unrolled: they are
+    # most of the scalar unit's work between two tiles.
     is_dense = row.is_dense(shape, n + 1) & jnp.logical_not(_reaches_next_piece(shape, row, n + 1))
 
     @pl.when(is_dense)
@@ -268,6 +274,7 @@ def _for_partial(shape: KernelShape, row: Row, n: Scalar, act: Callable[[Scalar]
 
 def _kv_copy(refs: Refs, shape: KernelShape, row: Row, value: Array, b: Scalar, slot: Scalar) -> Ref:
     """The copy of an entry's block to place `b` of a tile; the entry's interval, in its low bits, is shifted out."""
+    # Any multiple of 16 rows will do as a start; from other rows a DMA of bfloat16 does not compile.
     groups = pl.ds(value >> START_BITS, shape.block_kv // START_TOKENS)
     return pltpu.make_async_copy(
         refs.kv.at[row.kv_head, groups], refs.kv_tiles.at[slot, _place(shape, b)], refs.kv_arrived.at[slot]
@@ -283,6 +290,7 @@ def _place(shape: KernelShape, b: Scalar) -> pl.Slice:
 def _pos_copy(refs: Refs, shape: KernelShape, row: Row, e: Scalar, b: Scalar, slot: Scalar) -> Ref:
     """The copy of the aligned rows of 128 positions that hold those of the block that is taken `e`-th."""
     start, _ = entry(refs, shape, row, e)
+    # Whole rows of 128 positions: slices along lanes start at multiples of 128, and the block may not.
     begin = row.pos_row * shape.pos_rows + (start >> LANE_BITS)
     return pltpu.make_async_copy(
         refs.kv_pos.at[pl.ds(begin, shape.block_rows)], refs.pos_rows.at[slot, b], refs.pos_arrived.at[slot]
