@@ -138,7 +138,7 @@ def make_mesh(devices: Sequence[Any] | None = None, *, num_kv_heads: int) -> Mes
 
 
 def shards_of(mesh: Mesh | None, *, num_kv_heads: int) -> Shards:
-    """How the mesh splits; one device without a mesh.
+    """The split over a mesh; one device without a mesh.
 
     Raises:
       ValueError: the mesh has other axes, or more devices along `heads` than divide the kv heads.

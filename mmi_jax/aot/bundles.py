@@ -18,7 +18,7 @@ LOOP_BODY, BRANCH = "LB", "sbr.rel"
 
 
 def dump_flags(directory: Path) -> str:
-    """What `LIBTPU_INIT_ARGS` must hold, before the compiler is loaded, for it to write its schedules there."""
+    """The value of `LIBTPU_INIT_ARGS`, set before the compiler is loaded, for it to write its schedules there."""
     return (
         f"--xla_jf_dump_to={directory} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true "
         "--xla_jf_emit_annotations=true"

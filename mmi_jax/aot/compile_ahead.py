@@ -35,7 +35,7 @@ from pallas_kernels.attention.tpu.tpu_config import TpuConfig
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 KERNEL = "block_sparse_attention"
-"""What the TPU kernel is called in the compiler's files."""
+"""Name of the TPU kernel in the compiler's files."""
 
 _DOES_NOT_FIT = re.compile(
     r"(?:Used (?P<used>[\d.]+[KMG]) of|HLO temporaries \((?P<early>[\d.]+[KMG])\) exceeds available HBM) "
@@ -48,7 +48,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a program needs of each device's memory; bytes.
+    """Memory that a program needs on each device; bytes.
 
     Args:
       arguments: weights, embeddings, positions, and the cache that becomes the result.
@@ -85,7 +85,7 @@ class TpuAttention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What to compile a prefill for.
+    """Model, settings and topology that a prefill is compiled for.
 
     Args:
       model: with shapes in place of arrays.
@@ -103,12 +103,12 @@ class Target:
 
     @property
     def shards(self) -> Shards:
-        """How the mesh splits the model."""
+        """The split of the model over the mesh."""
         return shards_of(self.mesh, num_kv_heads=self.model.config.num_kv_heads)
 
     @property
     def dtype(self) -> DTypeLike:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         return self.model.dtype
 
     @property
@@ -252,7 +252,7 @@ def _open_lengths(lengths: list[int], tried: dict[int, Memory]) -> list[int]:
 
 
 def _next_length(between: list[int], tried: dict[int, Memory]) -> int:
-    """Where the line through the nearest two figures meets the limit; after three guesses, the middle."""
+    """The length at which the line through the nearest two figures meets the limit; after three guesses, the middle."""
     limit = next((memory.limit for memory in tried.values() if memory.limit), None)
     if limit is None:
         return between[-1]

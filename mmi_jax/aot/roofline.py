@@ -22,7 +22,7 @@ DENSE = Dense()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the busiest device does in a whole prefill.
+    """Work of the busiest device in a whole prefill.
 
     Args:
       matmul_flops: of the projections and the MLP.
@@ -52,7 +52,7 @@ class LowerBound:
 
 
 def work_of(target: Target, num_tokens: int, *, density: float) -> Work:
-    """What the last sequence piece, which sees the most keys, does in all layers.
+    """Work in all layers of the last sequence piece, which attends to the most keys.
 
     Args:
       density: fraction of the causal tiles that a head visits whose pattern is chosen when the prompt is seen.
@@ -153,7 +153,7 @@ def _tiles(target: Target, pattern: Pattern, num_tokens: int) -> float:
 
 
 def assumptions(patterns: Sequence[Pattern], density: float) -> list[str]:
-    """What the lower bound assumes, as sentences."""
+    """Assumptions of the lower bound, as sentences."""
     sentences = [
         "Each unit is never idle: matrix units at their peak in projections, the kernel at the bundles of its fastest "
         "compute region with one bundle a cycle, memory and links at their published rates, all of them at once.",

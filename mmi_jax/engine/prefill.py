@@ -49,7 +49,7 @@ type OnStage = Callable[[str], None]
 
 @pytree
 class PrefillResult:
-    """What a prefill leaves.
+    """Result of a prefill.
 
     Args:
       logits: of the token after each prompt's last, float32.

@@ -66,13 +66,13 @@ class Prompt(Protocol):
 
     @property
     def layout(self) -> TokenLayout:
-        """What each token is, fields `[b, t]`; modality -1 marks padding."""
+        """Modality and place of each token, fields `[b, t]`; modality -1 marks padding."""
         ...
 
 
 @runtime_checkable
 class VisionLanguageModel(Protocol):
-    """What prefill asks of a model: an `nnx.Module` whose `layers` carry a leading layer axis.
+    """Interface that prefill needs of a model: an `nnx.Module` whose `layers` carry a leading layer axis.
 
     A layer is called as `layer(x, rotary, attend) -> (x, aux)`, where `attend(q, k, v) -> (out, aux)` takes
     `[b, t, h, d]` and `[b, t, g, d]` after rotation.
@@ -88,7 +88,7 @@ class VisionLanguageModel(Protocol):
 
     @property
     def dtype(self) -> DTypeLike:
-        """What it computes in."""
+        """The dtype that it computes in."""
         ...
 
     def embed(self, prompt: Any) -> Float[Array, "b t e"]:

@@ -72,7 +72,7 @@ def _at[T](decoded: Iterable[T], indices: np.ndarray, on_frame: OnFrame | None) 
 
 
 def _in_threads[T](work: Callable[[T], np.ndarray], items: Iterable[T]) -> Iterator[np.ndarray]:
-    """What `work` makes of every item, in order, a few items ahead: FFmpeg and Pillow let other threads run."""
+    """Results of `work` for every item, in order, a few items ahead: FFmpeg and Pillow let other threads run."""
     with ThreadPoolExecutor(CONVERTING_THREADS) as pool:
         waiting: deque[Future] = deque()
         for item in items:

@@ -69,7 +69,7 @@ class Sampling:
 
 
 def sample_file(path: str | os.PathLike, *, fps: float, max_frames: int = MAX_FRAMES) -> Sampling:
-    """What `read_video` would read of a file, of which nothing is decoded.
+    """The sampling of a file by `read_video`, of which nothing is decoded.
 
     Raises:
         ValueError: as `read_video`, as far as a header tells.

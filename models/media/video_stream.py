@@ -59,7 +59,7 @@ class VideoStream:
 
     @property
     def waited_seconds(self) -> float:
-        """How long others have waited for frames in all."""
+        """Total time that callers have waited for frames."""
         return self._arrival.waited_seconds
 
 

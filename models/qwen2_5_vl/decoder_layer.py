@@ -30,7 +30,7 @@ class Attention(nnx.Module):
         self.out = linear(q_dim, config.embed_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def project(self, x: Float[Array, "b t e"], rotary: Rotary) -> tuple[Array, Array, Array]:
-        """What an `Attend` takes: q `[b, t, h, d]`, k and v `[b, t, g, d]`."""
+        """Inputs of an `Attend`: q `[b, t, h, d]`, k and v `[b, t, g, d]`."""
         b, t, _ = x.shape
         head_dim = self.config.head_dim
         q = rotate(self.q(x).reshape(b, t, self.config.num_heads, head_dim), *rotary)

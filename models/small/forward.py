@@ -1,4 +1,4 @@
-"""A dense, differentiable forward pass of batches of streams over the library's own modules."""
+"""A dense, differentiable forward pass of batches of streams over the library's modules."""
 
 import dataclasses
 from typing import Any, Literal
@@ -21,7 +21,7 @@ VISION_PAIRS = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the forward pass runs.
+    """Settings of the forward pass.
 
     Fields:
         dtype: of computation; parameters are cast to it.
@@ -82,8 +82,8 @@ def _spread_forward(vision: Array, is_vision: Array) -> tuple[Array, tuple[Array
     return _spread(vision, is_vision), (is_vision, vision.shape[1])
 
 
-def _spread_backward(kept: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
-    is_vision, num_rows = kept
+def _spread_backward(residuals: tuple[Array, int], gradient: Array) -> tuple[Array, None]:
+    is_vision, num_rows = residuals
     rank = jnp.where(is_vision, jnp.cumsum(is_vision, axis=1) - 1, num_rows)
     stream, token = jnp.indices(rank.shape)
     place = jnp.full((rank.shape[0], num_rows + 1), -1).at[stream, rank].set(token, mode="drop")[:, :num_rows, None]

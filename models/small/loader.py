@@ -1,4 +1,4 @@
-"""Batches made ahead of time by other processes, handed out in order."""
+"""Batches made ahead of time by other processes, returned in order."""
 
 import collections
 import concurrent.futures
@@ -12,7 +12,7 @@ AHEAD = 3
 
 
 class Loader[T, B]:
-    """What `make` gives for each of `items`, in order; a context that ends its processes."""
+    """Results of `make` for each of `items`, in order; a context that ends its processes."""
 
     def __init__(self, make: Callable[[T], B], items: Iterable[T], num_workers: int):
         """Makes batches in `num_workers` processes, which import `make`; with 0, where they are used."""

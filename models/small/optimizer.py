@@ -60,7 +60,7 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
 
 
 def _matrices(params: Any) -> Any:
-    """Which parameters Muon turns: kernels `[in, out]`, or `[layer, in, out]` of layers; not the embedding."""
+    """The parameters that Muon updates: kernels `[in, out]`, or `[layer, in, out]` of layers; not the embedding."""
 
     def dimensions(path, leaf):
         is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)

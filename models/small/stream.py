@@ -122,16 +122,16 @@ def stack_streams(streams: list[Stream], *, num_tokens: int, num_rows: int) -> B
             row[: len(array)] = array[:length]
         return out
 
-    kept = [s.rows < num_tokens for s in streams]
+    is_inside = [s.rows < num_tokens for s in streams]
     return Batch(
         tokens=fitted([s.row.tokens for s in streams], num_tokens),
         rope_pos=np.moveaxis(fitted([s.row.rope_pos.T for s in streams], num_tokens), -1, 0),
         is_vision=fitted([np.asarray(s.row.layout.modality) == VISION for s in streams], num_tokens),
         frames=fitted([s.frames for s in streams], 2 * (num_tokens // GRID_TOKENS)),
-        rows=fitted([s.rows[k] for s, k in zip(streams, kept, strict=True)], num_rows),
-        labels=fitted([s.labels[k] for s, k in zip(streams, kept, strict=True)], num_rows),
-        weights=fitted([s.weights[k] for s, k in zip(streams, kept, strict=True)], num_rows),
-        kind=fitted([s.kind[k] for s, k in zip(streams, kept, strict=True)], num_rows),
+        rows=fitted([s.rows[k] for s, k in zip(streams, is_inside, strict=True)], num_rows),
+        labels=fitted([s.labels[k] for s, k in zip(streams, is_inside, strict=True)], num_rows),
+        weights=fitted([s.weights[k] for s, k in zip(streams, is_inside, strict=True)], num_rows),
+        kind=fitted([s.kind[k] for s, k in zip(streams, is_inside, strict=True)], num_rows),
     )
 
 

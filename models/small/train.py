@@ -42,7 +42,7 @@ class Recipe:
 
 @pytree
 class TrainState:
-    """What a run carries from step to step; `step` counts the steps done."""
+    """State of a run from step to step; `step` counts the steps done."""
 
     params: Any
     optimizer: Any

@@ -1,4 +1,4 @@
-"""Cards: coloured pictures with a handwritten digit, the needles; each is asked for by its colour."""
+"""Cards: coloured pictures with a handwritten digit, the needles; each question names a colour."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Card:
 
     @property
     def question(self) -> str:
-        """What is asked for it."""
+        """The question for it."""
         return card_question(self.colour)
 
     def ask(self, *, after_part: int | None, depth: float) -> Question:

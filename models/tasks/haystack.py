@@ -16,7 +16,7 @@ from models.tasks.digits import SIDE
 from models.tasks.pictures import PERMUTATIONS, atlas, photo_shapes
 
 Base = Int32[np.ndarray, "n 5"]
-"""Which picture a frame shows, in numbers that only its haystack reads."""
+"""The picture that a frame shows, in numbers that only its haystack reads."""
 
 
 @runtime_checkable

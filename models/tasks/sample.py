@@ -69,10 +69,10 @@ def check_questions(questions: tuple[Question, ...], num_frames: Sequence[int]) 
     for question in questions:
         if question.after_part is not None and not 0 <= question.after_part < len(num_frames):
             raise ValueError(f"a question must follow one of the {len(num_frames)} parts, got {question.after_part=}")
-        most = 0 if question.after_part is None else num_frames[question.after_part]
-        if question.after_frames is not None and not most:
+        max_frames = 0 if question.after_part is None else num_frames[question.after_part]
+        if question.after_frames is not None and not max_frames:
             raise ValueError(f"after_frames needs after_part to name a video, got {question.after_part=}")
-        if question.after_frames is not None and not 1 <= question.after_frames <= most:
+        if question.after_frames is not None and not 1 <= question.after_frames <= max_frames:
             raise ValueError(
-                f"a question within a video must follow 1 to {most} of its frames, got {question.after_frames=}"
+                f"a question within a video must follow 1 to {max_frames} of its frames, got {question.after_frames=}"
             )

@@ -15,7 +15,7 @@ from models.tasks.sample import Question, Sample, check_questions
 NUM_BASE = 5
 """Numbers of a frame that its haystack reads; two more say what is painted on it."""
 COLOUR, DIGIT = NUM_BASE, NUM_BASE + 1
-"""Where the numbers stand of a card's colour and of a digit's image; -1 for none."""
+"""Indices of a card's colour and of a digit's image among the numbers; -1 for none."""
 
 Frames = Int32[np.ndarray, "n 7"]
 

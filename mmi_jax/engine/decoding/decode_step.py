@@ -26,7 +26,7 @@ MIN_NEW_TOKENS = 64
 
 @pytree
 class Choice:
-    """How a token is chosen from logits, and which tokens end a prompt; see `decode`.
+    """The rule by which a token is chosen from logits, and the tokens that end a prompt; see `decode`.
 
     Args:
       temperature, top_p: read where `is_greedy` and `takes_all` say so, so that their values compile nothing anew.
@@ -55,7 +55,7 @@ def choice_of(temperature: float, top_p: float, end_tokens: tuple[int, ...]) -> 
 
 @pytree
 class Decoding:
-    """What stays on the device from one block of tokens to the next.
+    """State on the device from one block of tokens to the next.
 
     Args:
       token: the last token of each prompt.

@@ -176,9 +176,9 @@ def explained_exhaustion(request: MemoryRequest) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold arrays, and the next run needs their memory
         plan, memory = plan_memory(request), memory_of(jax.devices()[0])
-        given = "" if memory is None else f" of {_gib(memory.limit)}, {_gib(memory.used)} of them in use now"
+        limit = "" if memory is None else f" of {_gib(memory.limit)}, {_gib(memory.used)} of them in use now"
         options = "; ".join(what_fits(request, plan.peak * 9 // 10)) or "a shorter prompt"
         raise DoesNotFitError(
-            f"the device ran out of memory{given}, in a prefill of {_prompts(request)} that was planned to need "
+            f"the device ran out of memory{limit}, in a prefill of {_prompts(request)} that was planned to need "
             f"{_gib(plan.peak)} at most, stage {plan.peak_stage!s}. What needs a tenth less: {options}"
         ) from error

@@ -108,7 +108,7 @@ class MemoryRequest:
 
 
 def memory_request(prefill: PrefillRequest, model: VisionLanguageModel, *, embed_bytes: int) -> MemoryRequest:
-    """What is to be planned; `embed_bytes` of the model for the prompt."""
+    """The request of a prefill of `model`; `embed_bytes` of the model for the prompt."""
     return MemoryRequest(prefill=prefill, weight_bytes=weight_bytes(model), dtype=model.dtype, embed_bytes=embed_bytes)
 
 
@@ -143,7 +143,7 @@ def _array(name: str, live: tuple[Stage, ...], *shape: int, item: int) -> Buffer
 
 
 def _buffers(request: MemoryRequest, lengths: PaddedLengths) -> Iterator[Buffer]:
-    """What is live whatever the patterns are."""
+    """Buffers that are live whatever the patterns are."""
     config, array = request.prefill.config, functools.partial(_array, item=jnp.dtype(request.dtype).itemsize)
     b, t, s = request.prefill.batch, lengths.chunk_tokens, lengths.capacity
     h, g, d, e = config.num_heads, config.num_kv_heads, config.head_dim, config.embed_dim
@@ -166,7 +166,7 @@ def _buffers(request: MemoryRequest, lengths: PaddedLengths) -> Iterator[Buffer]
 
 
 def _attention_buffers(request: MemoryRequest, lengths: PaddedLengths, row: tuple[Pattern, ...]) -> Iterator[Buffer]:
-    """What is live while a layer plans, permutes and attends."""
+    """Buffers that are live while a layer plans, permutes and attends."""
     config, b, t = request.prefill.config, request.prefill.batch, lengths.chunk_tokens
     if lengths.is_whole and set(row) == {Dense()} and t <= CUDNN_TOKENS:  # a vendor's kernel, which needs no plan
         array = functools.partial(_array, item=jnp.dtype(request.dtype).itemsize)

@@ -22,7 +22,7 @@ from mmi_jax.engine.programs.fingerprint import NoFingerprintError, digest
 from mmi_jax.files import write_whole
 
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "MOSAIC_GPU_")
-"""How the names of the environment's variables begin that compilers read."""
+"""Prefixes of the environment variables that compilers read."""
 
 UNREAD = ("cache", "log", "dump", "traceback")
 """Settings of JAX whose names contain one of these do not change a program."""

@@ -247,7 +247,7 @@ def _join(shards: Shards, statistics):
 
 
 def _sample(program: Program, q, k, layout: TokenLayout, q_start) -> dict[str, Array]:
-    """What is read from all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
+    """Figures of all of q and k: whether they are finite `[b]`, and queries spaced evenly over the prompt.
 
     Of the queries: their rows `[b, n]`, whether they are real, and each head's log-sum-exp over all keys `[b, h, n]`.
     """
@@ -292,7 +292,7 @@ def _statistics(program: Program, result: SparseAttention, sample: dict[str, Arr
     elif result.plan is None:  # nothing was left out, and its log-sum-exp is rounded
         recall = jnp.ones_like(density)
     else:
-        kept = jnp.take_along_axis(result.lse, sample["rows"][:, None], axis=2)
+        sparse = jnp.take_along_axis(result.lse, sample["rows"][:, None], axis=2)
         dense = jnp.where(jnp.isfinite(sample["lse"]), sample["lse"], 0.0)
-        recall = jnp.mean(jnp.exp(kept - dense), axis=2, where=sample["is_real"][:, None])
+        recall = jnp.mean(jnp.exp(sparse - dense), axis=2, where=sample["is_real"][:, None])
     return {name: sample[name] for name in ("num_queries", "is_finite")} | {"density": density, "recall": recall}

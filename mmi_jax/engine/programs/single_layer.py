@@ -10,7 +10,7 @@ from mmi_jax.engine.protocols import VisionLanguageModel
 from pallas_kernels.notation import Array, Float
 
 type Attend = Callable[[Array, Array, Array], tuple[Array, PyTree]]
-"""What a layer calls on its queries, keys and values, after rotation: output, and anything else."""
+"""Function that a layer calls on its queries, keys and values, after rotation: output, and anything else."""
 
 
 def split_layers(model: VisionLanguageModel) -> tuple[Any, Callable[[int], PyTree]]:

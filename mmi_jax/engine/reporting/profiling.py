@@ -17,7 +17,7 @@ import jax
 from mmi_jax.engine.reporting.stages import PROFILED_STAGES, Stage
 
 LABELS = {stage.scope: label for stage, label in PROFILED_STAGES.items()}
-"""What a profile calls each scope; an instruction belongs to the innermost of them."""
+"""Name of each scope in a profile; an instruction belongs to the innermost of them."""
 
 VISION, REST = "vision tower", "rest"
 VISION_MODULE = "encode_batch"
@@ -67,7 +67,7 @@ class StageTimes:
 def profiled[T](
     run: Callable[[], T], directory: Path, programs: Callable[[], Iterable[str | None]]
 ) -> tuple[T, StageTimes]:
-    """What `run` returns, and the time of its stages; the trace stays in `directory` for a viewer.
+    """The result of `run`, and the time of its stages; the trace stays in `directory` for a viewer.
 
     Args:
       run: compiled before, so that the trace holds its work alone.
@@ -185,7 +185,7 @@ def _scopes(path: str) -> list[str]:
 
 
 def _timelines(planes: Sequence[Any]) -> Iterator[Iterator[_Kernel]]:
-    """What ran on each stream of a device, or each thread of the host, in order."""
+    """Events on each stream of a device, or each thread of the host, in order."""
     for plane in planes:
         is_device = plane.name.startswith("/device")
         for line in plane.lines:

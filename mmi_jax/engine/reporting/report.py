@@ -84,7 +84,7 @@ def _weighted(statistics: Sequence[Mapping[str, np.ndarray]], name: str) -> np.n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How close a sparse prefill's next-token distribution is to the dense one's; means over the batch.
+    """Closeness of a sparse prefill's next-token distribution to the dense one's; means over the batch.
 
     Args:
       same_next_token: fraction of prompts whose most likely token is the same.

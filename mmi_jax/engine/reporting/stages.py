@@ -9,7 +9,7 @@ engine, and models, open the scopes by their names, such as "mmi.plan"; a test h
 import enum
 
 SCOPE_PREFIX = "mmi."
-"""How the name of every scope begins, so that a profile can tell ours from a model's."""
+"""Prefix of the name of every scope, so that a profile can tell ours from a model's."""
 
 
 class Stage(enum.StrEnum):
@@ -36,7 +36,7 @@ class Stage(enum.StrEnum):
 
 
 LAYER_STAGES = (Stage.PROJECT, Stage.PLAN, Stage.PERMUTE, Stage.ATTEND, Stage.UNDO, Stage.MLP)
-"""What a layer goes through, in order of time, as the memory plan divides it."""
+"""Stages of a layer, in order of time, as the memory plan divides it."""
 
 MEMORY_STAGES = (Stage.EMBED, *LAYER_STAGES, Stage.LOGITS)
 """A prefill in order of time, as the memory plan divides it."""

@@ -67,9 +67,7 @@ def padded_lengths(
     _check_chunk(options)
     _check_new_tokens(num_tokens, max_new_tokens, buckets, prior)
     chunk = padded if options.chunk_tokens is None else min(options.chunk_tokens, padded)
-    if (
-        shards.num_devices > 1
-    ):  # the cache is split as the prompt is, so the free capacity behind it runs along as padding
+    if shards.num_devices > 1:  # the cache is split as the prompt is: its free capacity runs along as padding
         chunk = padded = buckets.length_for(num_tokens + max_new_tokens)
     whole = -(-padded // chunk) * chunk
     needed, capacity = prior.tokens + max(whole, num_tokens + max_new_tokens), prior.capacity

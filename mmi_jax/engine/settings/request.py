@@ -16,7 +16,7 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillRequest:
-    """What one prefill runs.
+    """Sizes and settings of one prefill.
 
     Args:
       config: the model's sizes.
@@ -36,7 +36,7 @@ class PrefillRequest:
 
     @property
     def shards(self) -> Shards:
-        """How the mesh splits it."""
+        """Its split over the mesh."""
         return shards_of(self.options.mesh, num_kv_heads=self.config.num_kv_heads)
 
     @property
@@ -50,7 +50,7 @@ class PrefillRequest:
         return padded_lengths(self.num_tokens, self.options, self.shards, self.prior)
 
     def program(self, model: VisionLanguageModel, *, position_is_index: bool) -> Program:
-        """What its chunks run; `position_is_index` as `position_equals_index` says of the padded prompt."""
+        """The program of its chunks; `position_is_index` as `position_equals_index` says of the padded prompt."""
         from flax import nnx  # here, so that attention and its benchmarks need no flax
 
         mesh = self.options.mesh

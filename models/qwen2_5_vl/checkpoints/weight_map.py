@@ -45,7 +45,7 @@ TOWERS = ((re.compile(r"^model\.visual\."), "visual."), (re.compile(r"^model\.la
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one tensor of a checkpoint belongs.
+    """Place of one tensor of a checkpoint.
 
     Fields:
         path: of the parameter in the model's state.

@@ -12,7 +12,7 @@ from models.qwen2_5_vl.processing.placeholders import Grid, Span, find_spans
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """How positions run inside and after a video; published implementations differ on both.
+    """Rule of positions inside and after a video; published implementations differ on both.
 
     Fields:
         keeps_fractions: the seconds between two frames are used as they are; else they are truncated to whole seconds.

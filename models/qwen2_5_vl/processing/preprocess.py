@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How frames become patches; the defaults are those of transformers' Qwen2VLImageProcessor.
+    """Settings by which frames become patches; the defaults are those of transformers' Qwen2VLImageProcessor.
 
     Args:
         patch_size: side of a patch in pixels.

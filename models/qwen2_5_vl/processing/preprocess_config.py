@@ -21,7 +21,7 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
 def read_preprocess(directory: str | os.PathLike, vision: VisionConfig) -> tuple[Preprocess, Preprocess]:
-    """What a checkpoint does with images, and what with the frames of videos.
+    """Settings of a checkpoint for images, and for the frames of videos.
 
     Images: preprocessor_config.json, or `image_processor` in processor_config.json. Videos:
     video_preprocessor_config.json, or `video_processor` in processor_config.json; a checkpoint with neither (the

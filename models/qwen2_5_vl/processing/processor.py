@@ -37,7 +37,7 @@ from models.qwen2_5_vl.processing.preprocess_config import read_preprocess
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processor:
-    """What a Qwen2.5-VL checkpoint does to its inputs.
+    """Preprocessing of a Qwen2.5-VL checkpoint's inputs.
 
     Args:
         config: the model's; gives placeholder ids, merge size and steps per second.

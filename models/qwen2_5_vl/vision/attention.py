@@ -21,7 +21,7 @@ MASKED = -1e30
 
 
 class FrameTables:
-    """What the attention layers need to know of one frame size, as constants of the compiled program."""
+    """Inputs of the attention layers that depend on the frame size, as constants of the compiled program."""
 
     def __init__(
         self,

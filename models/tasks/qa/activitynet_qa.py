@@ -50,7 +50,7 @@ def read_activitynet_qa(directory: str | Path) -> list[Item]:
         return Item(
             name=name,
             video=videos[f"v_{video}", video],
-            question=_asked(field(row, "question", path)),
+            question=_prompt_text(field(row, "question", path)),
             options=(),
             answer=str(field(answers[name], "answer", answers_path)),
             kind=KINDS[kind] if 0 <= kind < len(KINDS) else str(kind),
@@ -59,7 +59,7 @@ def read_activitynet_qa(directory: str | Path) -> list[Item]:
     return list(map(item, read_json(path)))
 
 
-def _asked(question: str) -> str:
+def _prompt_text(question: str) -> str:
     """The question with a capital and a question mark, which the file leaves out."""
     question = question.strip()
     return question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")

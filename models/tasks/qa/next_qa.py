@@ -32,7 +32,7 @@ def read_next_qa(directory: str | Path) -> list[Item]:
         return Item(
             name=f"{video} {field(row, 'qid', path)}",
             video=videos[video, Path(vidor.get(video, video)).name],
-            question=_asked(field(row, "question", path)),
+            question=_prompt_text(field(row, "question", path)),
             options=tuple(field(row, f"a{n}", path) for n in range(NUM_OPTIONS)),
             answer=int(field(row, "answer", path)),
             kind=KINDS[kind[:1]] if kind[:1] in KINDS else str(kind),
@@ -41,7 +41,7 @@ def read_next_qa(directory: str | Path) -> list[Item]:
     return list(map(item, read_csv(path)))
 
 
-def _asked(question: str) -> str:
+def _prompt_text(question: str) -> str:
     """The question with a capital and a question mark, which the file leaves out."""
     question = question.strip()
     return question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")

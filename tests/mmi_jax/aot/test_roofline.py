@@ -41,10 +41,13 @@ def test_work_of_one_device_by_hand():
 
 
 def test_the_last_of_four_sequence_pieces_has_seven_sixteenths_of_the_work():
-    one, four = work_of(target(), TOKENS, density=1.0), work_of(target(devices=4, num_kv_heads=1), TOKENS, density=1.0)
+    single, four = (
+        work_of(target(), TOKENS, density=1.0),
+        work_of(target(devices=4, num_kv_heads=1), TOKENS, density=1.0),
+    )
     tiles = [2 * (n + 1) for n in range(8)]
     assert four.tiles == 3 * 4 * sum(tiles[6:])
-    assert four.matmul_flops == one.matmul_flops / 4
+    assert four.matmul_flops == single.matmul_flops / 4
     assert four.link_bytes["keys and values"] == 3 * 2 * (2 * 8 * 2) * TOKENS * 3 / 4
     assert four.link_bytes["heads"] == 0
 
@@ -86,8 +89,8 @@ def test_steps_make_a_tile():
 def test_half_filled_units_hold_half_the_products():
     """On units of 256 x 256 a head dimension of 128 leaves half of each idle: 4,096 slots for the same tile."""
     tile = {"block_q": 512, "tile_kv": 1024}
-    one = KernelSchedule(kernel="k", regions=(region(0, 1608, 3679),))
-    assert cycles_per_tile(one, CHIPS["v6e"], tile=tile, block_kv=128, head_dim=128) == 1608 / 8
+    schedule = KernelSchedule(kernel="k", regions=(region(0, 1608, 3679),))
+    assert cycles_per_tile(schedule, CHIPS["v6e"], tile=tile, block_kv=128, head_dim=128) == 1608 / 8
 
 
 def test_the_slowest_of_what_overlaps_is_the_bound():

@@ -30,10 +30,10 @@ def test_every_prompt_is_as_if_alone():
     done = []
     results = prefill_many(tiny_model(), PROMPTS, **SETTINGS, on_batch=lambda *n: done.append(n))
     assert done == [(2, 5), (3, 5), (5, 5)]
-    for one, result in zip(PROMPTS, results, strict=True):
-        alone = prefill(tiny_model(), one, buckets=BUCKETS, blocks=BLOCKS)
+    for single, result in zip(PROMPTS, results, strict=True):
+        alone = prefill(tiny_model(), single, buckets=BUCKETS, blocks=BLOCKS)
         assert_same_up_to_order(result.logits, alone.logits, terms=TERMS)
-        length = one.tokens.shape[1]
+        length = single.tokens.shape[1]
         assert result.cache.lengths.tolist() == [length] and result.cache.capacity == alone.cache.capacity
         assert_same_up_to_order(result.cache.k[:, :, :length], alone.cache.k[:, :, :length], terms=TERMS)
     before = num_compiled_programs()

@@ -142,9 +142,9 @@ def test_lengths_leave_room_for_every_chunk():
     lengths = functools.partial(PaddedLengths, prior_tokens=0)
     assert lengths_of(40) == lengths(padded_tokens=64, chunk_tokens=64, capacity=64)
     assert lengths_of(40, chunk_tokens=48) == lengths(padded_tokens=96, chunk_tokens=48, capacity=96)
-    kept = lengths_of(40, prior=(30, 96))
-    assert kept == PaddedLengths(prior_tokens=30, padded_tokens=64, chunk_tokens=64, capacity=96)
-    assert list(kept.starts) == [30]
+    lengths = lengths_of(40, prior=(30, 96))
+    assert lengths == PaddedLengths(prior_tokens=30, padded_tokens=64, chunk_tokens=64, capacity=96)
+    assert list(lengths.starts) == [30]
     assert lengths_of(40, prior=(33, 96)).capacity == 112
     last = lengths_of(40, chunk_tokens=48, prior=(216, 240))
     assert last.starts == range(216, 312, 48) and last.capacity == 312 + 8  # past the largest bucket, with padding only

@@ -99,9 +99,9 @@ def test_the_cache_grown_by_the_answer_is_that_of_a_prefill_of_both():
     tokens, grown = decode_with_cache(tiny_model(), result, max_new_tokens=8, end_tokens=ends)
     assert k.is_deleted(), "the old cache's memory was taken"
     answers = [row[: list(row).index(ends[0]) + 1] if ends[0] in row else row for row in tokens]
-    kept = [answer[: tokens.shape[1] - 1] for answer in answers]
-    assert len({len(answer) for answer in kept}) > 1
-    expected = prefilled(*[extend(p, answer) for p, answer in zip(PROMPTS, kept, strict=True)]).cache
+    in_cache = [answer[: tokens.shape[1] - 1] for answer in answers]
+    assert len({len(answer) for answer in in_cache}) > 1
+    expected = prefilled(*[extend(p, answer) for p, answer in zip(PROMPTS, in_cache, strict=True)]).cache
     assert grown.capacity == expected.capacity == 64
     for name in ("lengths", "next_rope_pos"):
         np.testing.assert_array_equal(getattr(grown, name), getattr(expected, name))

@@ -81,7 +81,7 @@ def closing_over(x):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("value", "other"),
     [
         (STATIC, AShape(sink=16, local=8)),
         (DIFFERENT.layers, DIFFERENT.layers[::-1]),
@@ -93,8 +93,8 @@ def closing_over(x):
         (np.dtype("float32"), np.dtype("float64")),
     ],
 )
-def test_different_values_have_different_digests(one, other):
-    assert digest(one) != digest(other) and digest(one) == digest(one)
+def test_different_values_have_different_digests(value, other):
+    assert digest(value) != digest(other) and digest(value) == digest(value)
 
 
 def test_what_has_no_contents_to_tell_it_by_is_refused():

@@ -155,16 +155,16 @@ def test_a_prompt_that_does_not_fit_is_told_what_would():
 
 @pytest.mark.slow
 def test_what_is_said_to_fit_fits_and_what_is_longer_does_not():
-    limit, one = 54 * GIB, request(Grid(), num_tokens=2**19)
-    assert plan_memory(one).peak > limit
-    chunk = next(text for text in what_fits(one, limit) if text.startswith("chunk_tokens="))
+    limit, whole_prompt = 54 * GIB, request(Grid(), num_tokens=2**19)
+    assert plan_memory(whole_prompt).peak > limit
+    chunk = next(text for text in what_fits(whole_prompt, limit) if text.startswith("chunk_tokens="))
     size = int(re.findall(r"\d+", chunk)[0])
-    assert plan_memory(one.with_options(chunk_tokens=size)).peak <= limit
-    assert plan_memory(one.with_options(chunk_tokens=2 * size)).peak > limit
-    longest = longest_that_fits(one, limit)
-    assert longest is not None and plan_memory(one.with_prompts(num_tokens=longest)).peak <= limit
-    assert plan_memory(one.with_prompts(num_tokens=Buckets().length_for(longest + 1))).peak > limit
-    assert list(what_fits(one, 10 * GIB)) == []
+    assert plan_memory(whole_prompt.with_options(chunk_tokens=size)).peak <= limit
+    assert plan_memory(whole_prompt.with_options(chunk_tokens=2 * size)).peak > limit
+    longest = longest_that_fits(whole_prompt, limit)
+    assert longest is not None and plan_memory(whole_prompt.with_prompts(num_tokens=longest)).peak <= limit
+    assert plan_memory(whole_prompt.with_prompts(num_tokens=Buckets().length_for(longest + 1))).peak > limit
+    assert list(what_fits(whole_prompt, 10 * GIB)) == []
 
 
 def prefill(**kwargs) -> PrefillResult:

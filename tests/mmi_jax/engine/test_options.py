@@ -24,10 +24,10 @@ def test_keywords_take_the_place_of_the_options_own():
 
 def test_options_and_keywords_give_the_same_result():
     options = PrefillOptions(table=STATIC, buckets=BUCKETS, blocks=BLOCKS)
-    one = prompt(0, 9, (3, 2, 5), 17)
-    by_options = prefill(tiny_model(), one, options=options)
-    by_keywords = prefill(tiny_model(), one, table=STATIC, buckets=BUCKETS, blocks=BLOCKS)
-    (of_many,) = prefill_many(tiny_model(), [one], options=options)
+    example = prompt(0, 9, (3, 2, 5), 17)
+    by_options = prefill(tiny_model(), example, options=options)
+    by_keywords = prefill(tiny_model(), example, table=STATIC, buckets=BUCKETS, blocks=BLOCKS)
+    (of_many,) = prefill_many(tiny_model(), [example], options=options)
     np.testing.assert_array_equal(by_options.logits, by_keywords.logits)
     np.testing.assert_array_equal(by_options.logits, of_many.logits)
 

@@ -116,10 +116,10 @@ def test_padding_and_buckets_change_nothing():
 
 
 @pytest.mark.slow
-def test_room_for_new_tokens_changes_no_sparse_result():
-    sparse, roomy = (prefill(ONE, table=ONLINE[2], max_new_tokens=room) for room in (0, 30))
-    assert sparse.cache.capacity == 64 and roomy.cache.capacity == 96
-    assert_same(sparse, roomy)
+def test_capacity_for_new_tokens_changes_no_sparse_result():
+    tight, larger = (prefill(ONE, table=ONLINE[2], max_new_tokens=n) for n in (0, 30))
+    assert tight.cache.capacity == 64 and larger.cache.capacity == 96
+    assert_same(tight, larger)
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 16])

@@ -25,15 +25,13 @@ SIZES: dict[str, Any] = dict(buckets=BUCKETS, blocks=BLOCKS)
 
 def test_a_prefill_of_a_prepared_length_compiles_nothing():
     short, long = prompt(0, 9, (3, 2, 5), 17), prompt(1, 70)
-    for one, bucket in ((short, 64), (long, 80)):
-        jax.block_until_ready(tiny_model().embed(fit_prompt(one, bucket)))
+    for example, bucket in ((short, 64), (long, 80)):
+        jax.block_until_ready(tiny_model().embed(fit_prompt(example, bucket)))
     before = num_compiled_programs()
     assert prepare(tiny_model(), [75, 50, 80], table=STATIC, measures_recall=False, **SIZES) == [64, 80]
     assert num_compiled_programs() == before + 2, "one program of a layer for each bucket"
     with counted_compilations() as compilations:
-        results = [
-            prefill(tiny_model(), one, table=STATIC, measures_recall=False, **SIZES) for one in (short, long, short)
-        ]
+        results = [prefill(tiny_model(), p, table=STATIC, measures_recall=False, **SIZES) for p in (short, long, short)]
         assert compilations() == 0
     assert num_compiled_programs() == before + 2
     assert [result.report.padded_tokens for result in results] == [64, 80, 64]
@@ -45,10 +43,10 @@ def test_chunks_and_batches_are_prepared_too():
     settings: dict[str, Any] = dict(table=STATIC, chunk_tokens=32, measures_recall=False, **SIZES)
     prepare(tiny_model(), [58], batch=2, **settings)
     programs = num_compiled_programs()
-    one = prompt(2, 58)
-    prefill(tiny_model(), type(one).batch([one, prompt(3, 60)]), **settings)
+    single = prompt(2, 58)
+    prefill(tiny_model(), type(single).batch([single, prompt(3, 60)]), **settings)
     assert num_compiled_programs() == programs
-    prefill(tiny_model(), one, **settings)
+    prefill(tiny_model(), single, **settings)
     assert num_compiled_programs() == programs + 1, "a prompt alone is another program"
 
 

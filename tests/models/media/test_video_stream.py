@@ -91,11 +91,11 @@ def test_patches_cut_on_the_device_are_the_host_s_to_the_last_bit(path, num_fram
     grids = tuple(source.grid for source in patches.sources)
     assert patches.shape == want.shape
     batches, theirs = frame_batches(patches, grids, config), frame_batches(want, grids, config)
-    seen = set()
+    ranks = set()
     for ours, host in zip(batches, theirs, strict=True):
         np.testing.assert_array_equal(ours.patches, host.patches)
-        seen |= set(ours.ranks.tolist())
-    assert len(seen - {sum(num_tokens(g, config) for g in grids)}) == sum(num_tokens(g, config) for g in grids)
+        ranks |= set(ours.ranks.tolist())
+    assert len(ranks - {sum(num_tokens(g, config) for g in grids)}) == sum(num_tokens(g, config) for g in grids)
 
 
 def test_large_frames_are_resized_by_the_thread_or_when_they_are_used(tmp_path):

@@ -43,9 +43,9 @@ def rewrite(directory: Path, change) -> None:
 def assert_same_weights(ours, theirs):
     ours, theirs = nnx.to_flat_state(nnx.state(ours)), nnx.to_flat_state(nnx.state(theirs))
     assert [path for path, _ in ours] == [path for path, _ in theirs]
-    for (path, one), (_, other) in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one[...], other[...], err_msg=str(path))
+    for (path, parameter), (_, other) in zip(ours, theirs, strict=True):
+        assert parameter.dtype == other.dtype
+        np.testing.assert_array_equal(parameter[...], other[...], err_msg=str(path))
 
 
 def test_every_tensor_is_reported(sharded):
@@ -130,10 +130,10 @@ def test_a_missing_shard_is_named(sharded):
         load(sharded)
 
 
-@pytest.mark.parametrize("kept", [4, 100, 0.5])
-def test_a_truncated_shard_is_named(sharded, kept):
+@pytest.mark.parametrize("size", [4, 100, 0.5])
+def test_a_truncated_shard_is_named(sharded, size):
     whole = (sharded / FIRST_SHARD).read_bytes()
-    (sharded / FIRST_SHARD).write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    (sharded / FIRST_SHARD).write_bytes(whole[: size if isinstance(size, int) else int(size * len(whole))])
     with pytest.raises(ValueError, match=f"truncated or damaged safetensors shard: .*{FIRST_SHARD}"):
         load(sharded)
 

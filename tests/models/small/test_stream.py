@@ -33,8 +33,8 @@ HAYSTACK = GeneratedHaystack()
 
 def scripts():
     arguments = dict(num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
-    made = {name: task(**arguments) for name, task in TASKS.items()}
-    return made | {f"training {i}": training_script(700, np.random.default_rng([7, i])) for i in range(3)}
+    scripts_of_tasks = {name: task(**arguments) for name, task in TASKS.items()}
+    return scripts_of_tasks | {f"training {i}": training_script(700, np.random.default_rng([7, i])) for i in range(3)}
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,23 @@ def bank():
 @pytest.mark.parametrize("name", scripts())
 def test_a_stream_is_the_processors_prompt(name, bank):
     script = scripts()[name]
-    made = stream(script, small_processor())
+    arrays = stream(script, small_processor())
     sample = script.render(HAYSTACK)
     prompt = small_processor()(sample.parts)
-    np.testing.assert_array_equal(made.row.tokens, prompt.tokens[0])
-    np.testing.assert_array_equal(made.row.rope_pos, prompt.rope_pos[:, 0])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), made.row.layout, prompt.layout)
-    painted = patches(bank, jnp.asarray(made.frames), jnp.float32)
+    np.testing.assert_array_equal(arrays.row.tokens, prompt.tokens[0])
+    np.testing.assert_array_equal(arrays.row.rope_pos, prompt.rope_pos[:, 0])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0]), arrays.row.layout, prompt.layout)
+    painted = patches(bank, jnp.asarray(arrays.frames), jnp.float32)
     # Divided by 255, less the mean, over the deviation.
     assert_same_up_to_order(
         painted.reshape(prompt.patches.shape), prompt.patches, terms=3
     )  # / 255, - mean, / deviation
     rows = question_rows(sample, small_processor())
-    np.testing.assert_array_equal(made.rows[: len(rows)], rows)
-    assert set(made.kind[len(rows) :].tolist()) <= {CAPTION, SILENT}
+    np.testing.assert_array_equal(arrays.rows[: len(rows)], rows)
+    assert set(arrays.kind[len(rows) :].tolist()) <= {CAPTION, SILENT}
     tokenizer = small_tokenizer()
     answers = [tokenizer.token_id(q.choices[q.answer]) for q in script.questions]
-    assert made.labels[: len(rows)].tolist() == answers
+    assert arrays.labels[: len(rows)].tolist() == answers
 
 
 def test_the_device_paints_the_pixels_of_the_haystack(bank, rng):
@@ -111,48 +111,52 @@ def test_the_derivative_of_spreading_is_that_of_a_gather(rng):
     assert_same_up_to_order(jax.grad(spread)(vision), jax.grad(gather)(vision), terms=9)
 
 
-def of_kind(made, kind):
-    return dict(zip(made.rows[made.kind == kind].tolist(), made.labels[made.kind == kind].tolist(), strict=True))
+def of_kind(arrays, kind):
+    return dict(
+        zip(arrays.rows[arrays.kind == kind].tolist(), arrays.labels[arrays.kind == kind].tolist(), strict=True)
+    )
 
 
 def test_labels_say_what_is_shown_and_what_was_there_before():
     tokenizer = small_tokenizer()
     script = TASKS["matching_frames"](num_tokens=1024, depth=0.4, seed=5, haystack=HAYSTACK, measure=small_measure())
-    made = stream(script, small_processor())
-    shown, again = (of_kind(made, kind) for kind in (CAPTION, SILENT))
-    assert len(shown) == 8 and len(again) == 4  # 8 pictures, of which 4 come again
-    for row, question in zip(made.rows[:4], script.questions, strict=True):
+    arrays = stream(script, small_processor())
+    captions, silent = (of_kind(arrays, kind) for kind in (CAPTION, SILENT))
+    assert len(captions) == 8 and len(silent) == 4  # 8 pictures, of which 4 come again
+    for row, question in zip(arrays.rows[:4], script.questions, strict=True):
         # Before the question stand its other tokens and the end of the video.
         place = int(row) - len(tokenizer.encode(MATCHING_QUESTION)) - 1
-        assert tokenizer.token_text(again[place]) == question.choices[question.answer]
+        assert tokenizer.token_text(silent[place]) == question.choices[question.answer]
 
 
 def test_pictures_come_again_within_the_videos_of_the_training():
-    again = 0
+    num_again = 0
     for seed in range(4):
         script = training_script(4096, np.random.default_rng([8, seed]))
-        made = stream(script, small_processor())
-        vision = np.flatnonzero(np.asarray(made.row.layout.modality) == VISION)
+        arrays = stream(script, small_processor())
+        vision = np.flatnonzero(np.asarray(arrays.row.layout.modality) == VISION)
         place = {int(token): number // GRID_TOKENS for number, token in enumerate(vision)}
-        pairs = made.frames.reshape(-1, 2, 7)
-        for row, label in of_kind(made, SILENT).items():
-            shown = pairs[place[row], 0]
-            assert shown[DIGIT] == -1
+        pairs = arrays.frames.reshape(-1, 2, 7)
+        for row, label in of_kind(arrays, SILENT).items():
+            picture = pairs[place[row], 0]
+            assert picture[DIGIT] == -1
             before = pairs[: place[row], 0]
-            (same,) = {int(x) for x in before[(before[:, :5] == shown[:5]).all(axis=1), DIGIT]} - {-1}
+            (same,) = {int(x) for x in before[(before[:, :5] == picture[:5]).all(axis=1), DIGIT]} - {-1}
             assert small_tokenizer().token_text(label) == str(digit_labels()[same])
-        again += (made.kind == SILENT).sum() - sum(part == MATCHING_QUESTION for part in script.parts)
-    assert again > 8
+        num_again += (arrays.kind == SILENT).sum() - sum(part == MATCHING_QUESTION for part in script.parts)
+    assert num_again > 8
 
 
 def test_captions_say_which_option_is_right():
     tokenizer, options = small_tokenizer(), []
     for seed in range(4):
-        made = stream(training_script(1024, np.random.default_rng([7, seed])), small_processor())
-        text = [tokenizer.token_text(int(token)) for token in made.row.tokens]
-        labels = [tokenizer.token_text(int(label)) for label in made.labels]
+        arrays = stream(training_script(1024, np.random.default_rng([7, seed])), small_processor())
+        text = [tokenizer.token_text(int(token)) for token in arrays.row.tokens]
+        labels = [tokenizer.token_text(int(label)) for label in arrays.labels]
         # The digit of an option stands three tokens after its letter.
-        answers = [(text[row - 3], label) for row, label in zip(made.rows, labels, strict=True) if text[row].isdigit()]
+        answers = [
+            (text[row - 3], label) for row, label in zip(arrays.rows, labels, strict=True) if text[row].isdigit()
+        ]
         options += [(letter[-1], label) for letter, label in answers if label in "ABCD,"]
     assert len(options) >= 8 and all(label in (letter, ",") for letter, label in options)
     assert sum(label != "," for _, label in options) == len(options) // 4

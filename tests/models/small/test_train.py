@@ -37,17 +37,17 @@ def losses(directory):
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(trainer, tmp_path):
     whole = train(trainer, tmp_path / "whole", num_workers=0, log_steps=1)
     train(trainer, tmp_path / "stopped", num_workers=0, log_steps=1, until_step=2)
-    kept = losses(tmp_path / "stopped")
+    before = losses(tmp_path / "stopped")
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as log:  # a killed process wrote on after its checkpoint
         print(json.dumps({"step": 2, "loss": -1.0}), file=log)
     stopped = train(trainer, tmp_path / "stopped", num_workers=0, log_steps=1)
-    assert sorted(kept) == [0, 1]
+    assert sorted(before) == [0, 1]
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     assert sorted(losses(tmp_path / "whole")) == list(range(6))
     jax.tree.map(np.testing.assert_array_equal, whole, stopped)
 
 
-def test_whether_to_go_on_is_asked_where_a_length_ends_and_tells_how_its_digits_went(tmp_path):
+def test_the_callback_decides_where_a_length_ends_and_is_given_its_accuracy_on_digits(tmp_path):
     calls = []
 
     def on_stage_end(stage, digit_accuracy):
@@ -70,8 +70,8 @@ def test_whether_to_go_on_is_asked_where_a_length_ends_and_tells_how_its_digits_
 @pytest.mark.slow
 def test_other_processes_make_the_same_batches():
     curriculum = Curriculum(stages=STAGES, seed=3)
-    with Loader(curriculum.batch, range(4, 8), 1) as made:
-        for step, batch in enumerate(made, start=4):
+    with Loader(curriculum.batch, range(4, 8), 1) as batches:
+        for step, batch in enumerate(batches, start=4):
             jax.tree.map(np.testing.assert_array_equal, batch, curriculum.batch(step))
     assert curriculum.stage(5) == STAGES[0] and curriculum.stage(6) == STAGES[1]
     with pytest.raises(ValueError, match="has 10 steps, step 10 lies behind"):

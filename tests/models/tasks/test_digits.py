@@ -59,14 +59,14 @@ def test_a_mask_is_ink_in_its_square():
 def test_what_is_learnt_from_copies_holds_for_other_writers():
     copies = np.arange(NUM_DIGITS, NUM_DIGITS + 20 * NUM_TRAINING_DIGITS)
     ink = handwriting(np.arange(copies[-1] + 1))[0].reshape(-1, CELLS**2) / 16
-    seen, unseen = np.arange(NUM_TRAINING_DIGITS), np.arange(NUM_TRAINING_DIGITS, NUM_DIGITS)
-    assert (ink[copies[:NUM_TRAINING_DIGITS]] != ink[seen]).any(axis=1).all()
+    training, held_out = np.arange(NUM_TRAINING_DIGITS), np.arange(NUM_TRAINING_DIGITS, NUM_DIGITS)
+    assert (ink[copies[:NUM_TRAINING_DIGITS]] != ink[training]).any(axis=1).all()
 
-    def share_right(learnt, num_rounds):
+    def accuracy(learnt, num_rounds):
         reader = MLPClassifier((256,), max_iter=num_rounds, random_state=0)
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             reader.fit(ink[learnt], digit_labels()[learnt])
-        return reader.score(ink[unseen], digit_labels()[unseen])
+        return reader.score(ink[held_out], digit_labels()[held_out])
 
     with threadpool_limits(1):  # threads wait for each other more than they work on matrices this small
-        assert share_right(copies, 10) > share_right(seen, 10 * 20) + 0.01  # as many updates of both
+        assert accuracy(copies, 10) > accuracy(training, 10 * 20) + 0.01  # as many updates of both

@@ -85,13 +85,13 @@ def test_middle_questions_look_far_back_from_the_middle(task):
     script = make(task, depth=0.1)
     rows = question_rows(script.render(HAYSTACK), small_processor())
     assert len(rows) == 4 and (rows < 0.96 * 2048).all() and (np.diff(rows) > 200).all()
-    seen = 0
+    num_frames = 0
     answers = {question.after_part: question.answer for question in script.questions}
     for number, part in enumerate(script.parts):
         if isinstance(part, Clip):
-            seen += len(part.frames)
+            num_frames += len(part.frames)
         else:
-            early = frames(script)[: int(0.25 * seen), DIGIT]
+            early = frames(script)[: int(0.25 * num_frames), DIGIT]
             assert answers.pop(number) in digit_labels()[early[early >= 0]]
     assert not answers
 
