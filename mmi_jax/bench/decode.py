@@ -12,6 +12,7 @@ from mmi_jax.bench.timing.measurements import measurement
 from mmi_jax.bench.timing.wall_time import compile_lowered, compile_program, copy_bytes_per_s
 from mmi_jax.engine.decoding import decode_step
 from mmi_jax.engine.kv_cache import KVCache
+from mmi_jax.engine.protocols import ModelConfig, VisionLanguageModel
 from mmi_jax.layout import TokenLayout
 from pallas_kernels.decode.api import Implementation, decode_attention
 from pallas_kernels.notation import Array
@@ -31,13 +32,15 @@ class DecodeSizes:
     batch: int
     weight_bytes: int
 
-    def cache_bytes(self, config: Any, dtype) -> int:
+    def cache_bytes(self, config: ModelConfig, dtype) -> int:
         """Keys and values of all layers and prompts."""
         row = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
         return config.num_layers * self.batch * self.num_tokens * row
 
 
-def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bool, repeats: int) -> dict[str, Any]:
+def bench_decode(
+    model: VisionLanguageModel, name: str, sizes: DecodeSizes, *, with_baseline: bool, repeats: int
+) -> dict[str, Any]:
     """Figures of a block of tokens after prompts of this length, from a random cache.
 
     Args:
@@ -50,15 +53,12 @@ def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bo
     Raises:
       RuntimeError: our attention or our step is wrong; a wrong step is not timed.
     """
-    from flax import nnx  # here, so that attention and its benchmarks need no flax
-
-    graphdef, state = nnx.split(model)
     cache = _random_cache(model, sizes)
     q = jax.random.normal(
         jax.random.key(3), (sizes.batch, model.config.num_heads, model.config.head_dim), cache.k.dtype
     )
-    errors = _attention_errors(q, cache) | _step_error(graphdef, state, cache)
-    timing, num_tokens = _time_block(graphdef, state, cache, None, repeats)
+    errors = _attention_errors(q, cache) | _step_error(model, cache)
+    timing, num_tokens = _time_block(model, cache, None, repeats)
     bytes_per_token = sizes.weight_bytes + sizes.cache_bytes(model.config, cache.k.dtype)
     copy = copy_bytes_per_s()
     ms = timing.median_ms / num_tokens
@@ -79,11 +79,11 @@ def bench_decode(model: Any, name: str, sizes: DecodeSizes, *, with_baseline: bo
     others = [measurement("attention of one layer", lambda: _time_attention(q, cache, repeats))]
     if with_baseline:
         others.append(measurement("attention of one layer, cudnn", lambda: _time_cudnn(q, cache, repeats)))
-        others.append(measurement("whole block, xla", lambda: _baseline(graphdef, state, cache, repeats)))
+        others.append(measurement("whole block, xla", lambda: _baseline(model, cache, repeats)))
     return figures | {"others": others}
 
 
-def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
+def _random_cache(model: VisionLanguageModel, sizes: DecodeSizes) -> KVCache:
     """Keys and values of prompts of one length, padded to whole tiles."""
     config, dtype = model.config, model.layers.attention_norm.scale[...].dtype
     capacity = -(-sizes.num_tokens // 128) * 128
@@ -96,7 +96,7 @@ def _random_cache(model: Any, sizes: DecodeSizes) -> KVCache:
     return KVCache(k=k, v=v, lengths=lengths, next_rope_pos=lengths, layout=layout)
 
 
-def _attend(q: Array, cache: KVCache, implementation: Implementation | None, layer: Any = 0):
+def _attend(q: Array, cache: KVCache, implementation: Implementation | None, layer: Array | int = 0):
     nothing = jnp.zeros((*cache.k.shape[:2], decode_step.MIN_NEW_TOKENS, *cache.k.shape[3:]), cache.k.dtype)
     return decode_attention(
         q,
@@ -127,14 +127,16 @@ def _attention_errors(q: Array, cache: KVCache) -> dict[str, float]:
     return {"relative_error": ours, "relative_error_xla": plain}
 
 
-def _step_error(graphdef: Any, state: Any, cache: KVCache) -> dict[str, float]:
+def _step_error(model: VisionLanguageModel, cache: KVCache) -> dict[str, float]:
     """Relative difference of the logits after one token from those by XLA's attention and products."""
-    from flax import nnx
+    from flax import nnx  # here, so that attention and its benchmarks need no flax
+
+    graphdef, state = nnx.split(model)
 
     def logits(name, state, cache, decoding):
         return decode_step.step(nnx.merge(graphdef, state), cache, decoding, name)[0]
 
-    decoding = _start(cache, state, graphdef)
+    decoding = _start(cache, model.config.vocab_size)
     ours, plain = (jax.jit(functools.partial(logits, name))(state, cache, decoding) for name in (None, "xla"))
     error = _relative(ours, np.asarray(plain))
     # About eight values of a layer are rounded, each by half an ulp at most, and the two sides round differently.
@@ -153,25 +155,25 @@ def _greedy() -> decode_step.Choice:
     return decode_step.choice_of(0.0, 1.0, ())
 
 
-def _start(cache: KVCache, state: Any, graphdef: Any) -> decode_step.Decoding:
+def _start(cache: KVCache, vocab_size: int) -> decode_step.Decoding:
     """After a first token."""
-    from flax import nnx
-
-    model: Any = nnx.merge(graphdef, state)
-    logits = jnp.zeros((len(cache.lengths), model.config.vocab_size), jnp.float32)
+    logits = jnp.zeros((len(cache.lengths), vocab_size), jnp.float32)
     num_rows = decode_step.MIN_NEW_TOKENS
     return decode_step.start(logits, cache, jax.random.key(0), choice=_greedy(), num_rows=num_rows, sharding=None)
 
 
-def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Implementation | None, repeats: int):
+def _time_block(model: VisionLanguageModel, cache: KVCache, implementation: Implementation | None, repeats: int):
     """The timing of a whole block of tokens, and how many they are."""
+    from flax import nnx
+
+    graphdef, state = nnx.split(model)
     limit = jnp.int32(1 + decode_step.BLOCK_TOKENS)
     key = jax.random.key(0)
     lowered = decode_step.run_block.lower(
         graphdef,
         state,
         cache,
-        _start(cache, state, graphdef),
+        _start(cache, model.config.vocab_size),
         key,
         limit,
         choice=_greedy(),
@@ -181,7 +183,7 @@ def _time_block(graphdef: Any, state: Any, cache: KVCache, implementation: Imple
     program = compile_lowered(lowered)
 
     def run():
-        return program.call(state, cache, _start(cache, state, graphdef), key, limit, choice=_greedy())
+        return program.call(state, cache, _start(cache, model.config.vocab_size), key, limit, choice=_greedy())
 
     num_tokens = int(run()[2])
     block = dataclasses.replace(program, call=run)
@@ -218,6 +220,6 @@ def _attention_rate(ms: float, cache: KVCache) -> dict[str, Any]:
     return {"median_ms": round(ms, 4), "tb_per_s": round(num_bytes / ms / 1e9, 3)}
 
 
-def _baseline(graphdef: Any, state: Any, cache: KVCache, repeats: int) -> dict[str, Any]:
-    timing, num_tokens = _time_block(graphdef, state, cache, "xla", repeats)
+def _baseline(model: VisionLanguageModel, cache: KVCache, repeats: int) -> dict[str, Any]:
+    timing, num_tokens = _time_block(model, cache, "xla", repeats)
     return timing.figures() | {"ms_per_token": round(timing.median_ms / num_tokens, 4)}

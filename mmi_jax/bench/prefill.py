@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.programs.chunk_inputs import ChunkInputs
 from mmi_jax.engine.programs.compilation import program_texts
 from mmi_jax.engine.programs.layer_program import Program
+from mmi_jax.engine.protocols import ModelConfig, Prompt, VisionLanguageModel
 from mmi_jax.engine.reporting.profiling import StageTimes, profiled
 from mmi_jax.engine.reporting.report import PrefillReport
 from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import request_for
 from mmi_jax.engine.warmup import chunk_shapes
-from mmi_jax.method.dispatch import VENDOR
+from mmi_jax.method.dispatch import VENDOR, Vendor
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_table import PatternTable
+from pallas_kernels.attention.api import Backend
 
 MIX = PLAN_CASES["mix"]
 """The table of the measurements: a third of every layer's heads each."""
@@ -46,7 +48,9 @@ def mixed_table(num_layers: int, num_heads: int, cases: Sequence[str] = ("mix",)
     return PatternTable(layers=(row,) * num_layers, model="+".join(cases))
 
 
-def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) -> dict[str, int | float]:
+def check_kernel(
+    model: VisionLanguageModel, prompt: Prompt, table: PatternTable, *, dtype: str
+) -> dict[str, int | float]:
     """The error of logits all over the prompt against the same engine with masked dense attention of the same plans.
 
     It is compared with what rounding alone makes: the error of the device's own dense attention against masked dense
@@ -61,9 +65,9 @@ def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) ->
     num_tokens = prompt.tokens.shape[1]
     at = np.unique(np.linspace(0, num_tokens - 1, NUM_CHECKED).astype(int))[None]
 
-    def logits(table: PatternTable | None, implementation: Any) -> np.ndarray:
-        settings = dict(implementation=implementation, may_run_dense=False, measures_recall=False)
-        return np.asarray(prefill(model, prompt, table=table, logits_at=at, **settings).logits_at, np.float64)
+    def logits(table: PatternTable | None, implementation: Backend | Vendor | None) -> np.ndarray:
+        options = PrefillOptions(table=table, implementation=implementation, may_run_dense=False, measures_recall=False)
+        return np.asarray(prefill(model, prompt, options=options, logits_at=at).logits_at, np.float64)
 
     def error(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
@@ -81,13 +85,14 @@ def check_kernel(model: Any, prompt: Any, table: PatternTable, *, dtype: str) ->
     }
 
 
-def bench_prefill(model: Any, prompt: Any, table: PatternTable, *, repeats: int) -> dict[str, Any]:
+def bench_prefill(model: VisionLanguageModel, prompt: Prompt, table: PatternTable, *, repeats: int) -> dict[str, Any]:
     """Figures of prefills of one prompt from its embeddings on.
 
     The first run compiles, `repeats` more are timed. No result outlives its run.
     """
     figures, report = _first_run(model, prompt, table)
-    times = [_seconds(model, prompt, table)[0] for _ in range(repeats)]
+    options = PrefillOptions(table=table, measures_recall=False)
+    times = [_seconds(model, prompt, options)[0] for _ in range(repeats)]
     return figures | {
         "seconds": round(statistics.median(times), 4),
         "fastest_seconds": round(min(times), 4),
@@ -98,8 +103,8 @@ def bench_prefill(model: Any, prompt: Any, table: PatternTable, *, repeats: int)
     }
 
 
-def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, Any], PrefillReport]:
-    _, report = _seconds(model, prompt, table)
+def _first_run(model: VisionLanguageModel, prompt: Prompt, table: PatternTable) -> tuple[dict[str, Any], PrefillReport]:
+    _, report = _seconds(model, prompt, PrefillOptions(table=table, measures_recall=False))
     figures = {
         "tokens": prompt.tokens.shape[1],
         "padded_tokens": report.padded_tokens,
@@ -110,32 +115,32 @@ def _first_run(model: Any, prompt: Any, table: PatternTable) -> tuple[dict[str, 
 
 
 def prefill_program(
-    model: Any, table: PatternTable, num_tokens: int
+    model: VisionLanguageModel, table: PatternTable, num_tokens: int
 ) -> tuple[Program, ChunkInputs[jax.ShapeDtypeStruct]]:
     """The program of `bench_prefill`, and what `compiled_chunk` takes of shapes; the model may be shapes, too."""
     request = request_for(model.config, num_tokens, PrefillOptions(table=table, measures_recall=False))
     return request.program(model, position_is_index=True), chunk_shapes(model, request)
 
 
-def profile_stages(model: Any, prompt: Any, table: PatternTable, directory: Path) -> StageTimes:
+def profile_stages(model: VisionLanguageModel, prompt: Prompt, table: PatternTable, directory: Path) -> StageTimes:
     """Device time of the stages of one prefill whose programs are compiled."""
     run = functools.partial(prefill, model, prompt, table=table, measures_recall=False)
     return profiled(lambda: run().hidden, directory, program_texts)[1]
 
 
-def dense_seconds(model: Any, prompt: Any) -> float:
+def dense_seconds(model: VisionLanguageModel, prompt: Prompt) -> float:
     """Seconds of one prefill with the device's own dense attention, the second one unless the first takes long.
 
     Compilation is not in it, and what else a first run pays is lost in a long one.
     """
-    run = functools.partial(_seconds, model, prompt, None, implementation=VENDOR, may_run_dense=False)
-    seconds, _ = run()
-    return seconds if seconds > LONG_SECONDS else run()[0]
+    options = PrefillOptions(implementation=VENDOR, may_run_dense=False, measures_recall=False)
+    seconds, _ = _seconds(model, prompt, options)
+    return seconds if seconds > LONG_SECONDS else _seconds(model, prompt, options)[0]
 
 
-def _seconds(model: Any, prompt: Any, table: PatternTable | None, **kwargs: Any) -> tuple[float, PrefillReport]:
+def _seconds(model: VisionLanguageModel, prompt: Prompt, options: PrefillOptions) -> tuple[float, PrefillReport]:
     """Seconds from the embeddings to the last layer, host work between them included, and the report."""
-    report = prefill(model, prompt, table=table, measures_recall=False, **kwargs).report
+    report = prefill(model, prompt, options=options).report
     return report.seconds["prefill"], report
 
 
@@ -148,7 +153,9 @@ def _densities(report: PrefillReport) -> dict[str, Any]:
     return {"density": round(float(report.density.mean()), 5), "density_by_pattern": by_pattern}
 
 
-def memory_figures(model: Any, table: PatternTable, num_tokens: int, *, embed_bytes: int = 0) -> dict[str, int]:
+def memory_figures(
+    model: VisionLanguageModel, table: PatternTable, num_tokens: int, *, embed_bytes: int = 0
+) -> dict[str, int]:
     """Bytes that the planner predicts, and the most that was allocated so far, where the device reports it."""
     request = request_for(model.config, num_tokens, PrefillOptions(table=table, may_run_dense=False))
     stats = jax.devices()[0].memory_stats() or {}
@@ -167,7 +174,7 @@ class DenseBaseline:
       limit: tokens that are measured at most.
     """
 
-    measure: Any
+    measure: Callable[[int], float]
     limit: int
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
 
@@ -193,7 +200,7 @@ class DenseBaseline:
         return self.seconds[num_tokens]
 
 
-def projection_flops(config: Any, num_tokens: int) -> float:
+def projection_flops(config: ModelConfig, num_tokens: int) -> float:
     """Floating-point operations of all projections and MLPs; attention and the head apart."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     per_token = config.embed_dim * (2 * q + 2 * kv + 3 * config.mlp_dim)

@@ -11,6 +11,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from mmi_jax.engine.prefill import PrefillResult
 from mmi_jax.engine.programs.compilation import num_compiled_programs
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -21,7 +22,7 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
     """How many programs of any kind XLA has compiled since the block began."""
     events: list[str] = []
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event == COMPILE_EVENT:
             events.append(event)
 
@@ -32,8 +33,11 @@ def counted_compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def soak(
-    run: Callable[[Any], Any], prompts: Sequence[Any], *, on_prompt: Callable[[dict[str, Any]], None] | None = None
+def soak[P](
+    run: Callable[[P], PrefillResult],
+    prompts: Sequence[P],
+    *,
+    on_prompt: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Figures after each prompt: seconds, programs and compilations so far, bytes of the host and the device.
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 STAGES = ((2, 2), (3, 2), (3, 3), (4, 4), (6, 6))
 """K and V tiles in flight that are tried: K is needed a step before V."""
 
-OTHER_FIELDS: dict[str, tuple[Any, ...]] = {
+OTHER_FIELDS: dict[str, tuple[int | bool, ...]] = {
     "stagger": (0, 7),
     "lengths_per_octave": (1,),
     "fixed_max": (False,),
@@ -54,7 +54,7 @@ class TuneProblem:
     num_kv_heads: int
     num_tokens: int = 2**15
     block_kv: int = 128
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self):
         """Raises ValueError for a head dim the kernel pads, heads that do not divide, and blocks it cannot cut."""
@@ -87,7 +87,7 @@ class TuneProblem:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             dtype=self.dtype,
-            block=self.block_kv,  # pyright: ignore
+            block=self.block_kv,
         )
         inputs = case.inputs()
         most = inputs.index.start.shape[1]
@@ -158,18 +158,20 @@ def tune(problem: TuneProblem, *, repeats: int, compile_all: Compile = compile_c
     expected = {name: sample(x) for name, x in inputs.items()}
     programs: dict[HopperConfig, Program | Exception] = {}
 
-    def check(config: HopperConfig, name: str) -> None:
+    def program_of(config: HopperConfig):
         program = programs[config]
         if isinstance(program, Exception):
             raise program
+        return program
+
+    def check(config: HopperConfig, name: str) -> None:
         rows = expected[name]
-        out, lse = program(inputs[name])
+        out, lse = program_of(config)(inputs[name])
         rows.check(rows.of(out), rows.of(lse), dtype=problem.dtype)
 
     def rate(config: HopperConfig, name: str) -> float:
         """TFLOP/s on one kind of list, measured once."""
-        program: Any = programs[config]
-        return tile_flops(inputs[name]) / program.time(inputs[name], repeats=1).median_ms / 1e9
+        return tile_flops(inputs[name]) / program_of(config).time(inputs[name], repeats=1).median_ms / 1e9
 
     def screen(configs: Sequence[HopperConfig]):
         programs.update(compile_all(configs, inputs["random"]))

@@ -4,12 +4,12 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
-from models.prompt import LazyPatches
+from models.prompt import LazyPatches, Prompt
 
 LENGTH = 16
 """Hexadecimal digits of a digest."""
@@ -37,7 +37,7 @@ def weights_digest(directory: Path) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
-def prompt_digest(prompt: Any) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """The digest of everything a model reads of a prompt."""
     digest = hashlib.sha256()
     for array in itertools.chain.from_iterable(map(_arrays, jax.tree.leaves(prompt))):
@@ -46,6 +46,6 @@ def prompt_digest(prompt: Any) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
-def _arrays(leaf: Any) -> Iterator[np.ndarray]:
+def _arrays(leaf: ArrayLike | LazyPatches) -> Iterator[np.ndarray]:
     """A leaf's numbers; of patches cut on the device what they are cut from."""
     yield from leaf.digest_arrays() if isinstance(leaf, LazyPatches) else (np.asarray(leaf),)

@@ -94,16 +94,27 @@ def measure_synthetic_dense(
     return tuple(rows)
 
 
-def best_dense(num_tokens: int, *sizes: Any, limit: int, repeats: int, with_peers: bool) -> dict[str, Any]:
+def best_dense(
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    limit: int,
+    repeats: int,
+    with_peers: bool,
+) -> dict[str, Any]:
     """The fastest dense attention on a plan's prompt: measured up to `limit` tokens, extrapolated by the square above.
 
     Args:
       num_tokens: of the prompt.
-      sizes: query heads, kv heads, head dim and dtype.
       limit: tokens at which dense attention is measured at most.
     """
     measured_at = min(num_tokens, limit)
-    measurements = measure_synthetic_dense(measured_at, *sizes, repeats=repeats, with_peers=with_peers)
+    measurements = measure_synthetic_dense(
+        measured_at, num_q_heads, num_kv_heads, head_dim, dtype, repeats=repeats, with_peers=with_peers
+    )
     timed = [figures for figures in measurements if "median_ms" in figures]
     if not timed:
         return {"dense": measurements[0]["name"], "dense_error": measurements[0]["error"]}

@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mmi_jax.bench.timing.measurements import dense_flops, measurement, rate
 from mmi_jax.bench.timing.wall_time import summary, time_calls
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.block_index import BlockIndex
+from pallas_kernels.notation import Array
 
 DENSE = {"cudnn dense, torch": "CUDNN_ATTENTION", "flash-attention-2, torch": "FLASH_ATTENTION"}
 """Names of the dense peers and of their backend in `torch.nn.attention.SDPBackend`."""
@@ -47,7 +49,7 @@ def measure_flex(inputs: AttentionInputs, expected: SampledRows, *, flops: float
     return _with_torch(FLEX, lambda torch: _flex(torch, inputs, expected, flops, repeats))
 
 
-def _with_torch(name: str, measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _with_torch(name: str, measure: Callable[[ModuleType], dict[str, Any]]) -> dict[str, Any]:
     """What `measure` finds with torch; the memory it took goes back to the device."""
 
     def with_torch():
@@ -62,7 +64,7 @@ def _with_torch(name: str, measure: Callable[[Any], dict[str, Any]]) -> dict[str
     return measurement(name, with_torch)
 
 
-def _torch() -> Any:
+def _torch() -> ModuleType:
     """Torch, where it is installed and finds a GPU.
 
     Raises:
@@ -135,7 +137,7 @@ def flex_tables(index: BlockIndex) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return counts, [partial, full]
 
 
-def _tensor(torch: Any, x: Any) -> Any:
+def _tensor(torch: ModuleType, x: Array) -> Any:
     """The array as a torch tensor on the device with a leading batch axis; through bytes, as NumPy has no bfloat16."""
     host = torch.from_numpy(np.array(x).view(np.uint8))
     return host.cuda().view(getattr(torch, str(x.dtype)))[None]

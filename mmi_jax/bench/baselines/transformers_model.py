@@ -9,6 +9,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 TIMEOUT_SECONDS = 300
@@ -56,7 +58,7 @@ def main(sizes: dict[str, Any], tokens: list[int]) -> None:
                 break
 
 
-def _measure(torch: Any, model: Any, num_tokens: int) -> dict[str, Any]:
+def _measure(torch: ModuleType, model: Callable[..., object], num_tokens: int) -> dict[str, Any]:
     ids = torch.randint(0, 32000, (1, num_tokens))
     torch.cuda.reset_peak_memory_stats()
     seconds = []

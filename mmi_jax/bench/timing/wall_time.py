@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 FILL_MS = 150.0
 """Milliseconds that the queued calls of one measurement fill on an accelerator; a longer call is measured alone."""
@@ -35,17 +36,17 @@ class Program:
     call: Callable[..., Any]
     compile_ms: float
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyTree) -> PyTree:
         """The function's output, computed."""
         return jax.block_until_ready(self.call(*args))
 
-    def time(self, *args: Any, repeats: int) -> Timing:
+    def time(self, *args: PyTree, repeats: int) -> Timing:
         """The timing of calls with these arguments; no output outlives the call after it."""
         times = time_calls(lambda: self.call(*args), jax.block_until_ready, repeats=repeats)
         return summary(times, compile_ms=self.compile_ms)
 
 
-def compile_program(fun: Callable[..., Any], *args: Any) -> Program:
+def compile_program(fun: Callable[..., Any], *args: PyTree) -> Program:
     """The function compiled for arguments of these shapes: arrays, or `jax.ShapeDtypeStruct`s in their place."""
     return compile_lowered(jax.jit(fun).lower(*args))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_jax.aot import compile_ahead, roofline
-from mmi_jax.aot.bundles import read_schedules
+from mmi_jax.aot.bundles import Region, read_schedules
 from mmi_jax.cli.aot.options import AotOptions
 from mmi_jax.engine.memory.chips import chip_of, devices_per_chip
 
@@ -72,7 +72,7 @@ def memory_figures(options: AotOptions, target: compile_ahead.Target):
         }
 
 
-def _region(region: Any) -> dict[str, Any]:
+def _region(region: Region) -> dict[str, Any]:
     utilization = {unit.lower(): round(region.utilization(unit), 3) for unit in ("MXU", "VALU", "XLU")}
     return {"first_bundle": region.first, "bundles": region.bundles, **utilization}
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from mmi_jax.cli.protocols import ModelConfig
 from mmi_jax.engine.memory.chips import chip_of
 from mmi_jax.method.patterns import Dense
 from mmi_jax.method.tables.pattern_json import parse
@@ -42,7 +43,7 @@ class AotOptions:
     longest: bool
     dump: str | None = None
 
-    def config(self, *, layers: int | None = None) -> Any:
+    def config(self, *, layers: int | None = None) -> ModelConfig:
         """The preset's sizes, with `layers` layers, all when None.
 
         Raises:

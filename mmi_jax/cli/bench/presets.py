@@ -13,13 +13,15 @@ from mmi_jax.bench.plans import PLAN_CASES
 from mmi_jax.bench.prefill import mixed_table
 from mmi_jax.cli import compile_cache
 from mmi_jax.cli.bench.options import check_known
+from mmi_jax.cli.protocols import ModelConfig
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.method.tables.pattern_table import PatternTable, as_table, load_table
 
 SYNTHETIC_NATS = 14.0
 """Scores of a head at what it looks at, above those of far tokens."""
 
 
-def config_of(preset: str, layers: int | None = None) -> Any:
+def config_of(preset: str, layers: int | None = None) -> ModelConfig:
     """The sizes of a preset, or of its first layers."""
     from models import presets
 
@@ -31,7 +33,7 @@ def config_of(preset: str, layers: int | None = None) -> Any:
     return config if layers is None else dataclasses.replace(config, num_layers=layers)
 
 
-def table_of(name: str, config: Any) -> PatternTable:
+def table_of(name: str, config: ModelConfig) -> PatternTable:
     """The table that `--table` names, for the layers that run; raises ValueError where it names none."""
     if set(cases := name.split("+")) <= set(PLAN_CASES):
         return mixed_table(config.num_layers, config.num_heads, cases)
@@ -48,14 +50,14 @@ def table_of(name: str, config: Any) -> PatternTable:
     return table
 
 
-def random_weights(config: Any, dtype: str) -> Any:
+def random_weights(config: ModelConfig, dtype: str) -> VisionLanguageModel:
     """Random weights, heads of `head_shapes`; no vision tower."""
     from models.random_weights import random_model
 
     return random_model(config, shapes=head_shapes(config), has_vision=False, dtype=jnp.dtype(dtype))
 
 
-def head_shapes(config: Any) -> Any:
+def head_shapes(config: ModelConfig) -> Any:
     """Thirds of the heads look at the same place, at both, and at what is near."""
     from models.interface import HeadShape
 

@@ -1,12 +1,13 @@
 """The runner of a benchmark's cases: a failure is the case's result, figures are written as they come."""
 
+import dataclasses
 import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
 from rich.console import RenderableType
@@ -21,16 +22,17 @@ FILE_WIDTH = 180
 """Columns of a table that goes to a file or a pipe."""
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case[T]:
     """One case: its name, and what is passed on to measure it."""
 
     name: str
-    argument: Any
+    argument: T
 
 
-def run_cases(
-    cases: list[Case],
-    measure: Callable[[Any], dict[str, Any]],
+def run_cases[T](
+    cases: Sequence[Case[T]],
+    measure: Callable[[T], dict[str, Any]],
     table: Callable[[dict[str, Any]], RenderableType],
     json_file: Path | None,
     *,
@@ -73,7 +75,7 @@ def run_cases(
         raise typer.Exit(1)
 
 
-def _figures(case: Case, measure, stops_at_error: bool) -> dict[str, Any]:
+def _figures[T](case: Case[T], measure: Callable[[T], dict[str, Any]], stops_at_error: bool) -> dict[str, Any]:
     try:
         return measure(case.argument)
     except Exception as error:  # a case that fails must not cost the others their time on a rented machine
@@ -91,10 +93,10 @@ def _progress(name: str, figures: dict[str, Any]) -> str:
     return f"{name}: measured{error}{time}{rate}"
 
 
-def in_new_process(arguments: list[str]) -> Callable[[Any], dict[str, Any]]:
+def in_new_process(arguments: list[str]) -> Callable[[str], dict[str, Any]]:
     """Measures one case in a fresh interpreter: `mmi bench` with these arguments and the case's name."""
 
-    def measure(name: Any) -> dict[str, Any]:
+    def measure(name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "mmi_jax.cli", "bench", *arguments, "--case", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = done.stdout.strip().splitlines()

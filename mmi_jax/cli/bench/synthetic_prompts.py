@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from mmi_jax.cli.protocols import ModelConfig, Prompt
+
 HEAD_TEXT, TAIL_TEXT, FRAME_SIDE = 64, 448, 16
 """Text tokens before the video, at least as many behind it, and tokens along the side of a frame."""
 
@@ -37,7 +39,7 @@ class RepeatedPatches:
         yield from (self.few, np.array(self.number))
 
 
-def synthetic_prompt(config: Any, pieces: Sequence[Any], patches: Any, rng: np.random.Generator) -> Any:
+def synthetic_prompt(config: ModelConfig, pieces: Sequence[Any], patches: Any, rng: np.random.Generator) -> Prompt:
     """A prompt of random words, and of media between their marks.
 
     Args:
@@ -55,7 +57,7 @@ def synthetic_prompt(config: Any, pieces: Sequence[Any], patches: Any, rng: np.r
     return collate([family.tokenized(config, np.concatenate(ids), media)], patches)
 
 
-def video_pieces(config: Any, num_tokens: int) -> tuple[int, Any, int]:
+def video_pieces(config: ModelConfig, num_tokens: int) -> tuple[int, Any, int]:
     """Text, a video of as many whole frames as fit, text: exactly `num_tokens`.
 
     Raises:
@@ -71,7 +73,7 @@ def video_pieces(config: Any, num_tokens: int) -> tuple[int, Any, int]:
     return HEAD_TEXT, MediumSize(grid=(num_frames, side, side)), rest
 
 
-def video_prompt(config: Any, num_tokens: int) -> Any:
+def video_prompt(config: ModelConfig, num_tokens: int) -> Prompt:
     """The prompt of `video_pieces` without patches: a decoder looks up random words in place of the video.
 
     Raises:
@@ -83,7 +85,7 @@ def video_prompt(config: Any, num_tokens: int) -> Any:
     return dataclasses.replace(prompt, tokens=_words(config, num_tokens, rng)[None], grids=())
 
 
-def _words(config: Any, number: int, rng: np.random.Generator) -> np.ndarray:
+def _words(config: ModelConfig, number: int, rng: np.random.Generator) -> np.ndarray:
     """Random ids that are no marks."""
     from models import family_of
 

@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,10 @@ import numpy as np
 
 from mmi_jax.bench.timing.measurements import measurement, rate
 from mmi_jax.bench.timing.wall_time import summary, time_calls
-
-Implementation = Literal["cudnn", "xla"]
-Size = tuple[int, int]
-"""Rows and columns of a frame in patches."""
+from models.interface import FrameSize, VisionImplementation, VisionTower
 
 
-def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_baseline: bool, repeats: int):
+def bench_vision(tower: VisionTower, name: str, size: FrameSize, *, num_frames: int, with_baseline: bool, repeats: int):
     """Figures of frames of one size, float32 patches in host memory; a frame is a temporal patch.
 
     `median_ms` is the whole call, copies from the host included; "one batch" has its patches on the device already.
@@ -45,7 +43,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
         time_calls(lambda: tower(patches, grids), jax.block_until_ready, repeats=repeats), compile_ms=compile_ms
     )
     flops = num_frames * tower.frame_flops(size)
-    names: tuple[Implementation | None, ...] = (None, "xla") if with_baseline else (None,)
+    names: tuple[VisionImplementation | None, ...] = (None, "xla") if with_baseline else (None,)
     batches = {
         f"one batch on the device{', xla attention' if attention else ''}": functools.partial(
             _one_batch, tower, frame, size, num_frames, attention, repeats
@@ -64,7 +62,7 @@ def bench_vision(tower: Any, name: str, size: Size, *, num_frames: int, with_bas
     }
 
 
-def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dict[str, float]:
+def _errors(tower: VisionTower, patches: np.ndarray, size: FrameSize, ours: jax.Array) -> dict[str, float]:
     """Relative errors against the tower in float32: ours at most twice that of XLA's attention in the same dtype.
 
     A GPU's products of float32 are TF32 by default: an eighth of bfloat16's rounding. Exact ones took XLA
@@ -86,15 +84,23 @@ def _errors(tower: Any, patches: np.ndarray, size: Size, ours: jax.Array) -> dic
     return errors
 
 
-def in_float32(tower: Any) -> Any:
+def in_float32(tower: VisionTower) -> VisionTower:
     """The same weights and computation in float32."""
     from flax import nnx
 
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: type(tower)(tower.config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    new_tower = cast(Callable[..., VisionTower], type(tower))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: new_tower(tower.config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.float32), nnx.split(tower)[1]))
 
 
-def _one_batch(tower, patches, size: Size, num_frames: int, attention, repeats: int) -> dict[str, Any]:
+def _one_batch(
+    tower: VisionTower,
+    patches: np.ndarray,
+    size: FrameSize,
+    num_frames: int,
+    attention: VisionImplementation | None,
+    repeats: int,
+) -> dict[str, Any]:
     """One batch of the call's length."""
     length, encode = tower.batch_frames(num_frames, size), tower.encoder(size, attention)
     frames = jnp.broadcast_to(jnp.asarray(patches), (length, *patches.shape))

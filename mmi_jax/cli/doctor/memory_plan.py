@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from mmi_jax.cli.gpu_memory import FRACTION_VARIABLE, JAX_DEFAULT, memory_fraction
 from mmi_jax.cli.options import chosen_patterns
+from mmi_jax.cli.protocols import ModelConfig
 from mmi_jax.engine.memory.chips import CHIPS, GB, GIB
 from mmi_jax.engine.memory.memory_check import DeviceMemory, check_fits, describe, memory_of
 from mmi_jax.engine.memory.memory_plan import MemoryRequest, memory_request
@@ -64,14 +64,14 @@ class PlanOptions:
         return memory_request(prefill, family_of(config).abstract_model(config), embed_bytes=embed_bytes)
 
 
-def vision_bytes(config: Any, num_tokens: int) -> int:
+def vision_bytes(config: ModelConfig, num_tokens: int) -> int:
     """What the vision tower holds while it encodes a prompt of nothing but frames."""
     from models import family_of
 
     return family_of(config).vision_bytes(config, num_tokens, jnp.bfloat16)
 
 
-def model_config(name: str) -> Any:
+def model_config(name: str) -> ModelConfig:
     """The sizes of a preset, or of a checkpoint's directory or name on the hub."""
     from models import open_checkpoint, presets
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 import mmi_jax
 from mmi_jax import Blocks, PatternTable
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables.cost_model import CostModel
 from mmi_jax.search.baselines.equal_cost import report_cost
@@ -69,7 +69,7 @@ class Answers:
 
 
 def evaluate(
-    model: Any, batches: Sequence[PromptBatch], table: PatternTable | Pattern | None, costs: CostModel
+    model: VisionLanguageModel, batches: Sequence[PromptBatch], table: PatternTable | Pattern | None, costs: CostModel
 ) -> Answers:
     """Evaluates every question, each answered by the choice with the largest logit at its row.
 

@@ -17,6 +17,7 @@ from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.niah.results import remember_methods, write_results
 from mmi_jax.cli.niah.sizes import Sizes
 from mmi_jax.cli.samples import SampleSource, haystack_of
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
@@ -50,7 +51,7 @@ class Runner:
     """
 
     options: NiahOptions
-    model: Any
+    model: VisionLanguageModel
     source: SampleSource
     costs: CostModel
     journal: Journal

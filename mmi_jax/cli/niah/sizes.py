@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from mmi_jax.cli.niah.answers import PromptBatch, evaluate
 from mmi_jax.cli.niah.journal_entries import MATCHED_COST, matched_fractions
 from mmi_jax.cli.niah.options import NiahOptions
 from mmi_jax.cli.samples import SampleSource
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.method.tables.cost_model import CostModel
@@ -32,7 +32,7 @@ class Sizes:
     """
 
     options: NiahOptions
-    model: Any
+    model: VisionLanguageModel
     source: SampleSource
     costs: CostModel
     journal: Journal

@@ -15,7 +15,7 @@ from mmi_jax.cli.digest import run_on
 from mmi_jax.method.patterns import Pattern
 from mmi_jax.method.tables import pattern_json
 from mmi_jax.search.trials.journal import Journal
-from models import Processor, open_checkpoint
+from models import Model, Processor, open_checkpoint
 from models.media.video import Video, read_video
 from models.tasks.qa import DATASETS, Item, Score, matches, parts, sample, scores
 from models.tasks.rows import choice_ids
@@ -44,7 +44,7 @@ class QaOptions:
             raise ValueError(f"limit and max_new_tokens must be at least 1, got {self.limit} and {self.max_new_tokens}")
 
     @property
-    def patterns(self) -> Any:
+    def patterns(self) -> object:
         """The patterns as JSON values."""
         if isinstance(self.table, PatternTable):
             return [[pattern_json.to_json(pattern) for pattern in heads] for heads in self.table.layers]
@@ -82,7 +82,7 @@ def run_qa(options: QaOptions) -> Score:
     return score
 
 
-def _ask(options: QaOptions, model: Any, processor: Processor, item: Item) -> dict[str, Any]:
+def _ask(options: QaOptions, model: Model, processor: Processor, item: Item) -> dict[str, Any]:
     """One question's answer."""
     video = read_video(item.video, fps=options.fps, max_frames=options.max_frames, resize=processor.fit_frame)
     predict = _choice if item.options else _words
@@ -91,13 +91,13 @@ def _ask(options: QaOptions, model: Any, processor: Processor, item: Item) -> di
     return {"name": item.name, "answer": given, "expected": item.answer, "is_right": bool(is_right)}
 
 
-def _choice(options: QaOptions, model: Any, processor: Processor, item: Item, video: Video) -> int:
+def _choice(options: QaOptions, model: Model, processor: Processor, item: Item, video: Video) -> int:
     generated = sample(item, video)
     result = mmi_jax.prefill(model, processor(list(generated.parts)), table=options.table, measures_recall=False)
     return int(np.argmax(np.asarray(result.logits)[0, choice_ids(generated.questions[0], processor.tokenizer)]))
 
 
-def _words(options: QaOptions, model, processor: Processor, item: Item, video: Video) -> str:
+def _words(options: QaOptions, model: Model, processor: Processor, item: Item, video: Video) -> str:
     ends, prompt = processor.end_tokens, processor(parts(item, video))
     result = mmi_jax.prefill(
         model, prompt, table=options.table, measures_recall=False, max_new_tokens=options.max_new_tokens

@@ -28,8 +28,10 @@ from mmi_jax.cli.bench.synthetic_prompts import video_prompt
 from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.protocols import ModelConfig
 from mmi_jax.engine.batching import BATCH_TOKENS, batches, prefill_many
 from mmi_jax.engine.prefill import prefill
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.settings.options import PrefillOptions
 from mmi_jax.engine.settings.request import PrefillRequest, request_for
@@ -67,7 +69,7 @@ def batch(
         dtype = bench_dtype(dtype)
         lengths = list(tokens or (ON_GPU if on_gpu else ELSEWHERE))
 
-        def measure(_: Any) -> dict[str, Any]:
+        def measure(_: None) -> dict[str, Any]:
             model = random_weights(config, dtype)
             prompts = [video_prompt(config, n) for n in lengths]
             options = PrefillOptions(table=chosen, measures_recall=False)
@@ -81,7 +83,7 @@ def batch(
         run_cases([Case(preset, None)], measure, view, json_file, stops_at_error=debug, times_matmul=False)
 
 
-def requests_of(config: Any, lengths: Sequence[int], options: PrefillOptions) -> list[PrefillRequest]:
+def requests_of(config: ModelConfig, lengths: Sequence[int], options: PrefillOptions) -> list[PrefillRequest]:
     """What the three ways prefill: their programs are compiled side by side."""
     together = [(lengths[members[0]], len(members)) for members in batches(lengths, BATCH_TOKENS, Buckets())]
     sizes = [*together, (max(lengths), len(lengths)), *((length, 1) for length in lengths)]
@@ -89,7 +91,7 @@ def requests_of(config: Any, lengths: Sequence[int], options: PrefillOptions) ->
     return [request_for(config, length, options, batch=batch) for length, batch in sorted(padded)]
 
 
-def logits_of(model: Any, prompts: Sequence[Any], options: PrefillOptions, way: str) -> np.ndarray:
+def logits_of(model: VisionLanguageModel, prompts: Sequence[Any], options: PrefillOptions, way: str) -> np.ndarray:
     """Logits of every prompt, by one of the three ways."""
     match way:
         case "many":

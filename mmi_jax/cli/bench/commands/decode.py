@@ -21,6 +21,7 @@ from mmi_jax.cli.bench.runner import Case, run_cases
 from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import ALONE, take_memory
+from mmi_jax.engine.protocols import VisionLanguageModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +51,7 @@ def decode(
         run_cases(cases, measure, decode_table, json_file, stops_at_error=debug, times_matmul=False)
 
 
-def _random_decoder(preset: str, dtype: str | None) -> Any:
+def _random_decoder(preset: str, dtype: str | None) -> VisionLanguageModel:
     """The model without its vision tower, with random weights on the device."""
     from models.random_weights import random_model
 

@@ -36,6 +36,7 @@ from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.doctor.memory_plan import vision_bytes
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.protocols import Model, ModelConfig, Prompt
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.prompts import fit_prompt
 from mmi_jax.engine.settings.buckets import Buckets
@@ -99,7 +100,7 @@ def first_token(
 class _Suite:
     """The model, built once, and what is measured of it."""
 
-    config: Any
+    config: ModelConfig
     table: PatternTable
     dtype: str
     repeats: int
@@ -108,7 +109,7 @@ class _Suite:
     warmup: dict[str, Any] | None = None
 
     @functools.cached_property
-    def model(self) -> Any:
+    def model(self) -> Model:
         from models.random_weights import random_model
 
         return random_model(self.config, shapes=head_shapes(self.config), dtype=jnp.dtype(self.dtype))
@@ -157,7 +158,7 @@ class _Suite:
             write_moving_video(path, num_frames=2 * num_patches, side=side, fps=FPS)
             yield path
 
-    def prompt(self, num_tokens: int, patches: Any) -> Any:
+    def prompt(self, num_tokens: int, patches: Any) -> Prompt:
         """Text, the video, text."""
         return synthetic_prompt(self.config, video_pieces(self.config, num_tokens), patches, np.random.default_rng(0))
 
@@ -206,7 +207,7 @@ def with_dense_prefill(figures: dict[str, Any], dense: dict[str, Any]) -> dict[s
     return dense | {"dense_first_token": round(whole, 4), "speedup": round(whole / figures["seconds"], 3)}
 
 
-def streamed_patches(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+def streamed_patches(path: Path, config: ModelConfig) -> tuple[Any, Callable[[], float]]:
     """Patches cut on the device from pictures that a thread decodes, and for how many seconds these were waited for."""
     from models import family_of
 
@@ -221,7 +222,7 @@ def open_stream(path: Path) -> Any:
     return VideoStream(path, fps=float(FPS), max_frames=ALL)
 
 
-def host_patches(path: Path, config: Any) -> tuple[Any, Callable[[], float]]:
+def host_patches(path: Path, config: ModelConfig) -> tuple[Any, Callable[[], float]]:
     """Patches made by the host once all pictures are decoded: no waiting afterwards."""
     from models import family_of
     from models.media.video import read_video

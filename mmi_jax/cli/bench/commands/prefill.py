@@ -38,6 +38,8 @@ from mmi_jax.cli.bench.synthetic_prompts import video_prompt
 from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.protocols import ModelConfig
+from mmi_jax.engine.protocols import VisionLanguageModel
 from mmi_jax.files import check_target
 from mmi_jax.method.tables.pattern_table import PatternTable
 
@@ -97,7 +99,7 @@ def prefill(
 class _Suite:
     """The model, built once, and what is measured of it."""
 
-    config: Any
+    config: ModelConfig
     table: PatternTable
     dtype: str
     repeats: int
@@ -108,7 +110,7 @@ class _Suite:
     check: dict[str, Any] | None = None
 
     @functools.cached_property
-    def model(self) -> Any:
+    def model(self) -> VisionLanguageModel:
         return random_weights(self.config, self.dtype)
 
     def measure(self, num_tokens: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mmi_jax.cli.bench.tables import figures_table, measured_cases
 from mmi_jax.cli.console import stderr_console
 from mmi_jax.cli.errors import one_line_errors
 from mmi_jax.cli.gpu_memory import NEARLY_ALL, take_memory
+from mmi_jax.cli.protocols import Model, ModelConfig, Prompt
 from mmi_jax.engine.prefill import prefill
 from mmi_jax.engine.settings.buckets import Buckets
 from mmi_jax.engine.warmup import prepare
@@ -75,7 +76,7 @@ def soak_command(
         chosen = table_of(table, config)
         dtype = bench_dtype(dtype)
 
-        def measure(_: Any) -> dict[str, Any]:
+        def measure(_: None) -> dict[str, Any]:
             model = random_model(config, dtype=jnp.dtype(dtype))
             rng = np.random.default_rng(seed)
             lengths = [int(n) for n in np.exp(rng.uniform(np.log(min_tokens), np.log(max_tokens), prompts))]
@@ -88,7 +89,7 @@ def soak_command(
         run_cases([Case("soak", None)], measure, soak_table, json_file, stops_at_error=debug, times_matmul=False)
 
 
-def warm_up(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
+def warm_up(model: Model, table: PatternTable, several: Sequence[Callable[[], Any]]) -> dict[str, float]:
     """Seconds to compile the prefills of all prompts' buckets, and what embeds them."""
     prompts = [(prompt.tokens.shape[1], prompt.grids) for prompt in (make() for make in several)]
     start = time.perf_counter()
@@ -102,7 +103,7 @@ def warm_up(model: Any, table: PatternTable, several: Sequence[Callable[[], Any]
     return {name: round(value, 2) for name, value in seconds.items()}
 
 
-def embedded_alike(model: Any, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
+def embedded_alike(model: Model, prompts: Sequence[tuple[int, tuple[Grid, ...]]]) -> Iterator[Any]:
     """Prompts padded to their buckets, of one batch of frames at most, whose embedding needs what that of these needs.
 
     Args:
@@ -144,7 +145,7 @@ def figures(log: Sequence[dict[str, Any]], lengths: Sequence[int]) -> dict[str, 
     return grown | last | sizes | {"seconds": seconds, "log": list(log)}
 
 
-def random_prompt(config: Any, num_tokens: int, seed: int) -> Any:
+def random_prompt(config: ModelConfig, num_tokens: int, seed: int) -> Prompt:
     """A prompt of `num_tokens`: text alone, or images and videos of random pixels with text between them."""
     from models.interface import MediumSize
 

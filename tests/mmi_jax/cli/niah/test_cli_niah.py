@@ -16,6 +16,7 @@ from mmi_jax.cli.niah.sizes import Sizes, layers_looked_at
 from mmi_jax.cli.samples import SampleSource, haystack_of
 from mmi_jax.search.costs import cost_models
 from mmi_jax.search.trials.journal import Journal
+from models import family_of, presets
 from models.small.config import small_processor
 
 
@@ -47,11 +48,16 @@ def niah_options(directory, **changes) -> NiahOptions:
     return NiahOptions(**values | changes)
 
 
+def abstract_model():
+    config = dataclasses.replace(presets()["3b"], num_layers=1)
+    return family_of(config).abstract_model(config)
+
+
 def sizes_of(directory, **changes) -> Sizes:
     source = SampleSource(processor=small_processor(), haystack=haystack_of("generated"))
     journal = Journal(directory / "cells.jsonl", {"model": "m"})
     options = niah_options(directory, **changes)
-    return Sizes(options=options, model=None, source=source, costs=cost_models()["tiles"], journal=journal)
+    return Sizes(options=options, model=abstract_model(), source=source, costs=cost_models()["tiles"], journal=journal)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +132,9 @@ def test_the_matched_method_is_evaluated_before_the_baselines_whatever_the_order
 
     monkeypatch.setattr("mmi_jax.cli.niah.run.evaluate", answer)
     sizes = sizes_of(tmp_path, methods=("a-shape", "dense"))
-    runner = Runner(options=sizes.options, model=None, source=sizes.source, costs=sizes.costs, journal=sizes.journal)
+    runner = Runner(
+        options=sizes.options, model=abstract_model(), source=sizes.source, costs=sizes.costs, journal=sizes.journal
+    )
     place = ("v_niah", 1024, 0)
     runner.fill(place, runner.batches(*place), lambda step: None)
     assert evaluated == [None, AShape(128, 1000)] and sized == [("a-shape", 1024, 1.0)]
