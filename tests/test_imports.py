@@ -1,6 +1,7 @@
 """Structure of the tree: imports point one way, through few floors and no circle, and folders stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,9 @@ def test_folders_are_small():
 
 def test_the_root_of_the_library_holds_only_what_is_public_or_shared():
     assert {path.name for path in (ROOT / "mmi_jax").iterdir() if path.is_file()} <= ROOT_FILES
+
+
+def test_the_commands_name_files_that_are_there():
+    """A test file that moves takes its name in the Makefile along."""
+    named = re.findall(r"\btests/[\w/.]+", (ROOT / "Makefile").read_text())
+    assert named and not [path for path in named if not (ROOT / path).exists()]
