@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from mmi_jax.layout import TokenLayout, text_tokens
+from mmi_jax.method.checks import check_heads, per_head
 from mmi_jax.method.dispatch import sparse_attention
 from mmi_jax.method.patterns import Pattern
 from pallas_kernels.attention.api import Implementation
 from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.notation import Array, Float
+from pallas_kernels.notation import AnyArray, Array, Float
 
 
 def attention_fn(
@@ -27,7 +29,7 @@ def attention_fn(
     """An `attention_fn` for `flax.nnx.MultiHeadAttention` and `flax.linen.MultiHeadDotProductAttention`.
 
     What it attends is causal, with or without a mask; the queries are the last `t` of the `s` keys. It takes the
-    arguments of Flax's own function. Softmax is always float32. A mask is accepted when it is a concrete array that
+    arguments of Flax's function. Softmax is always float32. A mask is accepted when it is a concrete array that
     says what the layout says; padding is given by the layout. Everything else that would change the result raises:
     another mask, a traced mask, decode mode, a bias, dropout, a `precision`, sown weights, other einsums.
 
@@ -39,21 +41,21 @@ def attention_fn(
         query: Float[Array, "*b t h d"],
         key: Float[Array, "*b s g d"],
         value: Float[Array, "*b s g d"],
-        bias: Any = None,
-        mask: Any = None,
+        bias: object = None,
+        mask: AnyArray | None = None,
         broadcast_dropout: bool = True,
-        dropout_rng: Any = None,
+        dropout_rng: object = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
+        dtype: DTypeLike | None = None,
+        precision: object = None,
+        module: object = None,
         force_fp32_for_softmax: bool = False,
-        einsum_dot_general: Any = None,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
+        einsum_dot_general: object = None,
+        qk_attn_weights_einsum: object = None,
+        attn_weights_value_einsum: object = None,
         is_causal: bool = False,
-        input_positions: Any = None,
+        input_positions: object = None,
     ) -> Float[Array, "*b t h d"]:
         _refuse(
             bias=bias,
@@ -82,19 +84,19 @@ def attention_fn(
     return attend
 
 
-def _refuse(**arguments: Any) -> None:
+def _refuse(**arguments: object) -> None:
     """Raises NotImplementedError for the first argument that is not None."""
     for name, value in arguments.items():
         if value is not None:
             raise NotImplementedError(f"sparse attention cannot honour {name}: expected None, got {type(value)}")
 
 
-def _check_mask(mask: Any, layout: TokenLayout, num_queries: int) -> None:
+def _check_mask(mask: AnyArray | None, layout: TokenLayout, num_queries: int) -> None:
     """Raises unless the mask, `[..., h or 1, t or 1, s]`, is what sparse attention does at every real query anyway."""
     if mask is None:
         return
     if num_queries == 1 < layout.num_tokens:
-        raise NotImplementedError("sparse attention is for prefill: use Flax's own attention_fn in decode mode")
+        raise NotImplementedError("sparse attention is for prefill: use Flax's attention_fn in decode mode")
     if isinstance(mask, Tracer) or isinstance(layout.pos, Tracer):
         raise NotImplementedError(
             "a traced mask cannot be compared with the causal one: leave it out, attention is causal; "
@@ -132,11 +134,21 @@ class MMIAttention(nnx.Module):
     """
 
     def __init__(
-        self, patterns: Pattern | Sequence[Pattern], *, in_features: int, num_heads: int, rngs: nnx.Rngs,
-        num_kv_heads: int | None = None, head_dim: int | None = None, use_bias: bool = False,
-        rope: Callable[[Array, Any], Array] | None = None, dtype: Any = None, param_dtype: Any = jnp.float32,
-        blocks: Blocks | None = None, implementation: Implementation | None = None,
-    ):  # fmt: skip
+        self,
+        patterns: Pattern | Sequence[Pattern],
+        *,
+        in_features: int,
+        num_heads: int,
+        rngs: nnx.Rngs,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        use_bias: bool = False,
+        rope: Callable[[Array, Any], Array] | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        blocks: Blocks | None = None,
+        implementation: Implementation | None = None,
+    ):
         """Random weights.
 
         Args:
@@ -152,14 +164,10 @@ class MMIAttention(nnx.Module):
           ValueError: heads do not divide, or patterns are not one or one for each head.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"{num_heads=} must be a positive multiple of {num_kv_heads=}")
+        check_heads(num_heads, num_kv_heads)
         if head_dim is None and in_features % num_heads:
             raise ValueError(f"without head_dim, {in_features=} must be a multiple of {num_heads=}")
-        patterns = (patterns,) * num_heads if isinstance(patterns, Pattern) else tuple(patterns)
-        if len(patterns) != num_heads:
-            raise ValueError(f"patterns must be one, or one for each head: {num_heads=}, got {len(patterns)}")
-        self.patterns, self.rope, self.blocks = patterns, rope, blocks
+        self.patterns, self.rope, self.blocks = per_head(patterns, num_heads), rope, blocks
         self.implementation: Implementation | None = implementation
         self.head_dim = in_features // num_heads if head_dim is None else head_dim
 
@@ -171,7 +179,9 @@ class MMIAttention(nnx.Module):
         self.v = linear(in_features, num_kv_heads * self.head_dim)
         self.out = linear(num_heads * self.head_dim, in_features)
 
-    def __call__(self, x: Float[Array, "b t e"], *, layout: TokenLayout, rotary: Any = None) -> Float[Array, "b t e"]:
+    def __call__(
+        self, x: Float[Array, "b t e"], *, layout: TokenLayout, rotary: object = None
+    ) -> Float[Array, "b t e"]:
         """The attention output before any residual.
 
         Args:

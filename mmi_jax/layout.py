@@ -1,4 +1,4 @@
-"""TokenLayout: what every token of a prompt is, and where in its video it stands."""
+"""TokenLayout: modality, place in the video and mask position of every token of a prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.notation import AnyArray, Int32
+from pallas_kernels.notation import AnyArray, Array, Bool, Int32
 from pallas_kernels.pytree import pytree
 
 TEXT, VISION, AUDIO = 0, 1, 2
 PADDING = -1
+"""Modality of a padding token, and the value of every other field there."""
+
+type TokenIndex = Int32[Array, ""] | int
+"""A place in the prompt: known when the caller is traced, or traced itself."""
 
 
 @pytree
@@ -27,10 +31,10 @@ class TokenLayout:
         column   -1 -1  0  1  0  1 -1 -1
         pos       0  1  2  3  4  5  6 -1
 
-    All fields are int32 and share one shape, `[t]` for one example or `[b, t]` for a batch. `modality` is 0 text,
+    All fields are int32 and have one shape, `[t]` for one example or `[b, t]` for a batch. `modality` is 0 text,
     1 vision, 2 audio, any larger number a further modality. `video` counts videos and images in order of appearance.
     `pos` is what the mask reads (a key is attended iff its `pos` is at most the query's): it never decreases among
-    the tokens that are not padding, and tokens that share one `pos` attend to each other. It is not the rope position.
+    the tokens that are not padding, and tokens of equal `pos` attend to each other. It is not the rope position.
     """
 
     modality: Int32[AnyArray, "*b t"]
@@ -46,7 +50,7 @@ class TokenLayout:
         return self.modality.shape[-1]
 
     @property
-    def is_real(self):
+    def is_real(self) -> Bool[AnyArray, "*b t"]:
         """True where a token is not padding; bool, shape of the fields."""
         return self.modality != PADDING
 
@@ -57,8 +61,8 @@ class TokenLayout:
         widths = [(0, 0)] * (self.modality.ndim - 1) + [(0, num_tokens - self.num_tokens)]
         return jax.tree.map(lambda x: jnp.pad(x, widths, constant_values=PADDING), self)
 
-    def window(self, start, num_tokens: int) -> "TokenLayout":
-        """The `num_tokens` tokens from `start` on (an int32 scalar, traced or not)."""
+    def window(self, start: TokenIndex, num_tokens: int) -> "TokenLayout":
+        """The `num_tokens` tokens from `start` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, num_tokens, axis=-1), self)
 
 

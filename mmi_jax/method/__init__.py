@@ -10,6 +10,9 @@
 8. `permutation`: query rows there and back, passes over the same queries merged into one softmax.
 9. `attention`: plan, permute, attend, undo.
 
+On a first reading of `patterns`, `grid`, `vertical_slash`, `streaming` and `boundary` are the paper's; `static` and
+`block_top_k` are baselines. What a pattern says of itself beyond `views` and `parts` is for search and pictures.
+
 Around it: `dispatch` is the door, `sparse_attention`, which may take the vendor's dense kernel instead; `checks`
 refuses what does not fit; `tables` holds a pattern for every layer and head. Runs become block lists in
 `pallas_kernels.block_lists`, which knows no pattern.

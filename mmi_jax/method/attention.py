@@ -12,7 +12,7 @@ from mmi_jax.method.query_parts import PlansQueries
 from pallas_kernels.attention.api import Backend, attend_inputs
 from pallas_kernels.attention.inputs import AttentionInputs
 from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import AnyArray, Array, Float, Int32
 
 
 def plan_and_attend(
@@ -87,14 +87,14 @@ def undo(
     return out.transpose(0, 2, 1, 3), lse
 
 
-def _fold(x: Array) -> Array:
+def _fold(x: AnyArray) -> Array:
     """The batch folded into the head axis."""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
 
 
 def _in_view_order(x: Float[Array, "s g d"], order: Int32[Array, " sv"]) -> Float[Array, "g sv d"]:
     """Keys or values in the order of the kv view, head-major."""
-    if len(order) == x.shape[0]:  # only the prompt's own view, and it needs no padding
+    if len(order) == x.shape[0]:  # only the prompt's view, and it needs no padding
         return x.transpose(1, 0, 2)
     return x.at[jnp.maximum(order, 0)].get(mode="promise_in_bounds").transpose(1, 0, 2)
 

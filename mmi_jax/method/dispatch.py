@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mmi_jax.layout import TokenLayout
+from mmi_jax.layout import TokenIndex, TokenLayout
 from mmi_jax.method.attention import plan_and_attend
 from mmi_jax.method.checks import check_attention, per_head
 from mmi_jax.method.kv_views import Geometry
@@ -22,7 +22,7 @@ from mmi_jax.method.plan import Plan, batch_geometry
 from pallas_kernels.attention.api import Backend, Implementation
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.device import has_hopper_gpu
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import Array, Float
 from pallas_kernels.pytree import pytree
 
 type Vendor = Literal["vendor"]
@@ -62,7 +62,7 @@ def sparse_attention(
     patterns: Pattern | Sequence[Pattern],
     *,
     layout: TokenLayout,
-    q_start: Int32[Array, ""] | int | None = None,
+    q_start: TokenIndex | None = None,
     scale: float | None = None,
     blocks: Blocks | None = None,
     implementation: Implementation | None = None,
@@ -97,7 +97,7 @@ def attend_sparsely(
     *,
     layout: TokenLayout,
     geometry: Geometry | None = None,
-    q_start: Int32[Array, ""] | int | None = None,
+    q_start: TokenIndex | None = None,
     scale: float | None = None,
     blocks: Blocks | None = None,
     implementation: Backend | Vendor | None = None,
@@ -108,7 +108,7 @@ def attend_sparsely(
 
     Args:
       implementation: see `block_sparse_attention`; or `VENDOR`, which attends densely or raises NotImplementedError.
-      geometry: made before by `batch_geometry` for the same patterns, layout and blocks, so that layers share it.
+      geometry: made before by `batch_geometry` for the same patterns, layout and blocks: one for all layers of these.
       position_is_index: whether the queries are the prompt's first tokens and `position_equals_index` holds of it,
         which a caller under jit knows and the traced layout hides; looked up when None. Dense heads alone then need no
         plan.
@@ -117,7 +117,7 @@ def attend_sparsely(
     """
     check_attention(q, k, v, layout, q_start)
     patterns = per_head(patterns, q.shape[2])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if _takes_vendor(q, k, patterns, layout, implementation, position_is_index):
         with jax.named_scope("mmi.attend"):
             vendor = "cudnn" if has_hopper_gpu() else "xla"
@@ -185,9 +185,13 @@ def attend_densely(
 
 
 def _takes_vendor(
-    q: Float[Array, "b t h d"], k: Float[Array, "b s g d"], patterns: tuple[Pattern, ...], layout: TokenLayout,
-    implementation: Backend | Vendor | None, position_is_index: bool | None,
-) -> bool:  # fmt: skip
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    patterns: tuple[Pattern, ...],
+    layout: TokenLayout,
+    implementation: Backend | Vendor | None,
+    position_is_index: bool | None,
+) -> bool:
     """Whether the vendor's kernel runs; raises NotImplementedError if it is named and cannot."""
     is_dense = set(patterns) == {Dense()}
     if implementation != VENDOR and not (implementation is None and is_dense and cudnn_takes(q)):

@@ -12,7 +12,7 @@ from mmi_jax.method.token_groups import NO_GROUP
 from pallas_kernels.notation import Array, Bool, Float, Int32
 
 TYPICAL_FLOOR = 0.25
-"""Fraction of the typical attention below which tokens are hardly told apart; chosen on the prompts of `salience`."""
+"""Fraction of the typical attention below which tokens hardly differ; chosen by hand."""
 
 MAX_SALIENCE = 2.0
 """What one token may count for in the search for lines; nats. Without it 3 of those 1,000 prompts are misread."""
@@ -21,17 +21,17 @@ MAX_SALIENCE = 2.0
 def last_queries(member: Bool[Array, " t"], last_q: int) -> Int32[Array, " q"]:
     """The last `last_q` member tokens in any order, -1 where there are fewer."""
     rank_from_end = jnp.cumsum(member[::-1])[::-1] - 1
-    place = jnp.where(member, rank_from_end, last_q)
+    place = jnp.where(member, rank_from_end, last_q)  # past the end, where the scatter drops it
     return jnp.full(last_q, -1, jnp.int32).at[place].set(jnp.arange(len(member), dtype=jnp.int32), mode="drop")
 
 
 def salience(mass: Float[Array, " s"], is_counted: Bool[Array, " s"], layout: TokenLayout) -> Float[Array, " s"]:
-    """How far each token stands out of its own frame, in nats, at most `MAX_SALIENCE`; 0 where it is not counted.
+    """How far each token stands out of its frame, in nats, at most `MAX_SALIENCE`; 0 where it is not counted.
 
     Raw attention cannot be folded: one token that everyone attends to, or one frame that the question is about, holds
     more of it than a whole line. In nats, and cut off, such a token counts like one token of a line; against its
     frame's mean a frame as a whole, or the pull towards recent ones, counts for nothing. Far below the typical
-    attention all tokens are alike, so that differences among tokens nobody attends to are not taken for structure.
+    attention all tokens are alike, so that differences among tokens without attention are not taken for structure.
 
     Of 1,000 random prompts with such tokens, such a frame and such a pull next to a line of 2.5 to 5 nats (made as in
     tests/mmi_jax/bench/test_synthetic.py), raw attention missed 682 lines, this without the cut-off 3, with it none.

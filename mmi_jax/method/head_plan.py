@@ -28,7 +28,7 @@ class HeadPlan:
       gathered_order: None where nothing was gathered.
       kv_pos: rows of key positions along the joint kv view and the gathered rows, one for each combination of gathered
         sets that some part sees; None where nothing was gathered.
-      lists: `pos_row` 0 reads the positions that all heads share, `n` row `n - 1` of `kv_pos`.
+      lists: `pos_row` 0 reads the positions that are common to all heads, `n` row `n - 1` of `kv_pos`.
     """
 
     order: Int32[Array, " r"]
@@ -52,9 +52,8 @@ def plan_head(
     blocks: Blocks,
 ) -> HeadPlan:
     """The plan of a head that reads `kv_head`. Under jit, so that a pattern is traced once for all layers with it."""
-    scope = Scope(
-        q=q, all_k=k, kv_head=kv_head, geometry=geometry, member=geometry.queries.is_real, scale=scale, blocks=blocks
-    )
+    member = jnp.asarray(geometry.queries.is_real)
+    scope = Scope(q=q, all_k=k, kv_head=kv_head, geometry=geometry, member=member, scale=scale, blocks=blocks)
     parts = pattern.parts(scope)
     gathered = {rows.number: rows for part in parts for rows in part.gathered}
     if not gathered:
@@ -94,9 +93,12 @@ def _visiting_gathered(part: Part, begins: Mapping[int, int], scope: Scope) -> P
     assert not isinstance(visits, Everything), "a part that sees everything has nothing to gather"
 
     def all_visits(q_blocks: QBlocks) -> list[Runs]:
-        one = jnp.ones((len(q_blocks.min_pos), 1), jnp.int32)
+        shape = (len(q_blocks.min_pos), 1)
         runs = [
-            Runs(start=begins[rows.number] * one, num_blocks=len(rows.tokens) // block_kv * one)
+            Runs(
+                start=jnp.full(shape, begins[rows.number], jnp.int32),
+                num_blocks=jnp.full(shape, len(rows.tokens) // block_kv, jnp.int32),
+            )
             for rows in part.gathered
         ]
         return visits(q_blocks) + runs
@@ -166,7 +168,7 @@ def _rows(parts: Sequence[Part], num_tokens: int, blocks: Blocks) -> tuple[Array
             inverse = jnp.where(part.member, offset + _rank(part), inverse)
             part_id = jnp.where(jnp.arange(len(part_id)) * blocks.q >= offset, n, part_id)
             offset += -(-jnp.sum(part.member, dtype=jnp.int32) // blocks.q) * blocks.q
-        row = jnp.where(inverse >= 0, inverse, num_rows)
+        row = jnp.where(inverse >= 0, inverse, num_rows)  # past the end, where the scatter drops it: shapes are static
         orders.append(jnp.full(num_rows, -1, jnp.int32).at[row].set(tokens, mode="drop"))
         inverses.append(jnp.where(inverse >= 0, inverse + query_pass * num_rows, -1))
         part_ids.append(part_id)
@@ -178,6 +180,7 @@ def _rank(part: Part) -> Int32[Array, " t"]:
     if part.order is None:
         return jnp.cumsum(part.member, dtype=jnp.int32) - 1
     rank = jnp.cumsum(part.member[part.order], dtype=jnp.int32) - 1
+    # An order holds each token once: told so, XLA scatters without atomics or a sort.
     return jnp.zeros_like(rank).at[part.order].set(rank, unique_indices=True)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mmi_jax.layout import TokenLayout
+from mmi_jax.layout import TokenIndex, TokenLayout
 from mmi_jax.method.token_groups import NO_GROUP, Grouping
 from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.block_lists.integers import search
@@ -30,7 +30,7 @@ class AllKeys:
 
     def holds(self, layout: TokenLayout) -> Bool[Array, " t"]:
         """True for the tokens of this set: all but padding."""
-        return layout.is_real
+        return jnp.asarray(layout.is_real)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class OfModality:
     def holds(self, layout: TokenLayout) -> Bool[Array, " t"]:
         """True for the tokens of this set."""
         if self.modality is not None:
-            return layout.modality == self.modality
+            return jnp.asarray(layout.modality) == self.modality
         is_listed = jnp.isin(layout.modality, jnp.asarray(self.listed, jnp.int32))
-        return layout.is_real & ~is_listed
+        return jnp.asarray(layout.is_real) & ~is_listed
 
 
 type KeySet = AllKeys | OfModality
@@ -141,14 +141,14 @@ class Geometry:
 
 
 def build_geometry(
-    layout: TokenLayout, views: Sequence[View], blocks: Blocks, *, num_queries: int, q_start: Int32[Array, ""] | int
+    layout: TokenLayout, views: Sequence[View], blocks: Blocks, *, num_queries: int, q_start: TokenIndex
 ) -> Geometry:
     """The geometry of a prompt of `s` tokens whose queries are tokens `q_start` to `q_start + num_queries`.
 
     Args:
       layout: one example, fields [s].
       views: those that the patterns name; duplicates and `AllKeys()` are dropped.
-      q_start: first query token, an int32 scalar, traced or not.
+      q_start: first query token.
     """
     layout = jax.tree.map(jnp.asarray, layout)
     queries = layout.window(q_start, num_queries)
@@ -180,9 +180,7 @@ def _searchable(pos: Int32[Array, " s"]) -> Int32[Array, " s"]:
     return jnp.where(is_after_all, PAD_KV_POS, highest)
 
 
-def _query_groups(
-    grouping: Grouping, layout: TokenLayout, q_start: Int32[Array, ""] | int, num_queries: int
-) -> QueryGroups:
+def _query_groups(grouping: Grouping, layout: TokenLayout, q_start: TokenIndex, num_queries: int) -> QueryGroups:
     group = jax.lax.dynamic_slice_in_dim(grouping.of(layout), q_start, num_queries)
     return QueryGroups(group=group, order=jnp.argsort(group, stable=True).astype(jnp.int32))
 
@@ -236,6 +234,8 @@ def _side_by_side(specs: Sequence[View], orders: Sequence[Array], blocks: Blocks
     for numbers in together.values():
         length = len(orders[numbers[0]])
         num_rows = length + (len(numbers) - 1) * blocks.kv
+        # A view is written in its full length, as its end is traced: the next one overwrites the empty rows. With
+        # `length` more rows no write reaches past the end, where XLA would move it back over the view before.
         order, end = jnp.full(num_rows + length, -1, jnp.int32), 0
         for n in numbers:
             order = jax.lax.dynamic_update_slice_in_dim(order, orders[n], end, axis=0)
@@ -259,6 +259,7 @@ def _first_true(is_row: Bool[Array, " s"]) -> Int32[Array, ""]:
 
 def _compact(is_member: Bool[Array, " s"]) -> Int32[Array, " s"]:
     """The members' token indices, left-packed, then -1."""
+    # A scatter into a buffer of the prompt's length: XLA has no arrays whose length depends on the data.
     row = jnp.where(is_member, jnp.cumsum(is_member) - 1, len(is_member))
     tokens = jnp.arange(len(is_member), dtype=jnp.int32)
     return jnp.full(len(is_member), -1, jnp.int32).at[row].set(tokens, mode="drop")

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from mmi_jax.layout import TokenLayout
+from mmi_jax.layout import TokenIndex, TokenLayout
 from mmi_jax.method.head_plan import HeadPlan, plan_head
 from mmi_jax.method.kv_views import AllKeys, Geometry, build_geometry
 from mmi_jax.method.permutation import Permutation
 from mmi_jax.method.query_parts import PlansQueries
 from pallas_kernels import BlockIndex, coverage
 from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.notation import PAD_KV_POS, Array, Bool, Float, Int32
+from pallas_kernels.notation import PAD_KV_POS, AnyArray, Array, Bool, Float, Int32
 from pallas_kernels.pytree import pytree, static_field
 
 
@@ -26,7 +26,7 @@ class Plan:
 
     Args:
       q_order: where each query goes, per head.
-      kv_order: token of each row of the kv view that all heads share, -1 for an empty row.
+      kv_order: token of each row of the kv view, one for all heads; -1 for an empty row.
       gathered_order: token of each row gathered for one query head, -1 for an empty row.
       q_pos: position of each query row, per head.
       kv_pos: rows of key positions along the shared view and the gathered rows, chosen by `index.pos_row`.
@@ -100,15 +100,15 @@ def batch_geometry(
     *,
     batch: int,
     num_queries: int,
-    q_start: Int32[Array, ""] | int | None,
+    q_start: TokenIndex | None,
     blocks: Blocks,
 ) -> Geometry:
     """The geometry of every example of a batch, leading axis b on every array."""
     layout = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (batch, x.shape[-1])), layout)
-    q_start = jnp.int32(layout.num_tokens - num_queries if q_start is None else q_start)
+    start = jnp.asarray(layout.num_tokens - num_queries if q_start is None else q_start, jnp.int32)
 
     def example(layout: TokenLayout) -> Geometry:
-        return prompt_geometry(layout, patterns, num_queries=num_queries, q_start=q_start, blocks=blocks)
+        return prompt_geometry(layout, patterns, num_queries=num_queries, q_start=start, blocks=blocks)
 
     return jax.vmap(example)(layout)
 
@@ -119,7 +119,7 @@ def plan_example(
     q: Float[Array, "t h d"],
     k: Float[Array, "s g d"],
     layout: TokenLayout,
-    q_start: Int32[Array, ""] | int,
+    q_start: TokenIndex,
     *,
     scale: float,
     blocks: Blocks,
@@ -134,7 +134,7 @@ def prompt_geometry(
     patterns: Sequence[PlansQueries],
     *,
     num_queries: int,
-    q_start: Int32[Array, ""] | int,
+    q_start: TokenIndex,
     blocks: Blocks,
 ) -> Geometry:
     """Everything the patterns read of the prompt's layout: shared by all heads, and by all layers of these patterns."""
@@ -238,7 +238,7 @@ def _merge(plans: list[Plan]) -> Plan:
     )
 
 
-def _stack_padded(arrays: Sequence[Array], value: int) -> Array:
+def _stack_padded(arrays: Sequence[AnyArray], value: int) -> Array:
     """Arrays one after another along axis 0, all other axes padded at their end to the longest."""
     longest = np.max([x.shape for x in arrays], axis=0)
     padded = [jnp.pad(x, [(0, 0), *((0, n) for n in longest[1:] - x.shape[1:])], constant_values=value) for x in arrays]

@@ -1,6 +1,6 @@
 """Step 4 of 9, query parts: the scope that a pattern plans in, and the parts of the queries that it answers with.
 
-A part's queries are planned alike: they fill q blocks of their own, and for each of them the part lists runs of kv
+A part's queries are planned alike: they fill separate q blocks, and for each of them the part lists runs of kv
 blocks. Six queries in two parts, the even ones and the odd ones, in q blocks of 2:
 
     part      0     1
@@ -27,11 +27,11 @@ from pallas_kernels.pytree import pytree, static_field
 
 @pytree
 class Scope:
-    """One head's queries and keys, and which of them a pattern is asked to plan.
+    """One head's queries and keys, and which of the queries a pattern plans.
 
     Args:
       q: the head's queries in prompt order.
-      all_k: keys of all kv heads in prompt order, which heads share.
+      all_k: keys of all kv heads in prompt order: one array for all query heads.
       kv_head: the kv head that this head reads.
       geometry: views of the keys, and the queries' coordinates.
       member: the queries to plan.
@@ -174,12 +174,12 @@ class Everything:
 
 @pytree
 class GatheredRows:
-    """Keys copied into kv blocks of their own for one head, which every q block of a part visits.
+    """Keys copied into further kv blocks for one head, which every q block of a part visits.
 
     Args:
       tokens: the gathered keys, ascending, -1 for an empty row; a whole number of kv blocks.
       is_hidden: rows of the joint kv view that the part no longer sees there, because they were gathered.
-      number: which of the head's sets this is; parts that name one number share its rows.
+      number: which of the head's sets this is; parts that name one number visit the same rows.
     """
 
     tokens: Int32[Array, " x"]

@@ -80,7 +80,7 @@ def _finish(
 
 
 def _draw_before(axes: Axes, attended: Float[np.ndarray, "n t s"], colors: Sequence[str]) -> None:
-    """Fractions of each pixel that is attended, each in its own colour, over the causal triangle."""
+    """Fractions of each pixel that is attended, each in another colour, over the causal triangle."""
     _, t, s = attended.shape
     is_causal = np.arange(s)[None] - (s - t) <= np.arange(t)[:, None]
     picture = np.where(is_causal[..., None], to_rgb(SKIPPED_COLOR), to_rgb(OUTSIDE_COLOR))

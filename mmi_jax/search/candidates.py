@@ -36,7 +36,7 @@ TABLE_4: tuple[Pattern, ...] = (
 """Paper, Table 4. Its fifth number of a Grid, 1024, is read as the local window (PAPER: section 3.1 does not say)."""
 
 OURS: tuple[Pattern, ...] = tuple(pattern for cls in PATTERNS for pattern in cls.search_candidates())
-"""Those of each pattern's own class: cheaper windows, the last queries dense, and whole blocks by pooled score."""
+"""Those of each pattern's class: cheaper windows, the last queries dense, and whole blocks by pooled score."""
 
 ACROSS: tuple[Pattern, ...] = (
     AShape(sink=128, local=1024),
@@ -67,7 +67,7 @@ class Candidates:
             unique = tuple(p for p in dict.fromkeys(getattr(self, name)) if p != Dense())
             object.__setattr__(self, name, unique)
         if not self.within:
-            raise ValueError("a search needs at least one pattern besides Dense to try, got none")
+            raise ValueError("a search needs at least one pattern other than Dense to try, got none")
 
     def scaled(self, factor: float) -> "Candidates":
         """The same candidates with windows and columns for prompts `factor` times as long as Table 4's 25K tokens."""

@@ -140,7 +140,7 @@ def _layer_costs(
 ) -> Float[np.ndarray, " b"]:
     """Milliseconds of a layer on each prompt, whose heads add so much."""
     lengths = scores.lengths.values()
-    return np.array([layer_cost(costs, patterns, own, tokens) for own, tokens in zip(heads.T, lengths, strict=True)])
+    return np.array([layer_cost(costs, patterns, row, tokens) for row, tokens in zip(heads.T, lengths, strict=True)])
 
 
 def _head_scores(scores: Scores, choices: Choices, relative_costs: Mapping[str, float], costs: CostModel) -> HeadScores:

@@ -28,7 +28,7 @@ ABLATED = AShape(sink=128, local=256)
 """The pattern of an ablated head: it attends to nothing far away."""
 
 MIN_ERROR = 0.01
-"""Fraction of the mean error that is added to a head's own: below it a change of the logits is rounding (docs/log.md,
+"""Fraction of the mean error that is added to that of a head: below it a change of the logits is rounding (docs/log.md,
 2026-11-26)."""
 
 
@@ -76,14 +76,14 @@ def ablate_heads(
     def copies(x: Array | np.ndarray, axis: int) -> Array:
         return jnp.repeat(jnp.asarray(x), config.num_heads + 1, axis=axis)
 
-    one = jax.tree.map(jnp.asarray, padded.layout)
-    layout = jax.tree.map(lambda x: copies(x, 0), one)
+    prompt_layout = jax.tree.map(jnp.asarray, padded.layout)
+    layout = jax.tree.map(lambda x: copies(x, 0), prompt_layout)
     rotary = model.rotary(copies(padded.rope_pos, 1))
     graphdef, weights = split_layers(model)
     x, effects = copies(model.embed(padded), 0), []
     for n in range(config.num_layers):
         ablations, error = _ablated_layer(
-            graphdef, blocks, position_is_index, ablated, weights(n), x, rotary, one, is_answer
+            graphdef, blocks, position_is_index, ablated, weights(n), x, rotary, prompt_layout, is_answer
         )
         x = jnp.repeat(ablations[-1:], len(x), axis=0)  # the last copy is dense: it goes on to the next layer
         for later in range(n + 1, config.num_layers):
@@ -114,9 +114,9 @@ def _ablated_layer(
     """A layer on equal copies of a prompt, head n of copy n ablated, the last copy dense; and the heads' errors."""
 
     def attend(q, k, v):
-        one = (q[:1], k[:1], v[:1])
-        dense = attend_sparsely(*one, Dense(), layout=layout, blocks=blocks, position_is_index=position_is_index).out
-        sparse = attend_sparsely(*one, ablated, layout=layout, blocks=blocks).out
+        qkv = (q[:1], k[:1], v[:1])
+        dense = attend_sparsely(*qkv, Dense(), layout=layout, blocks=blocks, position_is_index=position_is_index).out
+        sparse = attend_sparsely(*qkv, ablated, layout=layout, blocks=blocks).out
         number, head = jnp.arange(q.shape[0])[:, None], jnp.arange(q.shape[2])[None]
         out = jnp.where((number == head)[:, None, :, None], sparse, dense)
         return out, _output_error(dense[0], sparse[0], layout.is_real[0], is_answer)

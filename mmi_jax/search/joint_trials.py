@@ -19,7 +19,7 @@ PRICES = (0.01, 0.03, 0.1, 0.3)
 """Weighted error that a head may make to save all of its tiles: one combination is predicted for each price and head.
 A factor of about three apart, from an error that hardly counts to one that no head should make."""
 
-OWN_DENSE = Trial(step="own", candidate=Dense())
+INTRA_DENSE = Trial(step="own", candidate=Dense())
 
 
 def joint_trials(scores: Scores, max_trials: int) -> tuple[Trial, ...]:
@@ -27,7 +27,7 @@ def joint_trials(scores: Scores, max_trials: int) -> tuple[Trial, ...]:
 
     A gain is counted against the best of the whole and Q-Boundary patterns of the same head.
     """
-    if len(scores.modalities) < NUM_MODALITIES or OWN_DENSE not in scores.by_trial:
+    if len(scores.modalities) < NUM_MODALITIES or INTRA_DENSE not in scores.by_trial:
         return ()
     gains: dict[Boundary2D, float] = defaultdict(float)
     for layer in range(scores.num_layers):
@@ -45,15 +45,15 @@ def joint_trials(scores: Scores, max_trials: int) -> tuple[Trial, ...]:
 
 def _predicted(scores: Scores, layer: int, head: int, price: float) -> tuple[Boundary2D, float, float]:
     """The combination of the best pairs at a price of tiles; its predicted error, and tiles as a fraction of dense."""
-    own = [trial for trial in scores.by_trial if trial.step == "own"]
-    cross = [OWN_DENSE, *(trial for trial in scores.by_trial if trial.step == "cross")]
+    intra = [trial for trial in scores.by_trial if trial.step == "own"]
+    cross = [INTRA_DENSE, *(trial for trial in scores.by_trial if trial.step == "cross")]
     inner: dict[tuple[int, int], Pattern] = {}
     error, tiles = 0.0, np.zeros(len(scores.lengths))  # of a dense head, on each prompt
     for n, m in enumerate(scores.modalities):
-        within = _best_trial(scores, own, layer, n, head, price)
+        within = _best_trial(scores, intra, layer, n, head, price)
         across = _best_trial(scores, cross, layer, n, head, price)
         inner |= {(m, k): (within if m == k else across).candidate for k in scores.modalities}
-        for trial, sign in ((within, 1), (across, 1), (OWN_DENSE, -1)):  # the dense rest is in both trials
+        for trial, sign in ((within, 1), (across, 1), (INTRA_DENSE, -1)):  # the dense rest is in both trials
             error += sign * float(scores.errors[trial][layer, n, head]) / len(scores.modalities)
             tiles += sign * scores.tile_fraction(trial, layer, n, head)
     return Boundary2D(inner), error, float(tiles.max())

@@ -106,7 +106,7 @@ class Search:
     ) -> None:
         """Runs the trials that the journal lacks; a prompt's layers one by one, each written down when it is done.
 
-        Args and errors as of `calibrate`; `step` is how `on_trial` is told of them.
+        Args and errors as of `calibrate`; `step` is the name under which they are reported to `on_trial`.
         """
         rows = _rows_by_prompt(prompts, answer_rows or {})
         missing = self._missing(prompts, trials)
@@ -180,7 +180,7 @@ class Search:
 
 
 class _Progress:
-    """Trials done of all, told to a callback."""
+    """Trials done of all, as reported to a callback."""
 
     def __init__(self, total: int, missing: int, step: str, on_trial: Callable[[int, int, str], None]):
         self._total, self._done, self._step, self._on_trial = total, total - missing, step, on_trial

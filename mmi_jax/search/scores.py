@@ -125,11 +125,11 @@ class Scores:
     ) -> list[Option[Choice]]:
         """What the head may do: Dense always; whole, Q-Boundary and 2D-Boundary patterns whose trials are here.
 
-        A Q-Boundary head's error needs no trial of its own: queries of different modalities share nothing, so its rows
-        are those of the trials of its inner patterns, and so are its tiles.
+        A Q-Boundary head's error needs no further trial: queries of different modalities have nothing in common, so
+        its rows are those of the trials of its inner patterns, and so are its tiles.
 
         Args:
-          excluded: names of patterns that a head must not have, neither as its own nor inside a boundary.
+          excluded: names of patterns that a head must not have, neither whole nor inside a boundary.
         """
         choices = [self.dense]
         for trial in self.by_trial:

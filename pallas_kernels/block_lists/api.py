@@ -16,7 +16,7 @@ DEFAULT_ORDER: tuple[Implementation, ...] = ("xla",)
 
 
 def block_lists(inputs: ListInputs, *, implementation: Implementation | None = None) -> BlockLists:
-    """The lists of one head; under `jax.vmap` all heads take one branch and share no list.
+    """The lists of one head; under `jax.vmap` all heads take one branch, and no two have a list in common.
 
     Six tokens in order, q blocks and kv blocks of 2 tokens. Every q block has a window of two tokens (interval 1 is
     `0 <= q_pos - kv_pos < 2`) and the last also the first block whole. The first q block's second block lies in its
@@ -55,4 +55,4 @@ def _check(inputs: ListInputs) -> None:
     if inputs.intervals[:1] != ((0, NO_LIMIT),):
         raise ValueError(f"the first interval must exclude nothing: expected {(0, NO_LIMIT)}, got {inputs.intervals}")
     if inputs.capacity < 1:
-        raise ValueError(f"there must be room for at least one entry, got {inputs.capacity=}")
+        raise ValueError(f"capacity must be at least one entry, got {inputs.capacity=}")

@@ -6,7 +6,10 @@ from pallas_kernels.notation import AnyArray, Bool, Int32
 from pallas_kernels.pytree import pytree, static_field
 
 MIN_CAPACITY = 2**16
-"""List entries of a head for which there is always room: 512 KB, less than the queries of 2,048 tokens."""
+"""Capacity below which a head's list is bounded by nothing but all pairs of its blocks: a pattern's bound is made for
+long prompts, and a list that outgrows its capacity makes the head dense. 8 bytes an entry, 512 KB a head: as much as
+2,048 queries of 128 numbers in 16 bits. Chosen by hand.
+"""
 
 MAX_CAPACITY = 2**22
 """List entries of a head at most: each of a dozen passes over them would write 16 MB a head."""
@@ -40,7 +43,7 @@ class ListInputs:
       takes_over: q blocks that do so, and all others nothing, if the runs hold more than `capacity` blocks.
       intervals: distances `lo <= q_pos - kv_pos < hi` in tokens; the first excludes nothing.
       num_shared: blocks at the start of the kv rows; their list comes first, and all `visits_all` rows point to it.
-      capacity: entries that the runs have room for.
+      capacity: entries that the runs may need, at most.
       blocks: tile sizes.
     """
 
@@ -70,7 +73,7 @@ class BlockLists:
 
 
 def list_capacity(max_blocks: int, num_q_blocks: int, num_kv_blocks: int) -> int:
-    """Entries to make room for: as many as the runs may hold, but no more than make a head worth running sparse.
+    """Capacity of a list: as many entries as the runs may hold, but no more than make a head worth running sparse.
 
     A list of three quarters of the causal blocks is no faster than dense attention.
 

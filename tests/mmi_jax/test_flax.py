@@ -306,10 +306,10 @@ def test_dtypes_of_the_module():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_kv_heads=3), "num_heads=4 must be a positive multiple of num_kv_heads=3"),
-        (dict(num_kv_heads=0), "num_heads=4 must be a positive multiple of num_kv_heads=0"),
+        (dict(num_kv_heads=3), "num_q_heads=4 must be a positive multiple of num_kv_heads=3"),
+        (dict(num_kv_heads=0), "num_q_heads=4 must be a positive multiple of num_kv_heads=0"),
         (dict(in_features=18), "in_features=18 must be a multiple of num_heads=4"),
-        (dict(patterns=SPARSE[:3]), "one for each head: num_heads=4, got 3"),
+        (dict(patterns=SPARSE[:3]), "one pattern for each of the 4 query heads, got 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields, message):

@@ -181,7 +181,7 @@ WRONG = {
     "rows of kv_pos must have one length": {"kv_pos": (np.zeros(6, np.int32), np.zeros(4, np.int32))},
     "num_shared=4 blocks must lie among the 6 kv rows": {"num_shared": 4},
     "the first interval must exclude nothing": {"intervals": (WINDOW,)},
-    "room for at least one entry, got inputs.capacity=0": {"capacity": 0},
+    "capacity must be at least one entry, got inputs.capacity=0": {"capacity": 0},
 }
 
 

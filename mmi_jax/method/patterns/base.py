@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from mmi_jax.layout import TokenLayout
+from mmi_jax.layout import TokenIndex, TokenLayout
 from mmi_jax.method.checks import check_example
 from mmi_jax.method.kv_views import KeySet, View
 from mmi_jax.method.plan import Plan, plan_example
 from mmi_jax.method.query_parts import Part, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
-from pallas_kernels.notation import Array, Float, Int32
+from pallas_kernels.notation import Array, Float
 
 SCALED_STEP = 16
 """Scaled sizes are multiples of this, and at least as large; tokens. One granule of the default blocks."""
@@ -48,6 +48,7 @@ class Family:
     published: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pattern(abc.ABC):
     """What one head attends to. A subclass is a frozen dataclass, hashable, static under jit.
 
@@ -66,7 +67,7 @@ class Pattern(abc.ABC):
 
     @classmethod
     def search_candidates(cls) -> tuple["Pattern", ...]:
-        """Instances that a search tries on every head besides the paper's Table 4."""
+        """Instances that a search tries on every head in addition to the paper's Table 4."""
         return ()
 
     @property
@@ -89,13 +90,13 @@ class Pattern(abc.ABC):
     def scaled(self, factor: float) -> "Pattern":
         """The pattern for prompts `factor` times as long: sizes in tokens multiplied, blocks too but at least two."""
         sizes: dict[str, int] = {}
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+        for field in dataclasses.fields(self):
             size, unit = getattr(self, field.name), field.metadata.get("unit")
             if unit == "tokens":
                 sizes[field.name] = max(SCALED_STEP, round(size * factor / SCALED_STEP) * SCALED_STEP)
             elif unit == "blocks":
                 sizes[field.name] = max(2, round(size * factor))
-        return dataclasses.replace(self, **sizes)  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(self, **sizes)
 
     def plan(
         self,
@@ -103,7 +104,7 @@ class Pattern(abc.ABC):
         k: Float[Array, "s g d"],
         layout: TokenLayout,
         *,
-        q_start: Int32[Array, ""] | int | None = None,
+        q_start: TokenIndex | None = None,
         scale: float | None = None,
         blocks: Blocks | None = None,
     ) -> Plan:
@@ -126,6 +127,15 @@ class Pattern(abc.ABC):
             k,
             layout,
             k.shape[0] - q.shape[0] if q_start is None else q_start,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            scale=float(q.shape[-1] ** -0.5) if scale is None else scale,
             blocks=blocks or Blocks(),
         )
+
+
+class FixedPattern(Pattern):
+    """A pattern that is fixed before the prompt is seen: one plan serves all of its heads."""
+
+    @property
+    def reads_scores(self) -> bool:
+        """False: positions and modalities decide."""
+        return False

@@ -91,5 +91,5 @@ def _pooled_keys(scope: Scope) -> tuple[Float[Array, "j d"], Int32[Array, " j"]]
     is_row = order >= 0
     num_rows = is_row.reshape(-1, size).sum(axis=1)
     rows = jnp.where(is_row[:, None, None], scope.all_k[jnp.maximum(order, 0)].astype(jnp.float32), 0.0)
-    total = rows.reshape(-1, size, *rows.shape[1:]).sum(axis=1)  # of all kv heads, once for the heads that share them
+    total = rows.reshape(-1, size, *rows.shape[1:]).sum(axis=1)  # of all kv heads, once for all query heads
     return total[:, scope.kv_head] / jnp.maximum(num_rows, 1)[:, None], num_rows

@@ -227,6 +227,7 @@ def _check_inner(pattern: QBoundary | Boundary2D) -> None:
     name = type(pattern).__name__
     if not pattern.inner:
         raise ValueError(f"{name}.inner must map at least one modality to a pattern, got an empty mapping")
-    for key, inner in (*pattern.inner.items(), ("other", pattern.other)):
+    patterns: list[tuple[object, object]] = [*pattern.inner.items(), ("other", pattern.other)]
+    for key, inner in patterns:
         if isinstance(inner, QBoundary | Boundary2D) or not isinstance(inner, Pattern):
             raise ValueError(f"{name}.inner[{key!r}] must be an intra-modality pattern, got {inner!r}")

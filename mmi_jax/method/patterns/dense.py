@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from mmi_jax.method.patterns.base import Pattern
+from mmi_jax.method.patterns.base import FixedPattern
 from mmi_jax.method.patterns.runs import all_keys_part, mean_up_to
 from mmi_jax.method.query_parts import Part, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(Pattern):
+class Dense(FixedPattern):
     """Causal attention, nothing left out.
 
     1 0 0 0
@@ -17,11 +17,6 @@ class Dense(Pattern):
     1 1 1 0
     1 1 1 1
     """
-
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
 
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""

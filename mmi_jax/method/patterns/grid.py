@@ -1,6 +1,7 @@
 """Grid: evenly spaced lines and slashes, from frames and patch rows (paper section 3.1, Alg. 1)."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,14 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.notation import Array, Bool, Int32
 from pallas_kernels.pytree import pytree
 
-MIN_STRIDE = {FramePlace: 64, RowPlace: 12}
-"""Fewest tokens of a frame and of a row for which lists have room; with fewer a long prompt's head runs dense."""
+MIN_STRIDE: Mapping[type[object], int] = {FramePlace: 64, RowPlace: 12}
+"""Fewest tokens of a frame and of a row for which capacity is planned; with fewer a long prompt's head runs dense.
 
-TYPICAL_STRIDE = {FramePlace: 256, RowPlace: 16}
-"""Tokens of a frame and of a row that a cost model expects: a frame of 448 x 448 pixels in tokens of 28 x 28."""
+Chosen by hand.
+"""
+
+TYPICAL_STRIDE: Mapping[type[object], int] = {FramePlace: 256, RowPlace: 16}
+"""Tokens of a frame and of a row that a cost model expects, chosen by hand: 16 x 16, as of 448 x 448 pixels, e.g."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Grid(Pattern):
         o . v s v s v o
 
     Vertical lines: all queries see the keys of the phase. Horizontal lines: the queries of the phase see all keys.
-    Slashes: a token sees the same place in earlier frames. Stride and phase are found online from the last queries.
+    Slashes: a token sees the same place in earlier frames. Stride and phase are estimated online from the last queries.
     Queries of the phase, and the text after the last vision token, get separate q blocks. Keys sorted by place make
     vertical lines and slashes whole kv blocks; neighbours in such a block are attended too.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mmi_jax.method.checks import check_at_least
 from mmi_jax.method.kv_views import KeySet, KeyView, SortedBy, View
-from mmi_jax.method.patterns.base import Family, Pattern, in_tokens
+from mmi_jax.method.patterns.base import Family, FixedPattern, in_tokens
 from mmi_jax.method.patterns.runs import all_keys_part, blocks_between, gather_rows, mean_up_to, sinks
 from mmi_jax.method.patterns.streaming import window_blocks, window_part
 from mmi_jax.method.query_parts import Part, QBlocks, Runs, Scope
@@ -21,7 +21,7 @@ MIN_FAMILY_STRIDE = 192
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseTransformerStrided(Pattern):
+class SparseTransformerStrided(FixedPattern):
     """A local window of one stride, and every key whose distance is a multiple of the stride.
 
     `SparseTransformerStrided(stride=2)` over 6 tokens:
@@ -58,11 +58,6 @@ class SparseTransformerStrided(Pattern):
         """The keys sorted by position modulo the stride."""
         return (SortedBy(PositionPhase(self.stride), 0, key_set),)
 
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
-
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""
         dilated = num_kv_blocks / 2 / self.stride + 1
@@ -80,7 +75,7 @@ class SparseTransformerStrided(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseTransformerFixed(Pattern):
+class SparseTransformerFixed(FixedPattern):
     """Attention inside each segment, and from every query to the first token of every segment.
 
     `SparseTransformerFixed(stride=3)` over 6 tokens:
@@ -114,11 +109,6 @@ class SparseTransformerFixed(Pattern):
         """Raises ValueError for a stride below 2."""
         check_at_least(self, stride=2)
 
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
-
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""
         segment = (self.stride / 2 + blocks.q) / blocks.kv + 1
@@ -140,7 +130,7 @@ class SparseTransformerFixed(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinWindow(Pattern):
+class SwinWindow(FixedPattern):
     """Vision tokens see their window of frames, rows and columns and the sinks; text queries see everything.
 
     Args:
@@ -175,11 +165,6 @@ class SwinWindow(Pattern):
     def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
         """The keys sorted by window."""
         return (SortedBy(self._grouping, self.sink, key_set),)
-
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
 
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""

@@ -4,14 +4,14 @@ import dataclasses
 from typing import ClassVar
 
 from mmi_jax.method.checks import check_at_least
-from mmi_jax.method.patterns.base import Family, Pattern, in_tokens
+from mmi_jax.method.patterns.base import Family, FixedPattern, Pattern, in_tokens
 from mmi_jax.method.patterns.runs import all_keys_part, last_members, mean_up_to, sink_and_window
 from mmi_jax.method.query_parts import Part, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class AShape(Pattern):
+class AShape(FixedPattern):
     """Attention sinks at the start and a local window before each query.
 
     `AShape(sink=1, local=2)` over 6 tokens:
@@ -25,7 +25,7 @@ class AShape(Pattern):
 
     Args:
       sink: first keys that everyone sees, rounded up to whole kv blocks; tokens (Table 3: 128).
-      local: nearest keys, the query's own included, exact to the token (Table 3: 4096).
+      local: nearest keys, the query's included, exact to the token (Table 3: 4096).
     """
 
     sink: int = in_tokens(128)
@@ -49,11 +49,6 @@ class AShape(Pattern):
         """Raises ValueError for a negative sink or a window without the query itself."""
         check_at_least(self, sink=0, local=1)
 
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
-
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""
         return mean_up_to(window_blocks(self.sink, self.local, blocks), num_kv_blocks)
@@ -64,7 +59,7 @@ class AShape(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class TriShape(Pattern):
+class TriShape(FixedPattern):
     """A-shape whose last queries see everything.
 
     `TriShape(sink=1, local=2, last=1)` over 6 tokens:
@@ -102,11 +97,6 @@ class TriShape(Pattern):
     def __post_init__(self):
         """Raises ValueError for sizes out of range."""
         check_at_least(self, sink=0, local=1, last=1)
-
-    @property
-    def reads_scores(self) -> bool:
-        """False: fixed before the prompt is seen."""
-        return False
 
     def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
         """Kv blocks that a q block typically visits, see `Pattern`."""

@@ -121,8 +121,8 @@ def _slash_runs(
     """Tiles that cover the bands for queries whose anchors lie between two rows, from the nearest band to the farthest.
 
     Each band needs the rows its diagonals cross; tiles begin at the lower edge of what is covered already, so
-    they never overlap. The nearest band reaches back to the first key that shares a position with a query, so that a
-    query inside an image of one position sees all of it.
+    they never overlap. The nearest band reaches back to the first key at a query's position, so that a query inside an
+    image of one position sees all of it.
     """
     tile = blocks.kv // blocks.granule
     first, end, self_row = (

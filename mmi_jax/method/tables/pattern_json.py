@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from mmi_jax.method import token_groups
 from mmi_jax.method.patterns import PATTERNS, Pattern
-from mmi_jax.method.tables.strict_json import check_keys
+from mmi_jax.method.tables.strict_json import TypeForm, check_keys
+from mmi_jax.method.token_groups import FramePlace, Grouping, RankPhase, RowPlace
 
 _PATTERNS = {cls.__name__: cls for cls in PATTERNS}
-_KEYS = {cls.__name__: cls for cls in (token_groups.FramePlace, token_groups.RowPlace, token_groups.RankPhase)}
+_KEYS: dict[str, type[FramePlace | RowPlace | RankPhase]] = {
+    cls.__name__: cls for cls in (FramePlace, RowPlace, RankPhase)
+}
 _MODALITIES = {"text": 0, "vision": 1, "audio": 2}
 
 
@@ -62,11 +64,11 @@ def parse(text: str) -> Pattern:
     return from_json(fields)
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _fields(value: Pattern | Grouping) -> dict[str, object]:
     return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: object) -> object:
     match value:
         case Pattern():
             return to_json(value)
@@ -74,27 +76,28 @@ def _encode(value: Any) -> Any:
             return {_modality_names(key): _encode(inner) for key, inner in value.items()}
         case tuple():
             return [{"key": type(key).__name__, **_fields(key)} for key in value]
-    return value
+        case _:
+            return value
 
 
-def _build(value: dict[str, Any], tag: str, known: dict[str, type]) -> Any:
+def _build[T](value: dict[str, Any], tag: str, known: Mapping[str, type[T]]) -> T:
     if not isinstance(value.get(tag), str) or value[tag] not in known:
         raise ValueError(f"unknown {tag} {value.get(tag)!r}: expected one of {', '.join(sorted(known))}")
     cls = known[value[tag]]
-    allowed = {field.name: field for field in dataclasses.fields(cls)}
+    allowed = {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     needed = [name for name, field in allowed.items() if field.default is dataclasses.MISSING]
     fields = {name: field for name, field in value.items() if name != tag}
     check_keys(fields, cls.__name__, needed, [name for name in allowed if name not in needed])
     decoded = {name: _decode(field, allowed[name].type) for name, field in fields.items()}
     for name, field in decoded.items():
-        kind: Any = allowed[name].type
+        kind: TypeForm = allowed[name].type
         if not _is_of(field, kind):
             kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
             raise ValueError(f"{cls.__name__}.{name} must be of type {kind}, got {fields[name]!r}")
     return cls(**decoded)
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _is_of(value: object, kind: TypeForm) -> bool:
     """Whether a decoded value is of a field's annotated type."""
     args = get_args(kind)
     if get_origin(kind) is Mapping:
@@ -106,7 +109,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
 
 
-def _decode(value: Any, kind: Any) -> Any:
+def _decode(value: object, kind: TypeForm) -> object:
     """The value of a field annotated as `kind`; as it is where it has the wrong form."""
     match value:
         case dict() if kind is Pattern:
@@ -115,10 +118,11 @@ def _decode(value: Any, kind: Any) -> Any:
             return {_modalities(key): from_json(inner) for key, inner in value.items()}
         case list() if get_origin(kind) is tuple:
             return tuple(_key(key) for key in value)
-    return value
+        case _:
+            return value
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> Grouping:
     if not isinstance(value, dict):
         raise ValueError(f'a stride must be an object with the key "key", got {value!r}')
     return _build(value, "key", _KEYS)

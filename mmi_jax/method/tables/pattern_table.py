@@ -14,7 +14,7 @@ from mmi_jax.method.tables.strict_json import check_keys, check_type, read_json
 
 VERSION = 1
 _TYPES = {"model": str, "provenance": dict[str, str], "patterns": dict, "layers": list[list[str]]}
-"""Keys of a table that every file has besides the version, and their types."""
+"""Keys of a table that every file has in addition to the version, and their types."""
 
 type PerHead = tuple[tuple[float, ...], ...]
 """A number for each layer and query head."""
@@ -128,7 +128,7 @@ def as_table(table: PatternTable | Pattern | None, *, num_layers: int, num_heads
     """
     if table is None or isinstance(table, Pattern):
         return uniform_table(table or Dense(), num_layers=num_layers, num_heads=num_heads)
-    if not isinstance(table, PatternTable):
+    if not isinstance(table, PatternTable):  # pyright: ignore[reportUnnecessaryIsInstance] # users' code may be unchecked
         raise ValueError(f"table must be a PatternTable, a pattern or None, got {table!r}")
     table.check_fits(num_layers=num_layers, num_heads=num_heads)
     return table

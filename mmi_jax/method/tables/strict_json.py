@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+type TypeForm = Any
+"""An annotation as a value, `list[str]` say: Python 3.12 has no type for it."""
+
 
 def read_json(path: str | os.PathLike[str], what: str) -> object:
     """The value in a file.
@@ -32,7 +35,7 @@ def check_keys(value: object, what: str, needed: Iterable[str], optional: Iterab
     return value
 
 
-def check_type(value: object, kind: Any, name: str) -> None:
+def check_type(value: object, kind: TypeForm, name: str) -> None:
     """Raises ValueError, naming the place, unless a JSON value is of a type: str, float, or list and dict of such.
 
     An int is a float, but True is no number: `[[0, 0.5], [1, 1]]` is of type `list[list[float]]`.

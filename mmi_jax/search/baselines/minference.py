@@ -8,12 +8,12 @@ query head's number to `[pattern, a, b, score]`. The names meant to its kernels:
 - `block_sparse`: 100 blocks of 64 keys for each 64 queries, whatever `a` and `b` say; here 50 blocks of 128.
 - `stream_llm`: `a` sinks and a window of `b`.
 
-The fourth number is the score of MInference's own search, the fraction of attention kept, in its units; it is not ours.
+The fourth number is the score of MInference's search, the fraction of attention kept, in its units; it is not ours.
 """
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmi_jax.method.patterns import AShape, BlockTopK, Pattern, VerticalSlash
 from mmi_jax.method.tables.pattern_table import PatternTable
@@ -40,7 +40,7 @@ def load_minference(path: str | os.PathLike[str]) -> PatternTable:
     return PatternTable(layers=layers, provenance={"source": f"MInference's {path.name}", "searched on": "text"})
 
 
-def is_minference(value: object) -> bool:
+def is_minference(value: object) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a JSON value has the outer form of such a table."""
     return isinstance(value, list) and bool(value) and all(isinstance(heads, dict) and heads for heads in value)
 

@@ -80,6 +80,6 @@ def first_trials(candidates: Candidates, modalities: Sequence[int]) -> tuple[Tri
     if len(modalities) < NUM_MODALITIES:
         return tuple(whole)
     per_query = [of_queries(p) for p in (Dense(), *candidates.within)]
-    own = [Trial(step="own", candidate=p) for p in (Dense(), *candidates.within)]
+    intra = [Trial(step="own", candidate=p) for p in (Dense(), *candidates.within)]
     cross = [Trial(step="cross", candidate=p) for p in candidates.across]
-    return tuple(dict.fromkeys([*whole, *per_query, *own, *cross]))
+    return tuple(dict.fromkeys([*whole, *per_query, *intra, *cross]))

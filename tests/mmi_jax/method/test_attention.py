@@ -223,11 +223,11 @@ def test_lists_that_do_not_fit_make_their_head_dense_and_no_other():
     assert (masks[1] == causal(text_tokens(75))).all()
 
 
-@pytest.mark.parametrize("room", [60, 59, 15])
-def test_lists_are_the_same_from_the_short_program_and_from_the_long_one(room, monkeypatch):
+@pytest.mark.parametrize("max_blocks", [60, 59, 15])
+def test_lists_are_the_same_from_the_short_program_and_from_the_long_one(max_blocks, monkeypatch):
     monkeypatch.setattr(xla, "SHORT_PROGRAM_FROM", 0)
     # Six q blocks visit 1 + 2 + 2 + 3 + 3 + 4 blocks: a quarter of 60, more than a quarter of 59.
-    masks = visit_counts(plan_of([EveryOther(room)] * 2, text_tokens(90)))
+    masks = visit_counts(plan_of([EveryOther(max_blocks)] * 2, text_tokens(90)))
     assert (masks == every_other(90, 16)[None]).all()
 
 
@@ -248,7 +248,7 @@ def wrong_calls():
     three = lambda x: jnp.concatenate([x, x, x], axis=2)  # noqa: E731
     long = lambda x: jnp.concatenate([x, x], axis=1)  # noqa: E731
     return {
-        "heads": ({"k": three, "v": three}, "num_q_heads=4 must be a multiple of num_kv_heads=3"),
+        "heads": ({"k": three, "v": three}, "num_q_heads=4 must be a positive multiple of num_kv_heads=3"),
         "v": ({"v": long}, "q, k, v must agree in batch and head dim"),
         "queries": ({"q": long}, "there are more queries than keys: q has 20 tokens, k has 10"),
         "layout": ({"layout": lambda x: x.pad_to(11)}, "the layout must describe every kv token: it has 11, k has 10"),

@@ -54,7 +54,7 @@ def test_typical_blocks_are_near_what_a_plan_visits(pattern):
     assert expected / 2 < visited < 2 * expected, f"{visited=}, {expected=}"
 
 
-def test_short_prompts_run_dense_and_long_ones_as_asked():
+def test_short_prompts_run_dense_and_long_ones_by_their_patterns():
     patterns = (GRID_BY_FRAME,) * 14 + (VerticalSlash(1000, 4096),) * 14
     by_length = {n: faster_patterns(patterns, num_tokens=n, blocks=Blocks(), costs=HOPPER) for n in (4096, 2**17)}
     assert set(by_length[4096]) == {Dense()}
@@ -87,7 +87,7 @@ class Unknown(Pattern):
 
 
 @pytest.mark.parametrize("pattern", [Unknown(), QBoundary({0: Unknown()}), Boundary2D({(1, 1): Unknown()})], ids=repr)
-def test_a_pattern_of_unknown_cost_is_run_as_asked(pattern):
+def test_a_pattern_of_unknown_cost_is_run_as_given(pattern):
     assert faster_patterns((pattern, Dense()), num_tokens=1024, blocks=Blocks(), costs=HOPPER) == (pattern, Dense())
 
 

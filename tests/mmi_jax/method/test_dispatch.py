@@ -40,12 +40,12 @@ def moved(**changes):
         (PROMPT, True),
         (PROMPT.pad_to(48), True),
         (stack([PROMPT, text_tokens(3)]), True),
-        (moved(pos=(6, 7)), False),  # two tokens share a position and see each other
+        (moved(pos=(6, 7)), False),  # two tokens have one position and see each other
         (moved(modality=(0, PADDING)), False),  # padding before a token
     ],
     ids=["prompt", "padded", "batch", "shared position", "padding first"],
 )
-def test_positions_equal_indices_iff_no_position_is_shared_and_padding_is_last(layout, expected):
+def test_positions_equal_indices_iff_all_differ_and_padding_is_last(layout, expected):
     assert position_equals_index(layout) is expected
 
 
@@ -134,5 +134,5 @@ def test_prefill_runs_dense_where_the_device_is_faster_so(monkeypatch, cudnn_by_
     assert cudnn_by_xla, "dense layers went to the vendor's kernel"
     assert (got.report.density == 1).all() and (got.report.recall == 1).all()
     assert_same_up_to_order(got.logits, expected.logits, terms=model_terms(TINY_CONFIG, num_keys=64))
-    asked = run(table=AShape(sink=1, local=2), may_run_dense=False)
-    assert np.abs(np.asarray(asked.logits - expected.logits)).max() > 1e-3
+    sparse = run(table=AShape(sink=1, local=2), may_run_dense=False)
+    assert np.abs(np.asarray(sparse.logits - expected.logits)).max() > 1e-3

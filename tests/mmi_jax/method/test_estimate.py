@@ -13,7 +13,7 @@ from pallas_kernels.block_lists.block_sizes import Blocks
 from pallas_kernels.estimate.xla import attention_rows, diagonal_mass
 
 
-def test_the_last_members_are_found_wherever_they_stand():
+def test_last_queries_are_the_last_members_at_any_place():
     member = jnp.array([True, False, True, True, False])
     assert sorted(np.asarray(last_queries(member, 2)).tolist()) == [2, 3]
     assert sorted(np.asarray(last_queries(member, 5)).tolist()) == [-1, -1, 0, 2, 3]
@@ -30,7 +30,7 @@ def test_attention_rows_are_a_softmax_over_what_each_query_sees(rng):
     assert not got[0].any()
 
 
-def test_attention_rows_do_not_read_keys_nobody_sees():
+def test_attention_rows_do_not_read_keys_that_no_query_sees():
     k = jnp.array([[1.0], [jnp.nan]])
     assert np.asarray(attention_rows(jnp.ones((1, 1)), k, jnp.array([0]), jnp.array([0, 1]), 1.0)).tolist() == [[1, 0]]
 

@@ -1,4 +1,4 @@
-"""Key views: where groups of keys lie, and how rows are found in them."""
+"""Key views: where groups of keys lie, and how rows are looked up in them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def test_views_follow_one_another_in_whole_blocks():
     assert pos.tolist() == [0, 1, 2, 3, 4, *[PAD_KV_POS] * 3, 1, 3, 4, *[PAD_KV_POS] * 5]
 
 
-def test_groups_that_divide_the_keys_share_the_rows_of_one_view():
+def test_groups_that_divide_the_keys_take_the_rows_of_one_view():
     groups = text, vision, rest = [OfModality(m, (0, 1)) for m in (0, 1, None)]
     geometry = geometry_of(words("t v v v v v t a"), *groups)
     assert [int(geometry.view(group).offset) for group in groups] == [8, 12, 20]

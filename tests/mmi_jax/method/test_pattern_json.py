@@ -67,7 +67,7 @@ def test_missing_fields_take_their_defaults():
     assert from_json({"pattern": "AShape", "local": 9}) == AShape(local=9)
 
 
-def test_a_pattern_of_the_users_own_cannot_be_written():
+def test_a_pattern_of_a_user_cannot_be_written():
     class Mine(Pattern):
         def parts(self, scope):
             return []

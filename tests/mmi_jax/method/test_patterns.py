@@ -76,7 +76,7 @@ MEANINGS = {
     "tri_shape": Meaning(
         pattern=TriShape(sink=1, local=2, last=1), layout=TEXT6, mask="100000 110000 111000 101100 100110 111111"
     ),
-    "tri_shape in blocks of 2: the last query has a block of its own": Meaning(
+    "tri_shape in blocks of 2: the last query has a separate block": Meaning(
         pattern=TriShape(sink=1, local=1, last=1), layout=TEXT6, blocks=blocks_of(2),
         mask="100000 110000 111000 110100 110010 111111",
     ),
@@ -178,13 +178,13 @@ def test_meaning(name):
     s = num_tokens + pads
     for on_left in (0, 1, 3) if meaning.blocks == TOKENS else (0,):
         layout = padded_left(meaning.layout, on_left).pad_to(s)
-        own = slice(on_left, on_left + num_tokens)
+        tokens = slice(on_left, on_left + num_tokens)
         q, k = np.zeros((s, 1, s), np.float32), np.eye(s, dtype=np.float32)[:, None]
         if meaning.scores is not None:
-            q[own, 0, own] = meaning.scores
+            q[tokens, 0, tokens] = meaning.scores
         visits = visit_counts(plan_of(meaning.pattern, layout, q=q, k=k, blocks=meaning.blocks))[0]
-        assert visits[own, own].tolist() == parse(meaning.mask), f"{on_left=}"
-        assert visits.sum() == visits[own, own].sum(), f"padding is attended, {on_left=}"
+        assert visits[tokens, tokens].tolist() == parse(meaning.mask), f"{on_left=}"
+        assert visits.sum() == visits[tokens, tokens].sum(), f"padding is attended, {on_left=}"
 
 
 CHUNK = {
@@ -210,7 +210,7 @@ def test_a_chunk_may_lie_in_the_middle_of_the_keys():
     assert visit_counts(plan)[0].tolist() == parse("101100 100110")
 
 
-def test_heads_with_patterns_of_their_own_keep_their_order():
+def test_heads_with_different_patterns_keep_their_order():
     patterns = [AShape(sink=1, local=2), Dense(), SparseTransformerStrided(stride=2), Dense(), AShape(sink=1, local=2)]
     masks = ["100000 110000 111000 101100 100110 100011", "100000 110000 111000 111100 111110 111111",
              "100000 110000 111000 011100 101110 010111"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Permutation: rows there and back, and views of disjoint keys merged into one softmax."""
+"""Permutation: rows there and back, and passes over disjoint keys merged into one softmax."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +16,14 @@ def test_the_docstrings_example():
     assert EXAMPLE.undo(rows)[0, :, 0].tolist() == [1, 2, 3, 4]
 
 
-def test_a_token_that_no_view_holds_is_zero_with_no_share():
+def test_a_token_that_no_pass_holds_is_zero_with_lse_of_minus_infinity():
     order = Permutation(order=jnp.array([[1, -1]]), inverse=jnp.array([[[-1, 0]]]))
     out, lse = order.merge(jnp.ones((1, 2, 3)), jnp.zeros((1, 2)))
     assert out.tolist() == [[[0, 0, 0], [1, 1, 1]]] and lse.tolist() == [[-np.inf, 0]]
 
 
-def test_merging_views_is_one_softmax_over_their_keys(rng):
-    """Three views visit disjoint keys; some tokens stand in one or two of them, one token in none."""
+def test_merging_passes_is_one_softmax_over_their_keys(rng):
+    """Three passes visit disjoint keys; some tokens have a row in one or two of them, one token in none."""
     t, s = 12, 30
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, 8)), jnp.float32) for n in (t, s, s))
     mask = rng.random((2, t, s)) < 0.8
@@ -31,14 +31,14 @@ def test_merging_views_is_one_softmax_over_their_keys(rng):
     part = np.arange(s) // 10
     inverse = np.full((2, 3, t), -1, np.int32)
     outs, lses, orders = [], [], []
-    for view in range(3):
+    for query_pass in range(3):
         order = rng.permutation(t).astype(np.int32)
-        inverse[:, view, order] = np.arange(t) + view * t
-        own = mask & (part == view)
-        inverse[:, view][~own.any(axis=2)] = -1
-        out, lse = plain_attention(q, k, v, own, 0.35)
+        inverse[:, query_pass, order] = np.arange(t) + query_pass * t
+        in_pass = mask & (part == query_pass)
+        inverse[:, query_pass][~in_pass.any(axis=2)] = -1
+        out, lse = plain_attention(q, k, v, in_pass, 0.35)
         outs.append(out[:, order])
-        lses.append(jnp.where(own.any(axis=2), lse, -jnp.inf)[:, order])
+        lses.append(jnp.where(in_pass.any(axis=2), lse, -jnp.inf)[:, order])
         orders.append(order)
     permutation = Permutation(order=jnp.tile(jnp.concatenate(orders), (2, 1)), inverse=jnp.asarray(inverse))
     out, lse = permutation.merge(jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1))

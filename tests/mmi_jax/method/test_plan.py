@@ -221,7 +221,7 @@ def test_a_pattern_plans_queries_in_the_middle_of_the_keys():
     ("q", "k", "num_tokens", "message"),
     [
         ((1, 6, 2, 8), (6, 1, 8), 6, "a plan is of one example"),
-        ((6, 3, 8), (6, 2, 8), 6, "num_q_heads=3 must be a multiple of num_kv_heads=2"),
+        ((6, 3, 8), (6, 2, 8), 6, "num_q_heads=3 must be a positive multiple of num_kv_heads=2"),
         ((6, 2, 8), (6, 2, 4), 6, "q and k must agree in head dim"),
         ((7, 2, 8), (6, 2, 8), 6, "there are more queries than keys"),
         ((6, 2, 8), (6, 2, 8), 5, "the layout must describe every kv token"),

@@ -23,9 +23,9 @@ def test_pixels_are_mean_weights_in_any_order(rng):
     pos = np.arange(20, dtype=np.int32)
     expected = weights_over_average(q, k, 0.5)
     rows, keys = rng.permutation(20).astype(np.int32), np.append(rng.permutation(20), [-1, -1]).astype(np.int32)
-    found = attention_map(q, k, jnp.asarray(pos), rows, keys, scale=0.5, pixels=22)
-    assert_same_up_to_order(found[:, :20], expected[rows][:, keys[:20]], terms=attention_terms(20, 8))
-    assert (found[:, 20:] == 0).all()
+    pixels = attention_map(q, k, jnp.asarray(pos), rows, keys, scale=0.5, pixels=22)
+    assert_same_up_to_order(pixels[:, :20], expected[rows][:, keys[:20]], terms=attention_terms(20, 8))
+    assert (pixels[:, 20:] == 0).all()
     pooled = attention_map(q, k, jnp.asarray(pos), pos, pos, scale=0.5, pixels=5)
     assert_same_up_to_order(pooled, expected.reshape(5, 4, 5, 4).mean(axis=(1, 3)), terms=16 + attention_terms(20, 8))
 

@@ -75,7 +75,7 @@ def test_a_gap_moves_segments_apart_and_changes_nothing_else(plan):
 
 
 @pytest.mark.parametrize(("max_pixels", "per_pixel"), [(60, 3), (23, 8)])
-def test_a_long_prompt_shares_pixels(plan, max_pixels, per_pixel):
+def test_tokens_of_a_long_prompt_are_averaged_in_pixels(plan, max_pixels, per_pixel):
     raster = rasterize(plan, 3, max_pixels=max_pixels)  # dense: half of all pairs
     assert raster.tokens_per_pixel == per_pixel
     assert max(raster.images.attended.shape) <= max_pixels
@@ -159,7 +159,7 @@ def test_a_mask_is_drawn_as_its_plan_in_prompt_order(plan, layout, with_heads):
     _draw(figure)
 
 
-def test_long_masks_share_pixels_and_heads_that_are_not_there_are_refused(plan, rng):
+def test_long_masks_are_averaged_in_pixels_and_missing_heads_refused(plan, rng):
     mask = rng.random((100, 150)) < 0.5
     image = mask_image(mask, max_pixels=50)
     assert image.shape == (34, 50)

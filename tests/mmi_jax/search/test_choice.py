@@ -1,4 +1,4 @@
-"""From scores to a table: the target holds on every prompt, answer rows count, and what is out of reach is told."""
+"""From scores to a table: the target holds on every prompt, answer rows count, and what is out of reach is reported."""
 
 import dataclasses
 
@@ -23,34 +23,34 @@ LENGTHS = {"video": 4096, "documents": 6000}
 
 
 def random_scores(rng, num_layers, num_heads, lengths=LENGTHS) -> Scores:
-    """Scores of made-up trials over two modalities; dense is dearest and without error, longer prompts have more."""
+    """Scores of random trials over two modalities; dense costs most and has no error, longer prompts cost more."""
     patterns = (Dense(), AShape(16, 64), TriShape(16, 64, 16), VerticalSlash(64, 64))
     trials = {t for p in patterns for t in (Trial(step="whole", candidate=p), of_queries(p))}
     joint = Trial(step="joint", candidate=Boundary2D({(1, 1): AShape(16, 32)}))
     most = np.square(np.array(list(lengths.values())) / 128)[:, None, None, None] / 4  # tiles of a modality
     by_trial = {}
     for trial in sorted({*trials, joint}, key=lambda t: t.key):
-        error, answer_error, share = rng.random((3, len(lengths), num_layers, 2, num_heads))
+        error, answer_error, fraction = rng.random((3, len(lengths), num_layers, 2, num_heads))
         if trial == DENSE:
-            error, answer_error, share = 0 * error, 0 * error, 1 + 0 * share
-        by_trial[trial] = TrialMetrics(error=error, answer_error=answer_error, tiles=most * share)
+            error, answer_error, fraction = 0 * error, 0 * error, 1 + 0 * fraction
+        by_trial[trial] = TrialMetrics(error=error, answer_error=answer_error, tiles=most * fraction)
     return Scores(modalities=(0, 1), lengths=lengths, blocks=Blocks(), by_trial=by_trial)
 
 
 def hand_made(figures: dict, lengths: dict[str, int]) -> Scores:
-    """One layer, one modality: by pattern, share of the dense tiles on each prompt, error, answer error."""
+    """One layer, one modality: by pattern, fraction of the dense tiles on each prompt, error, answer error."""
     by_trial, dense = {}, [dense_tiles(length, Blocks()) for length in lengths.values()]
-    for pattern, (shares, error, answer_error) in figures.items():
+    for pattern, (fractions, error, answer_error) in figures.items():
         shape = (len(lengths), 1, 1, 1)
         by_trial[Trial(step="whole", candidate=pattern)] = TrialMetrics(
             error=np.full(shape, error),
             answer_error=np.full(shape, answer_error),
-            tiles=np.reshape(np.multiply(shares, dense), shape),
+            tiles=np.reshape(np.multiply(fractions, dense), shape),
         )
     return Scores(modalities=(1,), lengths=lengths, blocks=Blocks(), by_trial=by_trial)
 
 
-def test_the_target_holds_on_the_dearest_prompt_where_the_mean_would_do():
+def test_the_target_holds_on_the_most_expensive_prompt_where_the_mean_would_do():
     """20 % on the mean of two prompts, 30 % on one of them: the next cheaper pattern, although its error is larger."""
     figures = {
         Dense(): ((1, 1), 0.0, 0.0),
@@ -68,8 +68,8 @@ def test_the_target_holds_on_the_dearest_prompt_where_the_mean_would_do():
     assert choose_patterns(scores, TargetDensity(fraction=0.3), DENSITY).choices[0][0].pattern == Grid()
 
 
-def test_a_share_is_of_the_prompts_own_dense_attention():
-    """The longer prompt visits more tiles and still costs the smaller share."""
+def test_a_relative_cost_is_of_dense_attention_over_the_same_prompt():
+    """The longer prompt visits more tiles and still has the smaller relative cost."""
     figures = {Dense(): ((1, 1), 0.0, 0.0), AShape(): ((0.3, 0.2), 0.1, 0.1)}
     best = choose_patterns(hand_made(figures, {"short": 4096, "long": 8192}), TargetDensity(fraction=0.3), DENSITY)
     assert best.choices[0][0].pattern == AShape()
@@ -77,7 +77,7 @@ def test_a_share_is_of_the_prompts_own_dense_attention():
     assert best.scores.density == ((pytest.approx(0.3),),)
 
 
-def test_a_pattern_that_ruins_the_rows_that_are_asked_is_avoided():
+def test_a_pattern_that_ruins_the_answer_rows_is_avoided():
     """It loses next to nothing of the whole, and everything of the few rows that answers are read from."""
     figures = {
         Dense(): ((1,), 0.0, 0.0),
@@ -89,9 +89,9 @@ def test_a_pattern_that_ruins_the_rows_that_are_asked_is_avoided():
     assert best.scores.error == ((pytest.approx(0.1),),)
 
 
-def test_the_head_that_answers_hang_on_gets_what_only_one_can_have(rng):
+def test_the_more_important_head_gets_what_only_one_can_have(rng):
     """Two heads alike; the budget lets one be dense: the one whose error counts more."""
-    dense, cheap = (np.full((1, 1, 1, 2), share) * dense_tiles(4096, Blocks()) for share in (1.0, 0.2))
+    dense, cheap = (np.full((1, 1, 1, 2), fraction) * dense_tiles(4096, Blocks()) for fraction in (1.0, 0.2))
     by_trial = {
         DENSE: TrialMetrics(error=0 * dense, answer_error=0 * dense, tiles=dense),
         Trial(step="whole", candidate=AShape()): TrialMetrics(
@@ -137,27 +137,26 @@ def test_no_prompt_exceeds_the_target(seed, lengths, target):
         if isinstance(target, TargetDensity):
             assert np.mean(tiles) / most <= target.fraction * (1 + 2 * ROUNDING)
             continue
-        found = dense = 0.0
+        cost = dense = 0.0
         for row, counts in zip(best.choices, tiles, strict=True):
             patterns = [choice.pattern for choice in row]
             heads = [float(costs.head_of(p, n, num_tokens, Blocks())) for p, n in zip(patterns, counts, strict=True)]
-            found += layer_cost(costs, patterns, heads, num_tokens)
+            cost += layer_cost(costs, patterns, heads, num_tokens)
             heads = [float(costs.head_of(Dense(), most, num_tokens, Blocks()))] * 3
             dense += layer_cost(costs, [Dense()] * 3, heads, num_tokens)
-        assert found <= dense / target.times * (1 + 2 * ROUNDING)
-        assert best.relative_costs[f"prompt {b}"] == pytest.approx(found / dense)
+        assert cost <= dense / target.times * (1 + 2 * ROUNDING)
+        assert best.relative_costs[f"prompt {b}"] == pytest.approx(cost / dense)
 
 
-def test_scores_of_the_table_are_those_of_the_dearest_prompt(rng):
+def test_scores_of_the_table_are_those_of_the_most_expensive_prompt(rng):
     """Heads' costs add up to what the whole costs there; errors are means over all prompts."""
     scores = random_scores(rng, 2, 3)
     best = choose_patterns(scores, TargetDensity(fraction=0.6), DENSITY)
-    dearest = max(best.relative_costs, key=lambda name: best.relative_costs[name])
+    worst = max(best.relative_costs, key=lambda name: best.relative_costs[name])
     assert (
-        np.mean(best.scores.density) == pytest.approx(best.relative_costs[dearest])
-        and best.relative_costs[dearest] <= 0.6
+        np.mean(best.scores.density) == pytest.approx(best.relative_costs[worst]) and best.relative_costs[worst] <= 0.6
     )
-    assert np.mean(best.scores.cost) / best.scores.dense_cost == pytest.approx(best.relative_costs[dearest])
+    assert np.mean(best.scores.cost) / best.scores.dense_cost == pytest.approx(best.relative_costs[worst])
     assert np.mean(best.scores.error) == pytest.approx(best.error_on(scores))
     assert relative_costs(best.choices, scores, DENSITY) == best.relative_costs
 
@@ -189,7 +188,8 @@ def test_excluded_patterns_are_nowhere(rng):
 def test_more_budget_never_means_more_error_and_all_of_it_means_dense(rng):
     scores = random_scores(rng, 3, 4)
     errors = [
-        choose_patterns(scores, TargetDensity(fraction=share), TILES).error_on(scores) for share in (0.5, 0.6, 0.8, 1.0)
+        choose_patterns(scores, TargetDensity(fraction=fraction), TILES).error_on(scores)
+        for fraction in (0.5, 0.6, 0.8, 1.0)
     ]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0 and errors[0] > 0
 

@@ -42,8 +42,8 @@ def test_tiles_and_density_are_those_of_a_plan(num_tokens):
     dense = plan_of(Dense(), layout, blocks=SMALL)
     assert dense_tiles(num_tokens, SMALL) == float(dense.index.visited_tiles()[0])
     plan = plan_of(AShape(sink=16, local=8), layout, blocks=SMALL)
-    found = visited_tiles(np.asarray(plan.density()), num_tokens, SMALL)
-    np.testing.assert_allclose(found, plan.index.visited_tiles(), rtol=1e-5)
+    tiles = visited_tiles(np.asarray(plan.density()), num_tokens, SMALL)
+    np.testing.assert_allclose(tiles, plan.index.visited_tiles(), rtol=1e-5)
 
 
 def test_a_head_costs_its_tiles_and_what_its_plan_reads():
@@ -51,8 +51,8 @@ def test_a_head_costs_its_tiles_and_what_its_plan_reads():
     tiles, moved = 1000 * HOPPER.sparse_ns_per_tile, 1000 * HOPPER.move_ns
     read = 1000 * HOPPER.estimate_ns
     for pattern, expected in ((AShape(), tiles + moved), (Grid(), tiles + moved + read)):
-        found = HOPPER.head_of(pattern, 1000.0, num_tokens=1000, blocks=Blocks())
-        assert found == pytest.approx(1e-6 * expected)
+        cost = HOPPER.head_of(pattern, 1000.0, num_tokens=1000, blocks=Blocks())
+        assert cost == pytest.approx(1e-6 * expected)
     halves = HOPPER.head_of(AShape(), 2000.0, num_tokens=1000, blocks=Blocks(q=128, kv=64))
     assert halves == pytest.approx(1e-6 * (tiles + moved))
 
@@ -89,9 +89,9 @@ def report(density, lengths=(1024,)) -> PrefillReport:
 
 
 def test_a_reports_cost_is_that_of_its_tiles():
-    one = 36 / float(visited_tiles(1.0, 1024, Blocks()))  # the density of a dense plan of 8 x 8 blocks
-    found, dense = report_cost(report([[one / 4, one], [one, one]]), DENSITY, Blocks())
-    assert dense == pytest.approx(4 * 36e-6) and found == pytest.approx(3.25 * 36e-6)
+    full = 36 / float(visited_tiles(1.0, 1024, Blocks()))  # the density of a dense plan of 8 x 8 blocks
+    cost, dense = report_cost(report([[full / 4, full], [full, full]]), DENSITY, Blocks())
+    assert dense == pytest.approx(4 * 36e-6) and cost == pytest.approx(3.25 * 36e-6)
 
 
 def inputs(layout) -> PlanInputs:
@@ -104,17 +104,17 @@ def inputs(layout) -> PlanInputs:
 @pytest.mark.slow
 def test_a_baseline_is_brought_to_a_cost():
     layer, ladder = inputs(text_tokens(512)), [AShape(sink=16, local=n) for n in (16, 48, 96, 160, 256)]
-    pattern, share = member_at_cost(ladder, 0.4, [layer], TILES, SMALL)
-    assert pattern == ladder[2], share
-    assert share == pytest.approx(relative_cost(pattern, [layer], TILES, SMALL))
+    pattern, reached = member_at_cost(ladder, 0.4, [layer], TILES, SMALL)
+    assert pattern == ladder[2], reached
+    assert reached == pytest.approx(relative_cost(pattern, [layer], TILES, SMALL))
     assert member_at_cost(ladder, 0.0, [layer], TILES, SMALL)[0] == ladder[0]
     assert member_at_cost(ladder, 5.0, [layer], TILES, SMALL)[0] == ladder[-1]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.005, 0.123, 0.35, 0.995, 1.0, 2.0])
+@pytest.mark.parametrize("target", [0.0, 0.005, 0.123, 0.35, 0.995, 1.0, 2.0])
 @pytest.mark.parametrize("expected", [0, 37, 99])
-def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expected, monkeypatch):
-    """Costs of 100 members are 1 to 100 percent; the search is told where to begin, and tries few."""
+def test_the_search_reaches_the_nearest_member_from_any_start(target, expected, monkeypatch):
+    """Costs of 100 members are 1 to 100 percent; the search is given its start, and tries few."""
     tried = []
 
     def cost(pattern, *_):
@@ -124,10 +124,11 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
     monkeypatch.setattr("mmi_jax.search.baselines.equal_cost.relative_cost", cost)
     monkeypatch.setattr("mmi_jax.search.baselines.equal_cost._expected_member", lambda *_: expected)
     ladder = [AShape(sink=0, local=n) for n in range(1, 101)]
-    pattern, found = member_at_cost(ladder, share, [inputs(text_tokens(16))], TILES, SMALL)
+    pattern, reached = member_at_cost(ladder, target, [inputs(text_tokens(16))], TILES, SMALL)
     costs = np.arange(1, 101) / 100
     assert (
-        abs(found - share) == pytest.approx(np.abs(costs - share).min()) and pattern == ladder[round(100 * found) - 1]
+        abs(reached - target) == pytest.approx(np.abs(costs - target).min())
+        and pattern == ladder[round(100 * reached) - 1]
     )
     assert len(tried) == len(set(tried)) <= 14
 
@@ -135,9 +136,9 @@ def test_the_nearest_member_is_found_from_wherever_the_search_begins(share, expe
 @pytest.mark.slow
 def test_minference_has_a_member_at_a_cost_although_its_cost_depends_on_the_prompt():
     layer = inputs(text_tokens(2048))
-    pattern, share = member_at_cost(ladder_of("minference", 2048), 0.525, [layer], TILES, Blocks())
-    assert share == pytest.approx(0.525, rel=0.05), pattern
-    assert share == pytest.approx(relative_cost(pattern, [layer], TILES, Blocks()))
+    pattern, reached = member_at_cost(ladder_of("minference", 2048), 0.525, [layer], TILES, Blocks())
+    assert reached == pytest.approx(0.525, rel=0.05), pattern
+    assert reached == pytest.approx(relative_cost(pattern, [layer], TILES, Blocks()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -156,5 +157,5 @@ def test_candidates_are_scaled_and_dense_is_not_among_them():
     halved = Candidates(within=(Dense(), VerticalSlash(1000, 4096), AShape(128, 20), BlockTopK(5))).scaled(0.5)
     assert halved.within == (VerticalSlash(496, 2048, local=48), AShape(64, 16), BlockTopK(2))
     assert len(SETS["table4"].within) == 24 and len(SETS["all"].within) == 35
-    with pytest.raises(ValueError, match="needs at least one pattern besides Dense"):
+    with pytest.raises(ValueError, match="needs at least one pattern other than Dense"):
         Candidates(within=(Dense(),))

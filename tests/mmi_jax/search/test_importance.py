@@ -43,31 +43,31 @@ def logits(pattern, layer: int, head: int) -> np.ndarray:
         may_run_dense=False,
     )
     assert result.logits_at is not None
-    found = np.asarray(result.logits_at[0], np.float64)
-    return found - found.mean(axis=-1, keepdims=True)
+    logits = np.asarray(result.logits_at[0], np.float64)
+    return logits - logits.mean(axis=-1, keepdims=True)
 
 
 @pytest.mark.slow
 def test_the_change_is_that_of_a_prefill_with_the_head_cut():
     prompt = tiny.prompt(1, 9, (8, 3, 4), 20)
-    found = ablate_heads(tiny.tiny_model(), prompt, ROWS, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, ablated=ABLATION)
-    assert found.logits.shape == found.error.shape == (3, 4)
-    assert ((found.error > 0) & (found.error < 2)).all()
+    effect = ablate_heads(tiny.tiny_model(), prompt, ROWS, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS, ablated=ABLATION)
+    assert effect.logits.shape == effect.error.shape == (3, 4)
+    assert ((effect.error > 0) & (effect.error < 2)).all()
     dense = logits(Dense(), 0, 0)
     lost = np.square(logits(ABLATION, 1, 2) - dense).sum(axis=-1)
     expected = (lost / np.square(dense).sum(axis=-1)).mean()
     assert expected > 1e-5
     terms = model_terms(tiny.TINY_CONFIG, num_keys=prompt.tokens.shape[1])
-    np.testing.assert_allclose(found.logits[1, 2], expected, rtol=squared_error_rtol(expected, terms))
+    np.testing.assert_allclose(effect.logits[1, 2], expected, rtol=squared_error_rtol(expected, terms))
 
 
-def test_half_of_a_weight_is_the_heads_own():
+def test_half_of_a_weight_is_from_the_heads_error_alone():
     """Three heads lose as much; the logits of the second change three times as much as those of the first, or none."""
-    one = AblationEffect(logits=np.array([[0.1, 0.3, 0.0]]), error=np.array([[0.2, 0.2, 0.2]]))
-    other = AblationEffect(logits=np.array([[0.0, 0.0, 0.2]]), error=np.array([[0.0, 0.0, 0.2]]))
-    np.testing.assert_allclose(head_weights([one]), [[0.5 + 0.5 * 0.75, 0.5 + 0.5 * 2.25, 0.5]])
+    first = AblationEffect(logits=np.array([[0.1, 0.3, 0.0]]), error=np.array([[0.2, 0.2, 0.2]]))
+    second = AblationEffect(logits=np.array([[0.0, 0.0, 0.2]]), error=np.array([[0.0, 0.0, 0.2]]))
+    np.testing.assert_allclose(head_weights([first]), [[0.5 + 0.5 * 0.75, 0.5 + 0.5 * 2.25, 0.5]])
     gains = [0.1, 0.3, 0.2] / (np.array([0.2, 0.2, 0.4]) + 0.01 * 0.8 / 3)  # both are summed over the prompts first
-    np.testing.assert_allclose(head_weights([one, other])[0], 0.5 + 0.5 * gains / gains.mean())
+    np.testing.assert_allclose(head_weights([first, second])[0], 0.5 + 0.5 * gains / gains.mean())
     rounding = AblationEffect(logits=np.array([[0.1, 0.1, 1e-7]]), error=np.array([[0.2, 0.2, 1e-9]]))
     np.testing.assert_allclose(head_weights([rounding]), [[1.25, 1.25, 0.5]], atol=0.01)
     nothing = AblationEffect(logits=np.zeros((1, 2)), error=np.zeros((1, 2)))
@@ -123,12 +123,12 @@ def test_heads_are_weighed_on_short_samples_or_on_longer_ones_where_a_task_needs
         haystack="generated",
         seed=5,
     )
-    found = importance_prompts(small_processor(), calibration)
-    sizes = {name: prompt.tokens.shape[1] for name, prompt in found.by_name.items()}
+    prompts = importance_prompts(small_processor(), calibration)
+    sizes = {name: prompt.tokens.shape[1] for name, prompt in prompts.by_name.items()}
     assert [name.partition(" seed")[0] for name in sizes] == ["256 tokens of v_niah"] * 2 + [
         "1024 tokens of middle_questions"
     ] * 2
     assert all(0.8 * int(name.split()[0]) < size <= int(name.split()[0]) for name, size in sizes.items())
-    assert [len(rows) for rows in found.answer_rows.values()] == [1, 1, 4, 4]
+    assert [len(rows) for rows in prompts.answer_rows.values()] == [1, 1, 4, 4]
     whole = importance_prompts(small_processor(), dataclasses.replace(calibration, tokens=256, tasks=("v-niah",)))
     assert list(whole.by_name) == ["v_niah seed 5 depth 0.25", "v_niah seed 6 depth 0.75"]

@@ -68,7 +68,7 @@ def test_a_budget_below_the_cheapest_is_refused(rng):
 POINTS = [(3.0, 1.0), (2.0, 2.0), (2.0, 3.0), (4.0, 1.0), (0.0, 9.0)]
 
 
-def test_undominated_options_are_cheapest_first_and_errors_fall():
+def test_pareto_optimal_options_are_cheapest_first_and_errors_fall():
     options = [Option(item=n, error=e, cost=c) for n, (e, c) in enumerate(POINTS)]
     assert [option.item for option in pareto_optimal(options)] == [0, 1, 4]
 
@@ -86,8 +86,8 @@ def test_784_heads_take_little_time_and_stay_within_rounding_of_the_relaxed_opti
     picked = choose_within_budget(heads, budget)
     error, cost = (sum(getattr(o, field) for o in picked) for field in ("error", "cost"))
     assert cost <= budget
-    most_of_one_head = 1.0  # a mixture of two options in one head is all that divides the relaxed optimum from a choice
-    assert error <= relaxed(heads, budget * (1 - 784 / GRID)) + most_of_one_head
+    max_of_a_head = 1.0  # a mixture of two options in one head is all that divides the relaxed optimum from a choice
+    assert error <= relaxed(heads, budget * (1 - 784 / GRID)) + max_of_a_head
 
 
 def relaxed(heads, budget):

@@ -1,4 +1,4 @@
-"""The search: what a trial measures, that planted heads get their patterns, and that a kill changes nothing."""
+"""The search: what a trial measures, that synthetic heads get their patterns, and that a kill changes nothing."""
 
 import dataclasses
 
@@ -58,9 +58,9 @@ def mixed() -> LayerActivations:
 
 
 def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
-    """Against softmax attention through the plan's own 0/1 mask."""
+    """Against softmax attention through the plan's 0/1 mask."""
     pattern = Boundary2D({(1, 1): AShape(sink=16, local=4), (0, 1): AShape(sink=16, local=8)})
-    found = measure_pattern(pattern, mixed, modalities=(0, 1), blocks=SMALL)
+    metrics = measure_pattern(pattern, mixed, modalities=(0, 1), blocks=SMALL)
     geometry = batch_geometry(mixed.layout, (pattern,) * 4, batch=1, num_queries=96, q_start=0, blocks=SMALL)
     plan = jax.tree.map(lambda x: x[0], plan_batch((pattern,) * 4, mixed.q, mixed.k, geometry, scale=1.0, blocks=SMALL))
     mask = np.asarray(plan.to_mask())
@@ -70,16 +70,16 @@ def test_a_trial_measures_the_error_on_the_output_and_the_tiles(mixed):
     for n in (0, 1):
         rows = modality == n
         expected = np.square(sparse - dense)[rows].sum(axis=(0, 2)) / np.square(dense)[rows].sum(axis=(0, 2))
-        np.testing.assert_allclose(found.error[n], expected, rtol=squared_error_rtol(expected, TERMS))
+        np.testing.assert_allclose(metrics.error[n], expected, rtol=squared_error_rtol(expected, TERMS))
         if n == 1:  # no answer is read from the video
-            np.testing.assert_array_equal(found.answer_error[n], found.error[n])
+            np.testing.assert_array_equal(metrics.answer_error[n], metrics.error[n])
     answers = list(ANSWERS)
     expected_answers = np.square(sparse - dense)[answers].sum(axis=(0, 2)) / np.square(dense)[answers].sum(axis=(0, 2))
     np.testing.assert_allclose(
-        found.answer_error[0], expected_answers, rtol=squared_error_rtol(expected_answers, TERMS)
+        metrics.answer_error[0], expected_answers, rtol=squared_error_rtol(expected_answers, TERMS)
     )
-    assert not np.allclose(found.answer_error[0], found.error[0], rtol=0.1)
-    np.testing.assert_allclose(np.sum(found.tiles, axis=0), plan.index.visited_tiles(), rtol=1e-6)
+    assert not np.allclose(metrics.answer_error[0], metrics.error[0], rtol=0.1)
+    np.testing.assert_allclose(np.sum(metrics.tiles, axis=0), plan.index.visited_tiles(), rtol=1e-6)
     assert expected.min() > 0
 
 
@@ -96,9 +96,9 @@ def test_a_q_boundary_head_is_the_sum_of_its_modalities_trials(mixed):
     whole = measure_pattern(QBoundary(inner), mixed, modalities=(0, 1), blocks=SMALL)
     meter = Meter((0, 1), SMALL)
     for n, pattern in inner.items():
-        one = meter(of_queries(pattern), mixed)
-        np.testing.assert_allclose(one.error[n], whole.error[n], rtol=squared_error_rtol(whole.error[n], TERMS))
-        np.testing.assert_array_equal(one.tiles[n], whole.tiles[n])
+        part = meter(of_queries(pattern), mixed)
+        np.testing.assert_allclose(part.error[n], whole.error[n], rtol=squared_error_rtol(whole.error[n], TERMS))
+        np.testing.assert_array_equal(part.tiles[n], whole.tiles[n])
 
 
 def test_trials_are_named_and_read_back():
@@ -111,7 +111,7 @@ def test_trials_are_named_and_read_back():
         trial_of("hole {}")
 
 
-PLANTED = {
+STRUCTURES = {
     "slashes": HeadStructure(local=4.0, sink=5.0, slash=11.0),
     "columns": HeadStructure(local=4.0, sink=5.0, column=11.0),
     "local": LOCAL,
@@ -120,11 +120,11 @@ BEST = {"slashes": Grid, "columns": VerticalSlash, "local": AShape}
 
 
 @pytest.mark.slow
-def test_planted_heads_get_their_patterns():
-    """A video of 32 frames of 64 tokens: with 22 % of the tiles every head keeps what was planted in it."""
+def test_synthetic_heads_get_their_patterns():
+    """A video of 32 frames of 64 tokens: with 22 % of the tiles every head keeps its structure."""
     layout, blocks = video_prompt(2048, rows=8, columns=8, head_text=0, tail_text=0), Blocks(q=64, kv=64)
     q, k, v = synthetic_qkv(
-        layout, tuple(PLANTED.values()), num_kv_heads=1, head_dim=64, dtype="float32", num_columns=16
+        layout, tuple(STRUCTURES.values()), num_kv_heads=1, head_dim=64, dtype="float32", num_columns=16
     )
     layer = activations_of(layout, q, k, v, blocks)
     grid = Grid((FramePlace(),), use_hline=False, use_vline=False, use_slash=True, local=64, sink=64, tail=0)
@@ -134,8 +134,8 @@ def test_planted_heads_get_their_patterns():
     by_trial = {t: jax.tree.map(lambda x: x[None, None], figure) for t, figure in figures.items()}
     scores = Scores(modalities=(1,), lengths={"video": 2048}, blocks=blocks, by_trial=by_trial)
     best = choose_patterns(scores, TargetDensity(fraction=0.22), TILES)
-    found = {name: type(choice.pattern) for name, choice in zip(PLANTED, best.choices[0], strict=True)}
-    assert found == BEST, {t.candidate: np.round(f.error, 3).tolist() for t, f in figures.items()}
+    patterns = {name: type(choice.pattern) for name, choice in zip(STRUCTURES, best.choices[0], strict=True)}
+    assert patterns == BEST, {t.candidate: np.round(f.error, 3).tolist() for t, f in figures.items()}
     assert np.max(best.scores.error) < 0.01
 
 
@@ -207,7 +207,7 @@ def test_an_error_that_is_no_number_ends_the_search_and_only_what_came_before_it
     assert metrics_by_trial(resumed.journal.entries) == metrics_by_trial(whole.journal.entries)
 
 
-def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
+def test_held_out_prompts_are_measured_with_the_trials_of_the_table(tmp_path):
     run = search(tmp_path / "work.jsonl")
     scores = run.calibrate(PROMPTS, STATIC, max_joint_trials=1, answer_rows=ROWS)
     best = choose_patterns(scores, TargetDensity(fraction=0.75), TILES)
@@ -218,7 +218,7 @@ def test_held_out_prompts_are_measured_with_the_tables_own_trials(tmp_path):
 
 
 def test_captured_layers_continue_with_the_dense_output():
-    """The last layer's q, k, v are those of the model's own dense forward pass."""
+    """The last layer's q, k, v are those of the model's dense forward pass."""
     prompt, seen = PROMPTS["one"], []
     *_, last = layer_activations(tiny.tiny_model(), prompt, blocks=tiny.BLOCKS, buckets=tiny.BUCKETS)
     model = tiny.tiny_model()
@@ -263,6 +263,6 @@ def test_answer_rows_reach_the_measure_and_a_prompt_without_has_the_error_of_all
     key = Trial(step="whole", candidate=AShape(sink=16, local=16)).key
     figures = {(row["prompt"], row["layer"]): row["trials"][key] for row in run.journal.entries}
     assert len(figures) == 6
-    for (name, _), found in figures.items():
-        text, video = (np.array(found["answer_error"][n]) != found["error"][n] for n in (0, 1))
+    for (name, _), metrics in figures.items():
+        text, video = (np.array(metrics["answer_error"][n]) != metrics["error"][n] for n in (0, 1))
         assert not video.any() and text.all() == (name == "one") and text.any() == (name == "one")
