@@ -27,7 +27,7 @@ from pallas_kernels.pytree import pytree
 
 type Vendor = Literal["vendor"]
 VENDOR: Vendor = "vendor"
-"""The device's own dense attention, at any length: cuDNN on a GPU, XLA elsewhere. The baseline of the plans."""
+"""Dense attention by the vendor of the device, at any length: cuDNN on a GPU, XLA elsewhere. Baseline of the plans."""
 
 CUDNN_TOKENS = 16_384
 """Up to here cuDNN's dense kernel is faster than ours with its plan; from 32K tokens ours is (bench/RESULTS.md)."""

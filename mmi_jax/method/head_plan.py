@@ -180,7 +180,7 @@ def _rank(part: Part) -> Int32[Array, " t"]:
     if part.order is None:
         return jnp.cumsum(part.member, dtype=jnp.int32) - 1
     rank = jnp.cumsum(part.member[part.order], dtype=jnp.int32) - 1
-    # An order holds each token once: told so, XLA scatters without atomics or a sort.
+    # An order holds each token once: so declared, XLA scatters without atomics or a sort.
     return jnp.zeros_like(rank).at[part.order].set(rank, unique_indices=True)
 
 

@@ -204,7 +204,7 @@ def _build(view: View, layout: TokenLayout, blocks: Blocks) -> tuple[Array, Arra
 def _sorted_rows(view: SortedBy, layout: TokenLayout, tokens: Array, blocks: Blocks) -> tuple[Array, Array]:
     """Token and group id of each row of a sorted view, empty rows last."""
     is_member = view.key_set.holds(layout)
-    # Rows of the key set's own view; only the prompt's has padding between them.
+    # Rows of the key set's view in prompt order; only the prompt's has padding between them.
     is_prompt = view.key_set == AllKeys()
     first, row = (_first_true(is_member), tokens) if is_prompt else (jnp.int32(0), jnp.cumsum(is_member) - 1)
     is_member &= row >= _sink_rows(first, view.sink, blocks)[1]

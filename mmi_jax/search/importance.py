@@ -37,9 +37,10 @@ class AblationEffect:
     """The change of one prompt's forward pass by the ablation of each head alone.
 
     Args:
-      logits: squared change of the logits of the answers, over their own square; both less their mean over the
+      logits: squared change of the logits of the answers, relative to their square; both less their mean over the
         vocabulary.
-      error: squared change of the head's output over its own square, in the rows of the answers and in all, half each.
+      error: squared change of the head's output, relative to its square, half from the rows of the answers and half
+        from all rows.
     """
 
     logits: Float[np.ndarray, "l h"]
@@ -149,7 +150,7 @@ def _output_error(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _change(logits: Float[Array, "copies_and_rows v"], num_rows: int) -> Float[Array, " h"]:
-    """Squared distance of each copy's logits from the last copy's, over their own square, the mean over rows."""
+    """Squared distance of each copy's logits from the last copy's, relative to their square, the mean over rows."""
     logits = logits.reshape(-1, num_rows, logits.shape[-1])
     logits -= logits.mean(axis=-1, keepdims=True)
     change, whole = (jnp.square(x).sum(axis=-1) for x in (logits[:-1] - logits[-1:], logits[-1:]))

@@ -6,6 +6,7 @@ No-Boundary and K-Boundary heads need nothing special: an intra-modality pattern
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -21,8 +22,38 @@ from mmi_jax.method.query_parts import Everything, Part, QBlocks, Runs, Scope
 from pallas_kernels.block_lists.block_sizes import Blocks
 
 
+class _Boundary(Pattern):
+    """What both boundary patterns are: a mapping from modalities to patterns, and a pattern for the rest."""
+
+    inner: Mapping[Any, Pattern]
+    other: Pattern
+
+    def __post_init__(self) -> None:
+        """Stores `inner` in hashable form; raises ValueError for an empty mapping or a nested boundary."""
+        object.__setattr__(self, "inner", _Frozen(self.inner))
+        name = type(self).__name__
+        if not self.inner:
+            raise ValueError(f"{name}.inner must map at least one modality to a pattern, got an empty mapping")
+        patterns: list[tuple[object, object]] = [*self.inner.items(), ("other", self.other)]
+        for key, inner in patterns:
+            if isinstance(inner, _Boundary) or not isinstance(inner, Pattern):
+                raise ValueError(f"{name}.inner[{key!r}] must be an intra-modality pattern, got {inner!r}")
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether an inner pattern does."""
+        return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
+
+    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
+        """What vision queries visit, who are most of a long prompt; what any query may if none are listed."""
+        items = [(key if isinstance(key, int) else key[0], inner) for key, inner in self.inner.items()]
+        listed = [inner for modality, inner in items if modality == VISION] or [inner for _, inner in items]
+        visited = [inner.typical_blocks(num_kv_blocks, blocks) for inner in listed]
+        return None if None in visited else max(x for x in visited if x is not None)
+
+
 @dataclasses.dataclass(frozen=True)
-class QBoundary(Pattern):
+class QBoundary(_Boundary):
     """Queries grouped by modality, each group with its pattern over all keys.
 
     Text sees everything, vision a window of one, over t v v t:
@@ -47,23 +78,9 @@ class QBoundary(Pattern):
         """An instance for a prompt of about a hundred tokens."""
         return cls({VISION: Grid.example(), TEXT: VerticalSlash.example()})
 
-    def __post_init__(self) -> None:
-        """Stores `inner` in hashable form; raises ValueError for an empty mapping or a nested boundary."""
-        object.__setattr__(self, "inner", _Frozen(self.inner))
-        _check_inner(self)
-
-    @property
-    def reads_scores(self) -> bool:
-        """Whether an inner pattern does."""
-        return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
-
     def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
         """The views of every inner pattern."""
         return tuple(view for pattern in (*self.inner.values(), self.other) for view in pattern.views(key_set, blocks))
-
-    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
-        """Kv blocks that a q block typically visits, see `Pattern`."""
-        return _vision_blocks(self, num_kv_blocks, blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """The inner patterns' parts."""
@@ -75,7 +92,7 @@ class QBoundary(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Boundary2D(Pattern):
+class Boundary2D(_Boundary):
     """Queries and keys grouped by modality; each pair of modalities has its pattern, one softmax over all.
 
     Vision to vision a window of one, everything else dense, over t v v t:
@@ -99,11 +116,6 @@ class Boundary2D(Pattern):
         lines, window = VerticalSlash.example(), AShape.example()
         return cls({(VISION, VISION): lines, (TEXT, VISION): window, (VISION, TEXT): BlockTopK(2)})
 
-    def __post_init__(self) -> None:
-        """Stores `inner` in hashable form; raises ValueError for an empty mapping or a nested boundary."""
-        object.__setattr__(self, "inner", _Frozen(self.inner))
-        _check_inner(self)
-
     @property
     def _modalities(self) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
         """The listed modalities, None last for all others; and the listed ones alone."""
@@ -116,20 +128,11 @@ class Boundary2D(Pattern):
             pattern = self.other if q is None or k is None else self.inner.get((q, k), self.other)
             yield q, OfModality(k, listed), pattern
 
-    @property
-    def reads_scores(self) -> bool:
-        """Whether an inner pattern does."""
-        return any(pattern.reads_scores for pattern in (*self.inner.values(), self.other))
-
     def views(self, key_set: KeySet, blocks: Blocks) -> tuple[View, ...]:
         """The keys of each modality, and the views of every inner pattern over them."""
         if key_set != AllKeys():
             raise ValueError("Boundary2D divides the keys itself and cannot be used inside a set of keys")
         return tuple(view for _, keys, pattern in self._pairs() for view in (keys, *pattern.views(keys, blocks)))
-
-    def typical_blocks(self, num_kv_blocks: int, blocks: Blocks) -> float | None:
-        """Kv blocks that a q block typically visits, see `Pattern`."""
-        return _vision_blocks(self, num_kv_blocks, blocks)
 
     def parts(self, scope: Scope) -> list[Part]:
         """For each query modality, the common refinement of its inner patterns' parts."""
@@ -205,14 +208,6 @@ def _visits(part: Part, q_blocks: QBlocks) -> list[Runs]:
     return part.visits(q_blocks)
 
 
-def _vision_blocks(pattern: "QBoundary | Boundary2D", num_kv_blocks: int, blocks: Blocks) -> float | None:
-    """What vision queries visit, who are most of a long prompt; what any query may if none are listed."""
-    items = [(key if isinstance(key, int) else key[0], inner) for key, inner in pattern.inner.items()]
-    listed = [inner for modality, inner in items if modality == VISION] or [inner for _, inner in items]
-    visited = [inner.typical_blocks(num_kv_blocks, blocks) for inner in listed]
-    return None if None in visited else max(x for x in visited if x is not None)
-
-
 class _Frozen[K, V](dict[K, V]):
     """A mapping that can be part of a static argument."""
 
@@ -221,13 +216,3 @@ class _Frozen[K, V](dict[K, V]):
 
     def __setitem__(self, key: K, value: V) -> None:
         raise TypeError("a pattern's mapping is fixed once it is made")
-
-
-def _check_inner(pattern: QBoundary | Boundary2D) -> None:
-    name = type(pattern).__name__
-    if not pattern.inner:
-        raise ValueError(f"{name}.inner must map at least one modality to a pattern, got an empty mapping")
-    patterns: list[tuple[object, object]] = [*pattern.inner.items(), ("other", pattern.other)]
-    for key, inner in patterns:
-        if isinstance(inner, QBoundary | Boundary2D) or not isinstance(inner, Pattern):
-            raise ValueError(f"{name}.inner[{key!r}] must be an intra-modality pattern, got {inner!r}")

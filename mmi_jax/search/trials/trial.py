@@ -22,7 +22,7 @@ class Trial:
     | step | what the candidate plans | all else |
     |---|---|---|
     | whole | the whole prompt: No- and K-Boundary heads | |
-    | per_query | the queries of each modality on their own, over all keys: Q-Boundary | |
+    | per_query | the queries of each modality alone, over all keys: Q-Boundary | |
     | own | pairs of one modality (intra-modality step) | dense |
     | cross | pairs of different modalities (cross-modality step) | dense |
     | joint | nothing: it is a whole 2D-Boundary (inter-modality step) | |
