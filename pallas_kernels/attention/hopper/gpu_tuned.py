@@ -31,6 +31,7 @@ PATH = Path(__file__).with_name("gpu_tuned.json")
 """The table that ships with the package; none has been measured where there is no such file."""
 
 _JSON_TYPES: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a string", dict: "an object"}
+"""JSON's names of the types that entries have, for messages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

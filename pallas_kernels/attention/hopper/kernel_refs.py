@@ -80,4 +80,5 @@ class Row:
 
 def tiles_of(shape: KernelShape, count: Array) -> Array:
     """Tiles of a q tile: an empty list runs one tile that masks everything, the end of the table none."""
+    # One masked tile writes the zeros and -inf of an empty list, by the steps of any other list.
     return jnp.where(count == 0, 1, jnp.maximum(count, 0) * shape.tiles_per_block)

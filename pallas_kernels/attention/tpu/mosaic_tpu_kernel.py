@@ -38,6 +38,8 @@ SAFE_SUM_RANGE = 2.0**-80, 2.0**96
 2^31 do not overflow; whether any did is checked."""
 
 INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+"""As bounds (see `_write_limits`): below INT_MIN is nothing, of a missing block; below INT_MAX all, of a full one.
+Adding INT_MIN is adding 2^31, modulo 2^32."""
 
 
 def attention_kernel(refs: Refs, shape: KernelShape) -> None:
