@@ -137,9 +137,9 @@ def example_prompt(processor: Processor, num_tokens: int) -> Any:
     return processor(list(source.sample("mm-niah", num_tokens=num_tokens, depth=0.5, seed=1).parts))
 
 
-def measure_recall(options: Options, model: Any, prompt: Any, table: PatternTable) -> dict[str, Any]:
-    """Density and recall of every head on one prompt; measured again where the file is of another length or table."""
-    path, made_of = options.work / "recall.json", {"tokens": prompt.tokens.shape[1], "table": repr(table.layers)}
+def measure_recall(work: Path, model: Any, prompt: Any, table: PatternTable) -> dict[str, Any]:
+    """Density and recall of every head on one prompt, kept in `work`; measured again for another length or table."""
+    path, made_of = work / "recall.json", {"tokens": prompt.tokens.shape[1], "table": repr(table.layers)}
     kept = json.loads(path.read_text()) if path.exists() else {}
     if any(kept.get(name) != value for name, value in made_of.items()):
         report = prefill(model, prompt, table=table, may_run_dense=False).report
@@ -230,7 +230,7 @@ def make(options: Options, *, runs: bool) -> None:
     processor = checkpoint.read_processor()
     prompt = example_prompt(processor, options.picture_tokens)
     model = checkpoint.load_model(dtype=jnp.dtype(options.dtype))
-    recall = measure_recall(options, model, example_prompt(processor, options.calibration_tokens), tables["ours"])
+    recall = measure_recall(options.work, model, example_prompt(processor, options.calibration_tokens), tables["ours"])
     scores = search_scores(options, modalities_of(prompt.layout), tables["ours"])
     shown = draw_heads(options, model, prompt, scores, tables["ours"])
     write_figure(options.pictures / "patterns.png", table_plots.plot_patterns(tables["ours"]))

@@ -27,11 +27,10 @@ def test_recall_is_measured_again_for_another_length_or_table_and_else_kept(tmp_
         return SimpleNamespace(report=SimpleNamespace(density=figures, recall=figures))
 
     monkeypatch.setattr(make_accuracy, "prefill", prefill)
-    task = SimpleNamespace(work=tmp_path)
     for num_tokens, pattern, measured in ((8, Dense(), 1), (8, Dense(), 1), (16, Dense(), 2), (16, AShape(), 3)):
         prompt = SimpleNamespace(tokens=np.zeros((1, num_tokens), np.int32))
-        found = make_accuracy.measure_recall(task, None, prompt, PatternTable(layers=((pattern,),)))
-        assert found["recall"] == [[measured]] and found["tokens"] == num_tokens == lengths[-1]
+        recall = make_accuracy.measure_recall(tmp_path, None, prompt, PatternTable(layers=((pattern,),)))
+        assert recall["recall"] == [[measured]] and recall["tokens"] == num_tokens == lengths[-1]
     assert lengths == [8, 16, 16]
 
 

@@ -102,7 +102,7 @@ def find_lines(q, k, layouts, *, grid):
     def case(args):
         q, k, layout = args
         geometry = prompt_geometry(layout, (grid,), num_queries=NUM_TOKENS, q_start=0, blocks=BLOCKS)
-        member = geometry.queries.is_real
+        member = jnp.asarray(geometry.queries.is_real)
         one = dict(q=q, all_k=k[:, None], kv_head=jnp.int32(0))
         lines = grid.find_lines(Scope(**one, geometry=geometry, member=member, scale=HEAD_DIM**-0.5, blocks=BLOCKS))
         return lines.stride, lines.phase
