@@ -13,8 +13,15 @@ import typer
 from mmi_jax.cli.app import app, main
 
 ROOT = pages.ROOT
-SLOW = {"docs/guides/python.md", "docs/guides/search.md"}
-"""Pages whose examples compile several prefills."""
+SLOW = {
+    "docs/faq.md",
+    "docs/guides/add_a_model.md",
+    "docs/guides/python.md",
+    "docs/guides/search.md",
+    "docs/how_it_works.md",
+    "docs/index.md",
+}
+"""Pages whose examples compile a prefill; the README's is compiled in every run of the suite."""
 MODULES = ("mmi_jax", "mmi_jax.flax", "pallas_kernels", "models")
 
 
