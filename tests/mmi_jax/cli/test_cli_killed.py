@@ -85,7 +85,7 @@ def test_a_run_killed_within_a_picture_leaves_none_of_that_name(model, tmp_path)
     command = arguments(model, tmp_path)
     temporary = killed_while_writing("picture", command)
     plots = tmp_path / "plots"
-    assert temporary.parent == plots and temporary.name.startswith(".density")
+    assert temporary.parent.parent == plots and temporary.parent.name.startswith(".density")
     assert [path.name for path in plots.glob("[!.]*")] == ["patterns.png"], "whole ones only"
     printed, _ = run(command)
     assert len(printed["plots"]) >= 3 and str(plots / "density.png") in printed["plots"]

@@ -60,7 +60,7 @@ def test_a_search_writes_a_table_and_another_target_needs_no_trials(model, candi
         "error of each head, per mille" in printed and "cost of each head" in printed and "fraction of time" in printed
     )
     work = (tmp_path / "table.work.jsonl").read_bytes()
-    monkeypatch.setattr("mmi_jax.search.trials.measurement.measured", lambda *_, **__: pytest.fail("a trial ran again"))
+    monkeypatch.setattr("mmi_jax.search.trials.measurement.Meter.__call__", lambda *_: pytest.fail("a trial ran again"))
     assert main([*options, "--target-density", "1", "--exclude", "AShape"]) == 0
     assert {p for row in load_table(output).layers for p in row} == {Dense()}
     assert (tmp_path / "table.work.jsonl").read_bytes() == work
