@@ -1,7 +1,7 @@
-"""The patterns: one file each, a union of frozen dataclasses with a single duty, `parts`; registered once, here.
+"""The patterns: one file for each kind, frozen dataclasses with a single duty, `parts`; registered once, here.
 
 To add one, write its file, import it here and add it to `PATTERNS`. JSON tables, the search, the gallery of pictures
-and the tests read that tuple.
+and the tests read that tuple; the search tries the `search_candidates` of each.
 """
 
 from mmi_jax.method.patterns.base import Pattern as Pattern
