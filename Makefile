@@ -56,13 +56,14 @@ format: $(STAMP)
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Source distribution and wheel; the wheel's demo runs in an environment of its own, away from the checkout.
+# Source distribution and wheel; the wheel's demo runs in an environment of its own, away from the checkout, and with a
+# cache of its own: executables of two versions in one directory disturb each other on a CPU (docs/log.md).
 wheel: $(STAMP)
 	rm -rf out/dist out/wheel
 	$(BIN)/python -m build --outdir out/dist
 	$(PYTHON) -m venv out/wheel
 	out/wheel/bin/python -m pip install --quiet -c constraints.txt out/dist/*.whl
-	cd out/wheel && bin/mmi prefill --demo
+	cd out/wheel && XDG_CACHE_HOME=$$PWD/cache bin/mmi prefill --demo
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmi-jax needs Python >= 3.12 and none was found on PATH; install one or run: make PYTHON=/path/to/python3.12" >&2; exit 1; }
