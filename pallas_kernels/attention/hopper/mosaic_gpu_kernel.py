@@ -76,7 +76,7 @@ def attention_kernel(refs: Refs, shape: KernelShape) -> None:
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _producer_warpgroup():
-        # What it gives up goes to the pool from which the others' increase waits to be served (PTX ISA, "setmaxnreg").
+        # What it releases goes to the pool from which the others' increase waits to be served (PTX ISA, "setmaxnreg").
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         load(refs, shape)
 
