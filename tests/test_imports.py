@@ -31,8 +31,6 @@ ONE_OF_A_KIND = {
     "models/tasks": "a benchmark task each",
 }
 """Folders that may have more siblings."""
-TOO_LARGE = {"models/qwen2_5_vl": 22}
-"""Folders that have too many today; the numbers may only fall."""
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -82,7 +80,7 @@ def test_nobody_imports_the_integrations():
 
 def test_folders_are_small():
     sizes = {folder: n for folder, n in folder_sizes(ROOT).items() if folder not in ONE_OF_A_KIND}
-    assert not {folder: n for folder, n in sizes.items() if n > TOO_LARGE.get(folder, MAX_SIBLINGS)}
+    assert not {folder: n for folder, n in sizes.items() if n > MAX_SIBLINGS}
 
 
 def test_the_root_of_the_library_holds_only_what_is_public_or_shared():
